@@ -1,0 +1,17 @@
+"""Stochastic depth for any PyTorch model: ``sd.apply(model, p=0.2)``."""
+
+from .functional import residual
+from .layer import StochasticDepth
+from .report import Summary, summary
+from .surgery import Branch, apply, branches, remove
+
+__all__ = [
+    "Branch",
+    "StochasticDepth",
+    "Summary",
+    "apply",
+    "branches",
+    "remove",
+    "residual",
+    "summary",
+]

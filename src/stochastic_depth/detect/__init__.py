@@ -1,0 +1,204 @@
+"""Find the residual branches of a model.
+
+capture (trace a block) → regions (graph → residual regions) → program (regions → functions);
+this file asks every block of a model and settles which of nested regions are the branches.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from .capture import Call, CaptureError, capture, static_call
+from .existing import is_drop_call, is_drop_module
+from .program import Program, build_program
+from .regions import Kind, Leaf, NotResidual, Refusal, Region, find_regions
+
+__all__ = [
+    "CaptureError",
+    "Findings",
+    "Found",
+    "NotResidual",
+    "Refused",
+    "find_branches",
+    "make_program",
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A residual branch: its block (qualified name), its label there, and what it runs."""
+
+    block: str
+    label: str
+    kind: Kind
+    modules: tuple[str, ...]  # relative to the block
+    existing: tuple[str, ...]  # the drop modules among them, which our coin replaces
+    rows_known: bool  # whether every tensor that enters it certainly has the batch's rows
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something that may be a residual branch and is not dropped, with the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The branches of a model in the order of its modules, and what was refused.
+
+    ``labels`` are those of all residual sums of a block, also those that are part of a branch.
+    """
+
+    branches: list[Found]
+    refused: list[Refused]
+    labels: dict[str, set[str]]
+
+
+def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> Findings:
+    """The residual branches of ``model``.
+
+    Args:
+        model: the model; nothing on it changes.
+        calls: how each block is called, by name, where it is known. Other blocks are traced
+            with a value for each argument without a default.
+    """
+    from ..layer import StochasticDepth  # the layer is above us; only its type is asked for
+
+    candidates: list[_Candidate] = []
+    refused: list[Refused] = []
+    wrapped: list[str] = []
+    for name, block in model.named_modules():
+        if isinstance(block, StochasticDepth):
+            wrapped.append(f"{name}." if name else "")
+        if name.startswith(tuple(wrapped)) or not _may_hold_sums(block):
+            continue
+        try:
+            call = (calls or {}).get(name) or static_call(block)
+            labelled, refusals, _ = _analyse(block, call, training=True)
+        except (CaptureError, NotResidual) as error:
+            refused.append(Refused(name, str(error)))
+            continue
+        candidates += [_Candidate(name, block, label, region) for label, region in labelled]
+        refused += [Refused(_join(name, next(iter(r.modules), "")), r.reason) for r in refusals]
+    kept = _settle_nesting(candidates, refused)
+    labels: dict[str, set[str]] = defaultdict(set)
+    for c in candidates:
+        labels[c.name].add(c.label)
+    return Findings([c.found() for c in candidates if c in kept], refused, dict(labels))
+
+
+def make_program(
+    block: nn.Module, call: Call, training: bool, labels: set[str]
+) -> tuple[Program, set[str]]:
+    """The program of ``block`` for one form of call, and the labels of all residual sums in it.
+
+    Args:
+        block: the block.
+        call: how it is called.
+        training: whether it is in training mode.
+        labels: the branches to take out; others stay where they are.
+
+    Raises:
+        CaptureError, NotResidual: it cannot be traced when called like this.
+    """
+    labelled, _, graph = _analyse(block, call, training)
+    chosen = [(label, region) for label, region in labelled if label in labels]
+    program = build_program(graph, chosen, lambda node: is_drop_call(node, block))
+    return program, {label for label, _ in labelled}
+
+
+def _analyse(
+    block: nn.Module, call: Call, training: bool
+) -> tuple[list[tuple[str, Region]], list[Refusal], fx.Graph]:
+    graph = capture(block, call, training)
+    regions, refusals = find_regions(graph, lambda path: _leaf(block.get_submodule(path)))
+    return list(_label(block, regions)), refusals, graph
+
+
+def _leaf(module: nn.Module) -> Leaf:
+    weights = sum(p.dim() > 1 for p in module.parameters())
+    in_place = getattr(module, "inplace", False) is True and next(module.children(), None) is None
+    return Leaf(weights, in_place, isinstance(module, nn.Identity))
+
+
+def _label(block: nn.Module, regions: list[Region]) -> Iterator[tuple[str, Region]]:
+    """Name each region after the child that holds most of its parameters."""
+    seen: dict[str, int] = defaultdict(int)
+    for region in regions:
+        sizes = {
+            path: sum(p.numel() for p in block.get_submodule(path).parameters())
+            for path in region.modules
+        }
+        label = max(sizes, key=sizes.__getitem__) if sizes else "branch"
+        seen[label] += 1
+        yield label if seen[label] == 1 else f"{label}#{seen[label]}", region
+
+
+def _may_hold_sums(module: nn.Module) -> bool:
+    """Whether a module's forward may hold a residual sum.
+
+    Torch's own layers and containers have none, its transformer layers apart.
+    """
+    home = type(module).__module__
+    if home.startswith("torch.nn.modules.") or is_drop_module(module):
+        return home == "torch.nn.modules.transformer"
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    name: str
+    block: nn.Module
+    label: str
+    region: Region
+
+    def found(self) -> Found:
+        modules = self.region.modules
+        existing = tuple(m for m in modules if is_drop_module(self.block.get_submodule(m)))
+        return Found(
+            self.name, self.label, self.region.kind, modules, existing, self.region.rows_known
+        )
+
+
+def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set[_Candidate]:
+    """Keep the outermost of nested regions, unless it spans several residual sums itself.
+
+    x + f(x) inside a branch is a part of that branch; but a sum around a stack of residual
+    blocks is a long skip, and the blocks are the branches.
+    """
+    below: dict[str, set[_Candidate]] = defaultdict(set)  # by the name of every enclosing module
+    kept: set[_Candidate] = set()
+    deepest_first = sorted(candidates, key=lambda c: -len(_path(c.name)))
+    for outer in deepest_first:
+        inner = {c for c in below[outer.name] if c.region.merge in outer.region.nodes}
+        for path in outer.region.modules:
+            inner |= below[_join(outer.name, path)]
+        if sum(c.region.kind == "identity" for c in inner) >= 2:
+            reason = f"a long skip around {len(inner)} residual branches, which are dropped instead"
+            refused.append(Refused(f"{outer.name}:{outer.label}", reason))
+            continue
+        for c in inner:
+            kept.remove(c)
+            for prefix in _prefixes(c.name):
+                below[prefix].discard(c)
+        kept.add(outer)
+        for prefix in _prefixes(outer.name):
+            below[prefix].add(outer)
+    return kept
+
+
+def _path(name: str) -> list[str]:
+    return name.split(".") if name else []
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    path = _path(name)
+    return (".".join(path[:i]) for i in range(len(path) + 1))
+
+
+def _join(block: str, child: str) -> str:
+    return f"{block}.{child}" if block and child else block or child

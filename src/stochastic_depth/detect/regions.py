@@ -1,0 +1,372 @@
+"""Residual regions of a traced forward: a pure function on a graph.
+
+For a sum ``m = add(s, b)`` let ``Anc(v)`` be a value and all it is computed from. The branch is
+what ``b`` needs and ``s`` does not, ``Anc(b) - Anc(s)``; the shortcut's own work is
+``Anc(s) - Anc(b)``. Where the shortcut has no work of its own, the region is an *identity*
+shortcut; where it has little (at most one layer with a weight matrix, less than the branch) and
+starts from the same value, a *projection*. Everything else is not a residual sum.
+
+Ancestor sets are bit masks in Python integers, which makes this fast.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ..functional import Sum
+
+__all__ = [
+    "Kind",
+    "Leaf",
+    "NotResidual",
+    "Refusal",
+    "Region",
+    "find_regions",
+    "is_effect",
+    "is_shape",
+]
+
+Kind = Literal["identity", "projection"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What the analysis has to know of a child module."""
+
+    weights: int  # the number of its weight matrices
+    in_place: bool = False  # it overwrites its input with its result
+    identity: bool = False  # it returns its input
+
+
+@dataclass(frozen=True)
+class Region:
+    """A residual sum: ``merge(shortcut, output)``, with the branch's nodes in order."""
+
+    merge: fx.Node
+    shortcut: fx.Node
+    output: fx.Node
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    rows_known: bool  # whether every input certainly has the shortcut's rows
+    kind: Kind
+    sum: Sum
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The child modules that the branch calls, in order."""
+        return tuple(dict.fromkeys(str(n.target) for n in self.nodes if n.op == "call_module"))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A sum that looks residual but cannot be dropped."""
+
+    modules: tuple[str, ...]
+    reason: str
+
+
+class NotResidual(Exception):
+    """A graph in which no branch can be dropped; the message is the reason."""
+
+
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_SUBTRACT = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"}
+_IN_PLACE = {
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.imatmul,
+    operator.ipow,
+    operator.ifloordiv,
+    operator.imod,
+}
+_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point"}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
+_VIEWS = {
+    "chunk",
+    "expand",
+    "flatten",
+    "permute",
+    "reshape",
+    "split",
+    "squeeze",
+    "transpose",
+    "unbind",
+    "unflatten",
+    "unsqueeze",
+    "view",
+    "view_as",
+}
+
+
+def is_shape(node: fx.Node) -> bool:
+    """Whether a node reads sizes or types only: no values, and no row depends on another."""
+    if node.op == "call_method" and node.target in _SHAPE_METHODS:
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    if node.op == "call_function" and node.all_input_nodes:
+        return all(is_shape(n) for n in node.all_input_nodes) and (
+            getattr(node.target, "__module__", None) in ("_operator", "builtins", "math")
+        )
+    return False
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node is an assertion: it is computed for nobody and nobody waits for it."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in (
+        "_assert",
+        "assert_fn",
+    )
+
+
+def find_regions(
+    graph: fx.Graph, leaf: Callable[[str], Leaf]
+) -> tuple[list[Region], list[Refusal]]:
+    """The residual regions of ``graph`` in the order of their sums, inner ones included.
+
+    In-place operations are made explicit first: uses of a value that come after an operation
+    has overwritten it become uses of that operation's result. This rewrites ``graph``, whose
+    meaning stays the same.
+
+    Args:
+        graph: a traced forward.
+        leaf: what is known of a child module, by its qualified name in the graph.
+
+    Raises:
+        NotResidual: nothing in the graph can be dropped; the message is the reason.
+    """
+    overwritten = _thread_in_place(graph, leaf)
+    return _Finder(graph, leaf, overwritten).run()
+
+
+def _thread_in_place(graph: fx.Graph, leaf: Callable[[str], Leaf]) -> dict[fx.Node, fx.Node]:
+    """Point later uses of an overwritten value at the result; the map from one to the other.
+
+    Raises:
+        NotResidual: a view is overwritten, which changes its base in a way no node stands for.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    overwritten: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        target = _overwrites(node, leaf)
+        if target is None:
+            continue
+        base = target
+        while _is_view(base):
+            base = base.all_input_nodes[0]
+            if any(order[user] > order[node] for user in base.users):
+                raise NotResidual("it overwrites a part of a value in place")
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
+        overwritten[target] = node
+    return overwritten
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _VIEWS
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and (node.target is operator.getitem or name in _VIEWS)
+
+
+def _overwrites(node: fx.Node, leaf: Callable[[str], Leaf]) -> fx.Node | None:
+    """The value that ``node`` overwrites with its result, if it works in place."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    first = node.args[0]
+    if is_shape(first):
+        return None
+    if node.op == "call_module":
+        return first if leaf(str(node.target)).in_place else None
+    if node.op == "call_method":
+        name = str(node.target)
+        return first if name.endswith("_") and not name.endswith("__") else None
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        private = name.startswith("_") or name.endswith("__")
+        in_place = node.target in _IN_PLACE or (name.endswith("_") and not private)
+        return first if in_place or node.kwargs.get("inplace") is True else None
+    return None
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+class _Finder:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        leaf: Callable[[str], Leaf],
+        overwritten: dict[fx.Node, fx.Node],
+    ) -> None:
+        self.leaf = leaf
+        self.overwritten = overwritten
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.values = 0  # the nodes that are computed values: no shapes, no assertions
+        self.ancestors: list[int] = []
+        for i, node in enumerate(self.nodes):
+            mask = 0
+            if not is_shape(node) and not is_effect(node):
+                mask = 1 << i
+                self.values |= mask
+            for source in node.all_input_nodes:
+                if not is_shape(source):
+                    mask |= self.ancestors[self.index[source]]
+            self.ancestors.append(mask)
+        self.given = self._mask(n for n in self.nodes if n.op == "placeholder")
+        self.attributes = self._mask(n for n in self.nodes if n.op == "get_attr")
+        self.found: dict[fx.Node, Region] = {}
+        self.refused: list[Refusal] = []
+
+    def run(self) -> tuple[list[Region], list[Refusal]]:
+        for node in self.nodes:
+            sides = _sum_of(node)
+            if sides is None or not all(self.values >> self.index[s] & 1 for s in sides[:2]):
+                continue
+            a, b, sign = sides
+            region = self._region(node, a, b, Sum(_operation(node, swapped=False), sign))
+            if region is None and sign == 1:
+                region = self._region(node, b, a, Sum(_operation(node, swapped=True), 1))
+            if region is not None:
+                self.found[node] = region
+        return list(self.found.values()), self.refused
+
+    def _mask(self, nodes: Iterable[fx.Node]) -> int:
+        mask = 0
+        for node in nodes:
+            mask |= 1 << self.index[node]
+        return mask
+
+    def _anc(self, node: fx.Node) -> int:
+        return self.ancestors[self.index[node]]
+
+    def _weights(self, mask: int) -> int:
+        """Layers with a weight matrix among the nodes of ``mask``."""
+        nodes = [self.nodes[i] for i in _bits(mask)]
+        return sum(self.leaf(str(n.target)).weights for n in nodes if n.op == "call_module")
+
+    def _region(
+        self, merge: fx.Node, shortcut: fx.Node, output: fx.Node, as_sum: Sum
+    ) -> Region | None:
+        branch = self._anc(output) & ~self._anc(shortcut)
+        own = self._anc(shortcut) & ~self._anc(output)
+        if not self._anc(shortcut) & self.given or not branch >> self.index[output] & 1:
+            return None
+        # x + f(x) + g(x): the second branch reads the trunk x of the shortcut x + f(x).
+        trunk = [shortcut]
+        while own:
+            inner = self.found.get(trunk[-1])
+            if inner is not None and inner.kind == "identity":
+                own &= ~self._mask(inner.nodes)
+                before = inner.shortcut
+            elif trunk[-1].op == "call_module" and self.leaf(str(trunk[-1].target)).identity:
+                before = trunk[-1].all_input_nodes[0]
+            else:
+                break
+            own &= ~self._mask([trunk[-1]])
+            trunk.append(before)
+        kind: Kind = "projection" if own & ~self.attributes else "identity"
+        if kind == "identity" and not self._anc(output) >> self.index[trunk[-1]] & 1:
+            return None
+        if kind == "projection":
+            weights = self._weights(own)
+            if weights > 1 or self._weights(branch) <= weights:
+                return None
+        kept = self._without_leaks(branch, merge)
+        inputs = self._entries(kept)
+        if not self._substantial(branch):
+            return None
+        if not self._substantial(kept) or not kept >> self.index[output] & 1 or not inputs:
+            self._refuse(branch, "what the branch computes is also used outside of it")
+            return None
+        if any(
+            v in self.overwritten
+            and not kept >> self.index[self.overwritten[v]] & 1
+            and self.index[self.overwritten[v]] < self.index[merge]
+            for v in inputs
+        ):
+            self._refuse(branch, "an input of the branch is overwritten before the sum")
+            return None
+        if kind == "projection":
+            start = self._entries(own)
+            if len(start) != 1 or not set(start) <= set(inputs):
+                return None
+            trunk = list(start)
+        nodes = tuple(self.nodes[i] for i in _bits(kept))
+        known = set(inputs) <= set(trunk)
+        return Region(merge, shortcut, output, nodes, inputs, known, kind, as_sum)
+
+    def _refuse(self, branch: int, reason: str) -> None:
+        nodes = (self.nodes[i] for i in _bits(branch))
+        modules = tuple(str(n.target) for n in nodes if n.op == "call_module")
+        self.refused.append(Refusal(modules, reason))
+
+    def _without_leaks(self, branch: int, merge: fx.Node) -> int:
+        """``branch`` without what is needed elsewhere too."""
+        for i in reversed(list(_bits(branch))):
+            if branch >> i & 1 and any(
+                user is not merge and not branch >> self.index[user] & 1
+                for user in self._readers(self.nodes[i])
+            ):
+                branch &= ~self.ancestors[i]
+        return branch
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes that need ``node``'s value, or its shape for something else."""
+        for user in node.users:
+            if is_shape(user):
+                yield from self._readers(user)
+            elif not is_effect(user):
+                yield user
+
+    def _entries(self, mask: int) -> tuple[fx.Node, ...]:
+        """The values from outside that the nodes of ``mask`` read, parameters apart."""
+        entries: dict[fx.Node, None] = {}
+
+        def enter(node: fx.Node) -> None:
+            for source in node.all_input_nodes:
+                if is_shape(source):
+                    enter(source)
+                elif not mask >> self.index[source] & 1 and source.op != "get_attr":
+                    entries[source] = None
+
+        for i in _bits(mask):
+            enter(self.nodes[i])
+        return tuple(entries)
+
+    def _substantial(self, mask: int) -> bool:
+        """Whether there is more to the nodes of ``mask`` than a bit of arithmetic."""
+        nodes = [self.nodes[i] for i in _bits(mask)]
+        return any(n.op in ("call_module", "get_attr") for n in nodes)
+
+
+def _sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    """The two sides of a sum or difference, and the sign of the second."""
+    if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+        return None
+    if node.target in _ADD:
+        return a, b, 1
+    if node.target in _SUBTRACT:
+        return a, b, -1
+    return None
+
+
+def _operation(node: fx.Node, swapped: bool) -> Callable[..., torch.Tensor]:
+    """The sum as the model wrote it, called with (shortcut, output)."""
+    op: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    return (lambda shortcut, output: op(output, shortcut)) if swapped else op

@@ -1,0 +1,155 @@
+"""What stands in for a block's forward: in training, the forward with droppable branches."""
+
+import warnings
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .detect import CaptureError, Found, NotResidual, make_program
+from .detect.capture import Call, read_call
+from .detect.program import Program
+from .functional import combine
+from .sampling import Keep, Mode, Scale, decide
+
+__all__ = ["BranchState", "ResidualForward", "observer"]
+
+# Set to be called as observer(state, run) -> output in place of every branch, which then counts
+# as kept: how the report measures branches.
+observer: ContextVar[Callable[["BranchState", Callable[[], Any]], Any] | None] = ContextVar(
+    "observer", default=None
+)
+
+
+@dataclass
+class BranchState:
+    """One residual branch of a model: what was found, how it is dropped, what happened so far."""
+
+    found: Found
+    p: float
+    mode: Mode
+    scale: Scale
+    decided: int = 0  # calls, or rows in row mode, since applied
+    dropped: int = 0
+
+
+class ResidualForward:
+    """A callable that is put in ``block.__dict__["forward"]``.
+
+    In evaluation, and where every rate is 0, it calls the forward of the block's class, so the
+    result is that of the plain model by construction. Otherwise it runs the block's program, in
+    which every branch asks for its coin. Programs are made for each form of call when first
+    needed and are no part of the pickled or copied state.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        states: list[BranchState],
+        known: set[str],
+        generator: torch.Generator | None,
+    ) -> None:
+        self.block = block
+        self.known = known  # the labels of all residual sums that were seen when applied
+        self.states = {state.found.label: state for state in states}
+        self.generator = generator
+        # A drop module inside a branch is replaced by our coin, also where our rate is 0.
+        self.replaces = any(state.found.existing for state in states)
+        self._programs: dict[Hashable, Program | None] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._active():
+            call, values = read_call(args, kwargs)
+            program = self._program(call)
+            if program is not None:
+                return program.run(self.block, _Runner(self, program), *values)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_programs": {}}
+
+    def _active(self) -> bool:
+        if observer.get() is not None:
+            return True
+        if self.block.training:
+            return self.replaces or any(state.p > 0.0 for state in self.states.values())
+        return any(state.p > 0.0 and state.scale == "eval" for state in self.states.values())
+
+    def _program(self, call: Call) -> Program | None:
+        key = call.key, self.block.training
+        if key not in self._programs:
+            program, seen, reason = None, set(self.known), "not found"
+            try:
+                program, seen = make_program(
+                    self.block, call, self.block.training, set(self.states)
+                )
+            except (CaptureError, NotResidual) as error:
+                seen, reason = set(), str(error)
+            self._report(set(self.states) - seen, seen - self.known, reason)
+            self._programs[key] = program
+        return self._programs[key]
+
+    def _report(self, missing: set[str], new: set[str], reason: str) -> None:
+        name = next(iter(self.states.values())).found.block
+        kind = type(self.block).__name__
+        called = f"stochastic depth: {name!r} ({kind}), called with these arguments,"
+        if missing:
+            warnings.warn(f"{called} never drops {sorted(missing)}: {reason}", stacklevel=2)
+        if new:
+            warnings.warn(
+                f"{called} has residual branches that apply() did not see and that are never "
+                f"dropped: {sorted(new)}. Give apply() example_inputs like those of training.",
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs the branches of one call of a block."""
+
+    forward: ResidualForward
+    program: Program
+
+    def __call__(self, i: int, shortcut: Tensor, *inputs: Any) -> Any:
+        branch = self.program.branches[i]
+        state = self.forward.states[branch.label]
+        block = self.forward.block
+
+        def run(*values: Any) -> Any:
+            version = shortcut._version
+            output = branch.run(block, *values)
+            if shortcut._version != version:
+                raise RuntimeError(
+                    f"the branch {state.found.block}:{branch.label} overwrites its shortcut in "
+                    "place, so a dropped branch would leave another shortcut than a kept one; "
+                    "exclude it, or make the first operation of the branch out of place"
+                )
+            return output
+
+        observe = observer.get()
+        if observe is not None:
+            output = observe(state, lambda: run(*inputs))
+            return combine(shortcut, lambda: output, (), Keep(None, 1.0), branch.sum)
+        rows = shortcut.shape[0] if state.mode == "row" else 1
+        keep = decide(
+            state.p,
+            training=block.training,
+            mode=state.mode,
+            scale=state.scale,
+            batch=rows,
+            device=shortcut.device,
+            generator=self.forward.generator,
+        )
+        if block.training and torch._C._current_graph_task_id() == -1:  # no recomputation
+            state.decided += rows
+            state.dropped += rows - _kept_rows(keep, rows)
+        return combine(shortcut, run, inputs, keep, branch.sum, select=branch.rows_known)
+
+
+def _kept_rows(keep: Keep, rows: int) -> int:
+    if keep.weight == 0.0:
+        return 0
+    return rows if keep.rows is None else len(keep.rows)

@@ -1,0 +1,192 @@
+r"""The residual sum with a droppable branch.
+
+For a shortcut :math:`s`, a branch :math:`f` and a drop probability :math:`p`, with a coin
+:math:`b \sim \mathrm{Bernoulli}(1 - p)` for the call (``mode="batch"``) or for each row
+(``mode="row"``):
+
+=========== ============================ ==================
+scale       training                     evaluation
+=========== ============================ ==================
+``"train"`` :math:`s + b\,f / (1 - p)`   :math:`s + f`
+``"eval"``  :math:`s + b\,f`             :math:`s + (1-p) f`
+``"none"``  :math:`s + b\,f`             :math:`s + f`
+=========== ============================ ==================
+
+Where :math:`b = 0` the branch is not executed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .rows import add_rows, take_rows
+from .sampling import Keep, check_mode, check_p, check_scale, decide
+
+__all__ = ["Merge", "Sum", "combine", "residual"]
+
+
+class Merge(Protocol):
+    """How a branch's output joins its shortcut."""
+
+    def __call__(self, shortcut: Any, output: Any, weight: float) -> Any:
+        """The merged value, the branch weighing ``weight``."""
+
+    def rows(self, shortcut: Any, output: Any, weight: float, rows: Tensor, dim: int) -> Any:
+        """The same where ``output`` holds only the rows ``rows`` of the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """``op(shortcut, output)``, which must be ``shortcut + sign * output``.
+
+    At weight 1 the operation runs exactly as the model wrote it. At other weights the weight
+    goes into the addition, which saves a pass over the branch's output.
+    """
+
+    op: Callable[[Tensor, Tensor], Tensor] = torch.add
+    sign: int = 1
+
+    def __call__(self, shortcut: Tensor, output: Tensor, weight: float) -> Tensor:
+        if weight == 1.0:
+            merged = self.op(shortcut, output)
+        elif shortcut.stride() == output.stride():
+            merged = torch.add(shortcut, output, alpha=self.sign * weight)
+        else:  # the operand order decides the layout of the result: keep it
+            merged = self.op(shortcut, output * weight)
+        if merged.shape != shortcut.shape:
+            raise ValueError(
+                f"the branch's output has shape {tuple(output.shape)} and the shortcut "
+                f"{tuple(shortcut.shape)}: a dropped branch would leave another shape than a "
+                "kept one; project the shortcut to the output's shape"
+            )
+        return merged
+
+    def rows(
+        self, shortcut: Tensor, output: Tensor, weight: float, rows: Tensor, dim: int
+    ) -> Tensor:
+        shape = list(shortcut.shape)
+        shape[dim] = len(rows)
+        dtype = torch.result_type(shortcut, output)
+        values = output.to(dtype).expand(shape)
+        return add_rows(shortcut.to(dtype), rows, values, self.sign * weight, dim)
+
+
+def combine(
+    shortcut: Any,
+    branch: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    keep: Keep,
+    merge: Merge,
+    *,
+    batch_dim: int = 0,
+    select: bool = True,
+) -> Any:
+    """Carry out a decision: the shortcut where dropped, merged with the branch where kept.
+
+    With ``select=False`` the rows of the inputs cannot be told apart: the branch runs on all of
+    them and the dropped rows of its output are left out.
+    """
+    if keep.weight == 0.0:
+        # A copy: what comes next may work in place (a ReLU), which must not reach the shortcut.
+        return tree_map_only(Tensor, Tensor.clone, shortcut)
+    if keep.rows is None:
+        return merge(shortcut, branch(*inputs), keep.weight)
+
+    rows = keep.rows
+
+    def take(x: Tensor) -> Tensor:
+        return take_rows(x, rows, batch_dim)
+
+    if select:
+        output = branch(*tree_map_only(Tensor, take, inputs))
+    else:
+        output = tree_map_only(Tensor, take, branch(*inputs))
+    return merge.rows(shortcut, output, keep.weight, rows, batch_dim)
+
+
+def residual(
+    shortcut: Tensor,
+    branch: Callable[..., Tensor],
+    *inputs: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    mode: str = "batch",
+    scale: str = "train",
+    generator: torch.Generator | None = None,
+    batch_dim: int = 0,
+) -> Tensor:
+    """``shortcut + branch(*inputs)``, the branch dropped with probability ``p`` in training.
+
+    A dropped branch is not called; in ``"row"`` mode it is called with the kept rows only.
+
+    Args:
+        shortcut: the tensor that is always kept, of the shape of the sum.
+        branch: called with ``inputs``, or with the shortcut where there are none.
+        inputs: the branch's inputs. In ``"row"`` mode each has its rows in ``batch_dim``, as
+            many as the shortcut; let the branch close over what all rows share.
+        p: probability to drop, in [0, 1].
+        training: False computes the whole sum (a module passes ``self.training``).
+        mode: ``"batch"`` tosses one coin for the call, ``"row"`` one for each row.
+        scale: ``"train"`` divides a kept branch by 1-p, so that evaluation needs no change;
+            ``"eval"`` multiplies the branch by 1-p in evaluation instead, as the paper does;
+            ``"none"`` does neither.
+        generator: where the coins come from; None is torch's default CPU generator.
+        batch_dim: the dimension of the rows, not negative.
+
+    Returns:
+        A new tensor of the shortcut's shape.
+
+    Raises:
+        TypeError: ``p`` is not a number.
+        ValueError: ``p`` is outside [0, 1]; unknown ``mode`` or ``scale``; the branch's output
+            does not have the shortcut's shape; in ``"row"`` mode, a shortcut without rows or an
+            input with another number of them.
+
+    Example:
+        >>> import torch, stochastic_depth as sd
+        >>> mlp, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+        >>> sd.residual(x, mlp, p=0.1).shape
+        torch.Size([4, 8])
+        >>> torch.equal(sd.residual(x, mlp, p=1.0), x)
+        True
+
+    Reference:
+        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382), eq. 2
+        and 5; the division by 1-p in training is Srivastava et al.'s inverted dropout.
+    """
+    p, mode, scale = check_p(p), check_mode(mode), check_scale(scale)
+    inputs = inputs or (shortcut,)
+    batch = 0
+    if mode == "row":
+        batch = _count_rows(shortcut, batch_dim)
+        for i, x in enumerate(inputs):
+            if x.dim() == 0 or x.shape[batch_dim] != batch:
+                raise ValueError(
+                    f"inputs[{i}] has shape {tuple(x.shape)}, but mode='row' needs {batch} rows in "
+                    f"dimension {batch_dim} as in the shortcut; let the branch close over what "
+                    "all rows share"
+                )
+    keep = decide(
+        p,
+        training=training,
+        mode=mode,
+        scale=scale,
+        batch=batch,
+        device=shortcut.device,
+        generator=generator,
+    )
+    merged: Tensor = combine(shortcut, branch, inputs, keep, Sum(), batch_dim=batch_dim)
+    return merged
+
+
+def _count_rows(x: Tensor, batch_dim: int) -> int:
+    if not 0 <= batch_dim < x.dim() or x.shape[batch_dim] == 0:
+        raise ValueError(
+            f"mode='row' needs at least one row in dimension {batch_dim}, got a tensor of shape "
+            f"{tuple(x.shape)}; use mode='batch'"
+        )
+    return x.shape[batch_dim]

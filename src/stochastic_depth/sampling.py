@@ -1,0 +1,115 @@
+"""Coins: what one call of a residual branch keeps, and with which weight."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["DROPPED", "Keep", "Mode", "Scale", "check_mode", "check_p", "check_scale", "decide"]
+
+Mode = Literal["batch", "row"]
+Scale = Literal["train", "eval", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The part of a batch that goes through the branch, and the weight of the branch there.
+
+    ``rows`` is None where every row is kept. A weight of 0 means that nothing is kept and the
+    branch is not executed.
+    """
+
+    rows: Tensor | None
+    weight: float
+
+
+DROPPED = Keep(None, 0.0)
+
+
+def check_p(p: float, name: str = "p") -> float:
+    """``p`` as a float in [0, 1].
+
+    Raises:
+        TypeError: ``p`` is not a real number.
+        ValueError: ``p`` is NaN or outside [0, 1].
+    """
+    if isinstance(p, bool | str | bytes | complex):
+        raise TypeError(f"{name} must be a number in [0, 1], got {p!r}")
+    try:
+        value = float(p)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number in [0, 1], got {p!r}") from error
+    if not 0.0 <= value <= 1.0:  # false for NaN too
+        raise ValueError(f"{name} is the probability to drop and must be in [0, 1], got {p!r}")
+    return value
+
+
+def check_mode(mode: str) -> Mode:
+    """``mode``, if it is one of the modes."""
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
+    return mode  # type: ignore[return-value]
+
+
+def check_scale(scale: str) -> Scale:
+    """``scale``, if it is one of the scalings."""
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale must be one of {get_args(Scale)}, got {scale!r}")
+    return scale  # type: ignore[return-value]
+
+
+def decide(
+    p: float,
+    *,
+    training: bool,
+    mode: Mode,
+    scale: Scale,
+    batch: int = 1,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Keep:
+    """Toss the coins of one call.
+
+    Uniform numbers are drawn in float32 whatever the dtype of the model (in bfloat16 a rate
+    below 0.002 would never drop), and on the host: torch's default CPU generator is one of those
+    that gradient checkpointing saves and restores, so a recomputed forward sees the same coins.
+    p = 0 and p = 1 need no coin and draw none.
+
+    Args:
+        p: probability to drop, in [0, 1].
+        training: whether branches are dropped at all.
+        mode: ``"batch"``, one coin for the call, or ``"row"``, one coin for each row.
+        scale: ``"train"``: kept branches weigh 1/(1-p) in training; ``"eval"``: branches weigh
+            1-p outside training; ``"none"``: always 1.
+        batch: number of rows, for ``mode="row"``.
+        device: where the kept rows are needed; None is the CPU.
+        generator: where the coins come from; None is torch's default generator.
+    """
+    if not training:
+        return Keep(None, 1.0 - p if scale == "eval" else 1.0)
+    if p == 0.0:
+        return Keep(None, 1.0)
+    if p == 1.0:
+        return DROPPED
+    if generator is not None and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "gradient checkpointing recomputes this branch during backward, and a generator of "
+            "your own (seed=..., generator=...) would toss other coins there than in the forward; "
+            "use torch's default generator (seed=None and torch.manual_seed)"
+        )
+    weight = 1.0 / (1.0 - p) if scale == "train" else 1.0
+    coins = torch.rand(
+        batch if mode == "row" else 1,
+        generator=generator,
+        device="cpu" if generator is None else generator.device,
+        dtype=torch.float32,
+    )
+    if mode == "batch":
+        return Keep(None, weight) if coins.item() >= p else DROPPED
+    rows = (coins >= p).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return DROPPED
+    if len(rows) == batch:
+        return Keep(None, weight)
+    return Keep(rows.to(device or "cpu", non_blocking=True), weight)

@@ -1,0 +1,328 @@
+"""The whole-model verbs: apply, remove, branches."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .detect import Findings, Found, Refused, find_branches
+from .detect.capture import Call, read_call
+from .executor import BranchState, ResidualForward
+from .sampling import Mode, Scale, check_mode, check_p, check_scale
+from .schedules import Schedule, depth_rates
+
+__all__ = ["Branch", "Filter", "apply", "branches", "detect", "remove"]
+
+M = TypeVar("M", bound=nn.Module)
+Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Filter = Pattern | Iterable[Pattern] | None
+
+
+class Branch:
+    """One droppable residual branch of a model.
+
+    Attributes:
+        name: the qualified name of the block and, after a colon, which of its branches.
+        kind: ``"identity"`` or ``"projection"``, the kind of its shortcut.
+        modules: the qualified names of the submodules that the branch runs, in order.
+        mode, scale: how it is dropped.
+        p: probability to drop; may be set at any time.
+        decided: how many coins were tossed in training since ``apply``: calls, or rows in
+            ``"row"`` mode.
+        dropped: how many of them dropped.
+    """
+
+    def __init__(self, block: str, state: BranchState) -> None:
+        self._block = block
+        self._state = state
+
+    @property
+    def name(self) -> str:
+        return branch_name(self._block, self._state.found.label)
+
+    @property
+    def kind(self) -> str:
+        return self._state.found.kind
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        prefix = f"{self._block}." if self._block else ""
+        return tuple(prefix + m for m in self._state.found.modules)
+
+    @property
+    def mode(self) -> Mode:
+        return self._state.mode
+
+    @property
+    def scale(self) -> Scale:
+        return self._state.scale
+
+    @property
+    def p(self) -> float:
+        return self._state.p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._state.p = check_p(value)
+
+    @property
+    def decided(self) -> int:
+        return self._state.decided
+
+    @property
+    def dropped(self) -> int:
+        return self._state.dropped
+
+    def __repr__(self) -> str:
+        return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"
+
+
+def branch_name(block: str, label: str) -> str:
+    """The name of a branch: its block, and which one of it."""
+    return f"{block}:{label}"
+
+
+def apply(
+    model: M,
+    p: float | None = None,
+    schedule: Schedule = "linear",
+    mode: str = "batch",
+    scale: str = "train",
+    include: Filter = None,
+    exclude: Filter = None,
+    example_inputs: Any = None,
+    seed: int | None = None,
+) -> M:
+    """Add stochastic depth to every residual branch of ``model``, in place.
+
+    Parameters, buffers, their names, the types of all modules and, with the default ``scale``,
+    the output in evaluation stay exactly as they are: only the forward of the blocks with
+    residual branches changes, and only in training. Applying again sets everything anew. Where
+    anything is wrong, the model is left as it was.
+
+    Args:
+        model: any module. DropPath and StochasticDepth modules inside its branches are replaced
+            by our coins until :func:`remove`.
+        p: the rate that ``schedule`` scales, in [0, 1]: the probability to drop, 0.2 if None.
+        schedule: how the rate grows with depth: ``"linear"`` (the paper's), ``"linear-timm"``,
+            ``"linear-efficientnet"``, ``"uniform"``, a function (l, L) -> p with l = 1..L, or a
+            list; see :func:`stochastic_depth.schedules.depth_rates`. Depth counts the blocks
+            that are dropped from, in the order of the model's modules; the branches of one
+            block share its depth.
+        mode: ``"batch"``, one coin for a branch and call, or ``"row"``, one for each sample.
+        scale: ``"train"``, a kept branch is divided by 1-p; ``"eval"``, the branch is multiplied
+            by 1-p in evaluation (the paper); ``"none"``.
+        include: which branches: globs on their names, block types, functions
+            (block name, block) -> bool, or a list of these. None is all.
+        exclude: which of them not.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict
+            of keywords. The model runs on them once, in evaluation, to see how its blocks are
+            called; needed only where residual branches depend on optional arguments.
+        seed: draw the coins from a generator of the model's own, seeded with this, instead of
+            torch's default one. Cannot be combined with gradient checkpointing.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: a bad argument; no residual branch found; a pattern that matches
+            nothing.
+
+    Example:
+        >>> import torch, stochastic_depth as sd
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> model = sd.apply(torch.nn.TransformerEncoder(layer, 2), p=0.2)
+        >>> [round(branch.p, 3) for branch in sd.branches(model)]
+        [0.1, 0.1, 0.2, 0.2]
+
+    Reference:
+        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checked_mode, checked_scale = check_mode(mode), check_scale(scale)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    findings = detect(model, example_inputs)
+    chosen = _choose(model, findings, include, exclude)
+    names = list(dict.fromkeys(found.block for found in chosen))
+    rates = dict(zip(names, depth_rates(schedule, p, len(names)), strict=True))
+    if checked_mode == "row":
+        _warn_of_masking(chosen)
+    states: dict[str, list[BranchState]] = {name: [] for name in names}
+    for found in chosen:
+        state = BranchState(found, rates[found.block], checked_mode, checked_scale)
+        states[found.block].append(state)
+    remove(model)
+    for name in names:
+        block = model.get_submodule(name)
+        forward = ResidualForward(block, states[name], findings.labels[name], generator)
+        block.__dict__["forward"] = forward
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undo :func:`apply`: every block has its own forward again.
+
+    Args:
+        model: a module; one without stochastic depth is left alone.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import torchvision, stochastic_depth as sd
+        >>> model = sd.apply(torchvision.models.resnet18())
+        >>> sd.branches(sd.remove(model))
+        []
+    """
+    for _, forward in _forwards(model):
+        del forward.block.__dict__["forward"]
+    return model
+
+
+def branches(model: nn.Module) -> list[Branch]:
+    """The droppable branches of ``model`` in depth order; empty where nothing is applied.
+
+    Example:
+        >>> import torchvision, stochastic_depth as sd
+        >>> model = sd.apply(torchvision.models.resnet18(), p=0.2)
+        >>> sd.branches(model)[-1]
+        Branch('layer4.1:conv1', p=0.2, kind='identity', mode='batch')
+        >>> sd.branches(model)[0].p = 0.0  # never drop the first
+    """
+    return [
+        Branch(name, state)
+        for name, forward in _forwards(model)
+        for state in forward.states.values()
+    ]
+
+
+def detect(model: nn.Module, example_inputs: Any = None) -> Findings:
+    """The residual branches that ``apply`` can drop, and what it refuses."""
+    calls = None if example_inputs is None else _watch_calls(model, example_inputs)
+    findings = find_branches(model, calls)
+    free: list[Found] = []
+    refused = list(findings.refused)
+    for found in findings.branches:
+        own = model.get_submodule(found.block).__dict__.get("forward")
+        if own is None or isinstance(own, ResidualForward):
+            free.append(found)
+        else:
+            name = branch_name(found.block, found.label)
+            refused.append(Refused(name, "something else has replaced the block's forward"))
+    return Findings(free, refused, findings.labels)
+
+
+def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
+    for name, block in model.named_modules():
+        forward = block.__dict__.get("forward")
+        if isinstance(forward, ResidualForward):
+            yield name, forward
+
+
+def run_example(model: nn.Module, example_inputs: Any) -> None:
+    """Call ``model`` on ``example_inputs`` in evaluation, without gradients or random effects.
+
+    Raises:
+        ValueError: the model fails on them.
+    """
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            elif isinstance(example_inputs, tuple | list):
+                model(*example_inputs)
+            else:
+                model(example_inputs)
+    except Exception as error:
+        raise ValueError(
+            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
+            f"or a dict of keywords), but calling it failed: {error}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _watch_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
+    """How each module is called, by name, when the model runs on ``example_inputs``."""
+    calls: dict[str, Call] = {}
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, read_call(args, kwargs)[0])
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [watch(name, module) for name, module in model.named_modules()]
+    try:
+        run_example(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _choose(model: nn.Module, findings: Findings, include: Filter, exclude: Filter) -> list[Found]:
+    if not findings.branches:
+        reasons = "".join(f"\n  {r.name or 'the model'}: {r.reason}" for r in findings.refused[:10])
+        raise ValueError(
+            f"no residual branch found in {type(model).__name__}: stochastic depth needs sums of "
+            "a shortcut and a branch. Where the model decides by its arguments, give "
+            "example_inputs; to drop a block as a whole, wrap it in StochasticDepth."
+            + (f" Refused:{reasons}" if reasons else "")
+        )
+    chosen = findings.branches
+    if include is not None:
+        chosen = _matching(model, chosen, include, "include")
+    if exclude is not None:
+        excluded = _matching(model, chosen, exclude, "exclude")
+        chosen = [found for found in chosen if found not in excluded]
+        if not chosen:
+            raise ValueError(f"exclude={exclude!r} leaves no branch")
+    return chosen
+
+
+def _matching(model: nn.Module, found: list[Found], patterns: Filter, name: str) -> list[Found]:
+    """The branches that a pattern matches; every pattern must match one."""
+    if isinstance(patterns, str | type) or not isinstance(patterns, Iterable):
+        patterns = [patterns]  # type: ignore[list-item]
+    matched: set[Found] = set()
+    for pattern in patterns:
+        hits = {f for f in found if _matches(model, f, pattern, name)}
+        if not hits:
+            known = ", ".join(branch_name(f.block, f.label) for f in found[:8])
+            more = ", ..." if len(found) > 8 else ""
+            raise ValueError(f"{name}={pattern!r} matches no branch; there are {known}{more}")
+        matched |= hits
+    return [f for f in found if f in matched]
+
+
+def _matches(model: nn.Module, found: Found, pattern: Pattern, name: str) -> bool:
+    if isinstance(pattern, str):
+        return fnmatchcase(branch_name(found.block, found.label), pattern)
+    block = model.get_submodule(found.block)
+    if isinstance(pattern, type):
+        return isinstance(block, pattern)
+    if callable(pattern):
+        return bool(pattern(found.block, block))
+    raise TypeError(
+        f"{name} must be globs on branch names, module types or functions (name, block) -> bool, "
+        f"got {pattern!r}"
+    )
+
+
+def _warn_of_masking(chosen: list[Found]) -> None:
+    masked = [branch_name(f.block, f.label) for f in chosen if not f.rows_known]
+    if masked:
+        warnings.warn(
+            "mode='row': it cannot be told which of the tensors that enter these branches have "
+            "the batch's rows, so they are computed on all rows and the dropped rows left out: "
+            f"{', '.join(masked)}",
+            stacklevel=3,
+        )
