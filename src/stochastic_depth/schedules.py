@@ -1,7 +1,7 @@
 """From depth to drop probability: pure functions."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from .sampling import check_p
 
@@ -71,5 +71,5 @@ def depth_rates(schedule: Schedule, p: float | None, depth: int) -> list[float]:
             f"schedule has {len(schedule)} rates, but there are {depth} blocks with residual "
             "branches to set"
         )
-    rates: Sequence[float] = schedule
+    rates = cast(Sequence[float], schedule)
     return [check_p(rate, f"schedule[{i}]") for i, rate in enumerate(rates)]
