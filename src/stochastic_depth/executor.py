@@ -17,11 +17,10 @@ from .sampling import Keep, Mode, Scale, decide
 
 __all__ = ["BranchState", "ResidualForward", "observer"]
 
-# Set to be called as observer(state, run) -> output in place of every branch, which then counts
-# as kept: how the report measures branches.
-observer: ContextVar[Callable[["BranchState", Callable[[], Any]], Any] | None] = ContextVar(
-    "observer", default=None
-)
+# Set to be called as observer(state, run, inputs) -> output in place of every branch, which then
+# counts as kept: how the report and the benchmarks measure branches.
+Observer = Callable[["BranchState", Callable[..., Any], tuple[Any, ...]], Any]
+observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 @dataclass
@@ -131,7 +130,7 @@ class _Runner:
 
         observe = observer.get()
         if observe is not None:
-            output = observe(state, lambda: run(*inputs))
+            output = observe(state, run, inputs)
             return combine(shortcut, lambda: output, (), Keep(None, 1.0), branch.sum)
         rows = shortcut.shape[0] if state.mode == "row" else 1
         keep = decide(

@@ -1,5 +1,6 @@
 """``summary``: what is dropped, how often, what it saves, and what could not be dropped."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +141,9 @@ def _measure_flops(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     inside: dict[str, int] = dict.fromkeys(names.values(), 0)
     counter = FlopCounterMode(display=False)
 
-    def count(state: BranchState, run: Any) -> Any:
+    def count(state: BranchState, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         before = counter.get_total_flops()
-        output = run()
+        output = run(*inputs)
         inside[names[id(state)]] += counter.get_total_flops() - before
         return output
 
