@@ -1,7 +1,7 @@
 """What stands in for a block's forward: in training, the forward with droppable branches."""
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +61,7 @@ class ResidualForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._active():
-            call, values = read_call(args, kwargs)
-            program = self._program(call)
+            program, values = self._program(args, kwargs)
             if program is not None:
                 return program.run(self.block, _Runner(self, program), *values)
         return type(self.block).forward(self.block, *args, **kwargs)
@@ -77,19 +76,31 @@ class ResidualForward:
             return self.replaces or any(state.p > 0.0 for state in self.states.values())
         return any(state.p > 0.0 and state.scale == "eval" for state in self.states.values())
 
-    def _program(self, call: Call) -> Program | None:
-        key = call.key, self.block.training
+    def _program(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program | None, Sequence[Any]]:
+        """The program for a call like this, and the values it runs on."""
+        key: Hashable
+        values: Sequence[Any]
+        if not kwargs and all(type(arg) is Tensor for arg in args):  # the usual call, made fast
+            key, values = len(args), args
+        else:
+            call, values = read_call(args, kwargs)
+            key = call.key
+        key = key, self.block.training
         if key not in self._programs:
-            program, seen, reason = None, set(self.known), "not found"
-            try:
-                program, seen = make_program(
-                    self.block, call, self.block.training, set(self.states)
-                )
-            except (CaptureError, NotResidual) as error:
-                seen, reason = set(), str(error)
-            self._report(set(self.states) - seen, seen - self.known, reason)
-            self._programs[key] = program
-        return self._programs[key]
+            self._programs[key] = self._make_program(read_call(args, kwargs)[0])
+        return self._programs[key], values
+
+    def _make_program(self, call: Call) -> Program | None:
+        program, reason = None, "not found"
+        try:
+            training = self.block.training
+            program, seen = make_program(self.block, call, training, set(self.states))
+        except (CaptureError, NotResidual) as error:
+            seen, reason = set(), str(error)
+        self._report(set(self.states) - seen, seen - self.known, reason)
+        return program
 
     def _report(self, missing: set[str], new: set[str], reason: str) -> None:
         name = next(iter(self.states.values())).found.block

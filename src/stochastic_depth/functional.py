@@ -92,6 +92,8 @@ def combine(
     """
     if keep.weight == 0.0:
         # A copy: what comes next may work in place (a ReLU), which must not reach the shortcut.
+        if isinstance(shortcut, Tensor):
+            return shortcut.clone()
         return tree_map_only(Tensor, Tensor.clone, shortcut)
     if keep.rows is None:
         return merge(shortcut, branch(*inputs), keep.weight)
