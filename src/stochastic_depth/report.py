@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .detect.capture import no_fast_path
 from .executor import BranchState, observer
 from .surgery import Branch, branch_name, branches, detect, run_example
 
@@ -149,7 +150,7 @@ def _measure_flops(model: nn.Module, example_inputs: Any) -> dict[str, float]:
 
     token = observer.set(count)
     try:
-        with counter:
+        with counter, no_fast_path():  # the fused path is not counted
             run_example(model, example_inputs)
     finally:
         observer.reset(token)

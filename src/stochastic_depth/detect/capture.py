@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Call", "CaptureError", "capture", "read_call", "static_call"]
+__all__ = ["Call", "CaptureError", "capture", "no_fast_path", "read_call", "static_call"]
 
 
 _NEW = object()  # what an attribute was that did not exist
@@ -81,7 +81,7 @@ def capture(module: nn.Module, call: Call, training: bool) -> fx.Graph:
     module.training = training
     traced_state = dict(module.__dict__)
     random_state = torch.get_rng_state()
-    with _no_fast_path(), _isinstance_knows_values(forward):
+    with no_fast_path(), _isinstance_knows_values(forward):
         try:
             graph = tracer.trace(module)
         except CaptureError:
@@ -222,8 +222,8 @@ def _modes() -> tuple[bool, ...]:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Keep nn.TransformerEncoderLayer off its fused path, which is for evaluation only."""
+def no_fast_path() -> Iterator[None]:
+    """Keep torch's transformer layers off their fused path, which is for evaluation only."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
