@@ -1,0 +1,107 @@
+"""Measure several sides interleaved: round by round one training step of each."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from stochastic_depth.executor import BranchState, observer
+
+
+@dataclass
+class Side:
+    """A model that is trained on one fixed batch."""
+
+    model: nn.Module
+    x: Tensor
+
+    def __post_init__(self) -> None:
+        self.model.train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+
+    def step(self) -> None:
+        output = self.model(self.x)
+        loss = output.float().square().mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleave(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Seconds a step of every side in each round, after two rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for i in range(-2, rounds):
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:  # nobody is always first
+            taken = seconds(sides[name].step, sides[name].x.device)
+            if i >= 0:
+                times[name].append(taken)
+    return times
+
+
+def branch_seconds(model: nn.Module, x: Tensor, repeats: int = 3) -> dict[str, float]:
+    """Forward and backward time of each branch of an applied model, alone."""
+    names = {id(b._state): b.name for b in sd.branches(model)}
+    taken: dict[str, list[float]] = {name: [] for name in names.values()}
+
+    def time_branch(state: BranchState, run: Callable[..., Tensor], inputs: tuple) -> Tensor:
+        def both() -> None:
+            leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) else v for v in inputs]
+            output = run(*leaves)
+            output.backward(torch.ones_like(output))
+
+        taken[names[id(state)]].append(seconds(both, x.device))
+        with torch.no_grad():
+            return run(*inputs)
+
+    token = observer.set(time_branch)
+    try:
+        with torch.no_grad():
+            for _ in range(repeats + 1):
+                with torch.enable_grad():
+                    model(x)
+    finally:
+        observer.reset(token)
+    model.zero_grad(set_to_none=True)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard error. The mean, since a random number of branches runs each round."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ±{error:.3f}"
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
