@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .detect import CaptureError, Found, NotResidual, make_program
 from .detect.capture import Call, read_call
 from .detect.program import Program
-from .functional import combine
+from .functional import Droppable, combine
 from .sampling import Keep, Mode, Scale, decide
 
 __all__ = ["BranchState", "ResidualForward", "observer"]
@@ -31,7 +31,7 @@ class BranchState:
     p: float
     mode: Mode
     scale: Scale
-    decided: int = 0  # calls, or rows in row mode, since applied
+    decided: int = 0  # calls, or rows where rows are chosen, since applied
     dropped: int = 0
 
 
@@ -141,9 +141,8 @@ class _Runner:
 
         observe = observer.get()
         if observe is not None:
-            output = observe(state, run, inputs)
-            return combine(shortcut, lambda: output, (), Keep(None, 1.0), branch.sum)
-        rows = shortcut.shape[0] if state.mode == "row" else 1
+            return branch.sum(shortcut, observe(state, run, inputs), 1.0)
+        rows = 1 if state.mode == "batch" else shortcut.shape[0]
         keep = decide(
             state.p,
             training=block.training,
@@ -156,7 +155,13 @@ class _Runner:
         if block.training and torch._C._current_graph_task_id() == -1:  # no recomputation
             state.decided += rows
             state.dropped += rows - _kept_rows(keep, rows)
-        return combine(shortcut, run, inputs, keep, branch.sum, select=branch.rows_known)
+        droppable = Droppable(run, branch.sum, lambda: modules(block, state), 0, branch.rows_known)
+        return combine(shortcut, inputs, keep, droppable)
+
+
+def modules(block: nn.Module, state: BranchState) -> list[nn.Module]:
+    """The modules that a branch runs."""
+    return [block.get_submodule(name) for name in state.found.modules]
 
 
 def _kept_rows(keep: Keep, rows: int) -> int:

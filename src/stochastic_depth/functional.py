@@ -2,7 +2,7 @@ r"""The residual sum with a droppable branch.
 
 For a shortcut :math:`s`, a branch :math:`f` and a drop probability :math:`p`, with a coin
 :math:`b \sim \mathrm{Bernoulli}(1 - p)` for the call (``mode="batch"``) or for each row
-(``mode="row"``):
+(``mode="row"``; in ``"subset"`` k of the B rows are kept, and k/B takes the place of 1-p):
 
 =========== ============================ ==================
 scale       training                     evaluation
@@ -15,18 +15,19 @@ scale       training                     evaluation
 Where :math:`b = 0` the branch is not executed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .rows import add_rows, take_rows
 from .sampling import Keep, check_mode, check_p, check_scale, decide
 
-__all__ = ["Merge", "Sum", "combine", "residual"]
+__all__ = ["Droppable", "Merge", "Sum", "combine", "residual"]
 
 
 class Merge(Protocol):
@@ -75,39 +76,60 @@ class Sum:
         return add_rows(shortcut.to(dtype), rows, values, self.sign * weight, dim)
 
 
-def combine(
-    shortcut: Any,
-    branch: Callable[..., Any],
-    inputs: tuple[Any, ...],
-    keep: Keep,
-    merge: Merge,
-    *,
-    batch_dim: int = 0,
-    select: bool = True,
-) -> Any:
-    """Carry out a decision: the shortcut where dropped, merged with the branch where kept.
+@dataclass(frozen=True, slots=True)
+class Droppable:
+    """A branch, and what has to be known of it to leave out some of its rows.
 
-    With ``select=False`` the rows of the inputs cannot be told apart: the branch runs on all of
-    them and the dropped rows of its output are left out.
+    Attributes:
+        run: the branch, a function of its inputs.
+        merge: how its output joins the shortcut.
+        modules: asked for the modules that it runs.
+        batch_dim: the dimension of the rows.
+        select: False where the rows of the inputs cannot be told apart: the branch then runs on
+            all of them and the dropped rows of its output are left out.
     """
+
+    run: Callable[..., Any]
+    merge: Merge
+    modules: Callable[[], Iterable[nn.Module]]
+    batch_dim: int = 0
+    select: bool = True
+
+
+def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppable) -> Any:
+    """Carry out a decision: the shortcut where dropped, merged with the branch where kept."""
     if keep.weight == 0.0:
         # A copy: what comes next may work in place (a ReLU), which must not reach the shortcut.
         if isinstance(shortcut, Tensor):
             return shortcut.clone()
         return tree_map_only(Tensor, Tensor.clone, shortcut)
     if keep.rows is None:
-        return merge(shortcut, branch(*inputs), keep.weight)
-
-    rows = keep.rows
-
-    def take(x: Tensor) -> Tensor:
-        return take_rows(x, rows, batch_dim)
-
-    if select:
-        output = branch(*tree_map_only(Tensor, take, inputs))
+        return branch.merge(shortcut, branch.run(*inputs), keep.weight)
+    rows, dim = keep.rows, branch.batch_dim
+    if not branch.select:
+        output = _take(branch.run(*inputs), rows, dim)
+    elif len(rows) == 1 and any(map(_pools_rows, branch.modules())):
+        # Batch statistics of one row are poor or undefined. A second row goes along, and only
+        # for them: which rows are kept, and so the expectation, stays as it was drawn.
+        batch = _first_tensor(inputs).shape[dim]
+        pair = torch.cat([rows, (rows + 1) % batch])[: min(batch, 2)]
+        output = _take(branch.run(*_take(inputs, pair, dim)), torch.zeros_like(rows), dim)
     else:
-        output = tree_map_only(Tensor, take, branch(*inputs))
-    return merge.rows(shortcut, output, keep.weight, rows, batch_dim)
+        output = branch.run(*_take(inputs, rows, dim))
+    return branch.merge.rows(shortcut, output, keep.weight, rows, dim)
+
+
+def _take(values: Any, rows: Tensor, dim: int) -> Any:
+    return tree_map_only(Tensor, lambda x: take_rows(x, rows, dim), values)
+
+
+def _first_tensor(values: Any) -> Tensor:
+    return next(v for v in tree_leaves(values) if isinstance(v, Tensor))
+
+
+def _pools_rows(module: nn.Module) -> bool:
+    """Whether a module computes statistics over the rows of its batch."""
+    return any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
 
 
 def residual(
@@ -123,16 +145,19 @@ def residual(
 ) -> Tensor:
     """``shortcut + branch(*inputs)``, the branch dropped with probability ``p`` in training.
 
-    A dropped branch is not called; in ``"row"`` mode it is called with the kept rows only.
+    A dropped branch is not called; in the modes that choose rows, ``"row"`` and ``"subset"``, it
+    is called with the kept rows only. (A single kept row takes a second one along through a branch
+    that is a module with BatchNorm in it, whose statistics need more than one.)
 
     Args:
         shortcut: the tensor that is always kept, of the shape of the sum.
         branch: called with ``inputs``, or with the shortcut where there are none.
-        inputs: the branch's inputs. In ``"row"`` mode each has its rows in ``batch_dim``, as
+        inputs: the branch's inputs. Where rows are chosen each has its rows in ``batch_dim``, as
             many as the shortcut; let the branch close over what all rows share.
         p: probability to drop, in [0, 1].
         training: False computes the whole sum (a module passes ``self.training``).
-        mode: ``"batch"`` tosses one coin for the call, ``"row"`` one for each row.
+        mode: ``"batch"`` tosses one coin for the call, ``"row"`` one for each row, and
+            ``"subset"`` keeps a fixed number k of the B rows, the nearest to B (1-p).
         scale: ``"train"`` divides a kept branch by 1-p, so that evaluation needs no change;
             ``"eval"`` multiplies the branch by 1-p in evaluation instead, as the paper does;
             ``"none"`` does neither.
@@ -145,8 +170,8 @@ def residual(
     Raises:
         TypeError: ``p`` is not a number.
         ValueError: ``p`` is outside [0, 1]; unknown ``mode`` or ``scale``; the branch's output
-            does not have the shortcut's shape; in ``"row"`` mode, a shortcut without rows or an
-            input with another number of them.
+            does not have the shortcut's shape; where rows are chosen, a shortcut without rows or
+            an input with another number of them.
 
     Example:
         >>> import torch, stochastic_depth as sd
@@ -163,13 +188,13 @@ def residual(
     p, mode, scale = check_p(p), check_mode(mode), check_scale(scale)
     inputs = inputs or (shortcut,)
     batch = 0
-    if mode == "row":
+    if mode != "batch":
         batch = _count_rows(shortcut, batch_dim)
         for i, x in enumerate(inputs):
             if x.dim() == 0 or x.shape[batch_dim] != batch:
                 raise ValueError(
-                    f"inputs[{i}] has shape {tuple(x.shape)}, but mode='row' needs {batch} rows in "
-                    f"dimension {batch_dim} as in the shortcut; let the branch close over what "
+                    f"inputs[{i}] has shape {tuple(x.shape)}, but mode={mode!r} needs {batch} rows "
+                    f"in dimension {batch_dim} as in the shortcut; let the branch close over what "
                     "all rows share"
                 )
     keep = decide(
@@ -181,14 +206,16 @@ def residual(
         device=shortcut.device,
         generator=generator,
     )
-    merged: Tensor = combine(shortcut, branch, inputs, keep, Sum(), batch_dim=batch_dim)
+    modules = [branch] if isinstance(branch, nn.Module) else []
+    droppable = Droppable(branch, Sum(), lambda: modules, batch_dim)
+    merged: Tensor = combine(shortcut, inputs, keep, droppable)
     return merged
 
 
 def _count_rows(x: Tensor, batch_dim: int) -> int:
     if not 0 <= batch_dim < x.dim() or x.shape[batch_dim] == 0:
         raise ValueError(
-            f"mode='row' needs at least one row in dimension {batch_dim}, got a tensor of shape "
+            f"choosing rows needs at least one in dimension {batch_dim}, got a tensor of shape "
             f"{tuple(x.shape)}; use mode='batch'"
         )
     return x.shape[batch_dim]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
-from .functional import combine
+from .functional import Droppable, combine
 from .projections import Recipe, check_recipe, guess_input_shape, make_projection
 from .rows import put_rows, take_rows
 from .sampling import check_mode, check_p, check_scale, decide
@@ -45,14 +45,15 @@ class StochasticDepth(nn.Module):
             independent copy of it; ``"new"``, a fresh linear layer or 1x1 convolution with
             the strides inferred. The recipes look at the shapes when the layer is built; where
             these cannot be inferred, at the first batch: then build the optimizer after it.
-        mode: ``"batch"``, one coin for the call, or ``"row"``, one for each row (dimension 0).
+        mode: ``"batch"``, one coin for the call; ``"row"``, one for each row (dimension 0); or
+            ``"subset"``, a fixed number of rows.
         scale: ``"train"``, ``"eval"`` or ``"none"``.
 
     Shape:
         The module's output must have the structure and shapes of the shortcut. Where the input is
         a tuple, list or dict, every tensor in it is a stream with a shortcut of its own. Further
-        arguments go to the module as they are; in ``"row"`` mode, if one of them is a tensor that
-        has as many rows as the input, it cannot be known whether these are the rows of the
+        arguments go to the module as they are; where rows are chosen, if one of them is a tensor
+        that has as many rows as the input, it cannot be known whether these are the rows of the
         batch, so the module is computed on all rows and the dropped ones are left out.
 
     Raises:
@@ -106,7 +107,7 @@ class StochasticDepth(nn.Module):
             raise TypeError("StochasticDepth needs its input as the first positional argument")
         x, *more = args
         device, batch, select = None, 1, True
-        if self.mode == "row":
+        if self.mode != "batch":
             device, batch, select = self._rows(x, (more, kwargs))
         keep = decide(
             p,
@@ -123,7 +124,8 @@ class StochasticDepth(nn.Module):
         def branch(kept: Any) -> Any:
             return self.module(kept, *more, **kwargs)
 
-        return combine(shortcut, branch, (x,), keep, _AROUND, select=select)
+        droppable = Droppable(branch, _AROUND, lambda: [self.module], select=select)
+        return combine(shortcut, (x,), keep, droppable)
 
     def _follow_recipe(self, shape: torch.Size) -> None:
         assert self.recipe is not None
@@ -136,8 +138,8 @@ class StochasticDepth(nn.Module):
         counts = {t.shape[:1] for t in tensors}
         if len(counts) != 1 or counts <= {(), (0,)}:
             raise ValueError(
-                "mode='row' needs an input whose tensors have the same number of rows, at least "
-                f"one, in dimension 0, got shapes {[tuple(t.shape) for t in tensors]}; use "
+                "choosing rows needs an input whose tensors have the same number of rows, at "
+                f"least one, in dimension 0, got shapes {[tuple(t.shape) for t in tensors]}; use "
                 "mode='batch'"
             )
         ((batch,),) = counts
@@ -147,8 +149,8 @@ class StochasticDepth(nn.Module):
         if ambiguous:
             warnings.warn(
                 "StochasticDepth: a further tensor argument has as many rows as the input, which "
-                "may or may not be those of the batch: mode='row' computes all rows and leaves "
-                "the dropped ones out. Pass tensors with batch rows together with the input, in "
+                "may or may not be those of the batch: all rows are computed and the dropped "
+                "ones left out. Pass tensors with batch rows together with the input, in "
                 "a tuple, to have them selected.",
                 stacklevel=3,
             )

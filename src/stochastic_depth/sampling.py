@@ -1,14 +1,24 @@
 """Coins: what one call of a residual branch keeps, and with which weight."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["DROPPED", "Keep", "Mode", "Scale", "check_mode", "check_p", "check_scale", "decide"]
+__all__ = [
+    "DROPPED",
+    "Keep",
+    "Mode",
+    "Scale",
+    "check_mode",
+    "check_p",
+    "check_scale",
+    "decide",
+    "subset_size",
+]
 
-Mode = Literal["batch", "row"]
+Mode = Literal["batch", "row", "subset"]
 Scale = Literal["train", "eval", "none"]
 
 
@@ -79,10 +89,11 @@ def decide(
     Args:
         p: probability to drop, in [0, 1].
         training: whether branches are dropped at all.
-        mode: ``"batch"``, one coin for the call, or ``"row"``, one coin for each row.
-        scale: ``"train"``: kept branches weigh 1/(1-p) in training; ``"eval"``: branches weigh
-            1-p outside training; ``"none"``: always 1.
-        batch: number of rows, for ``mode="row"``.
+        mode: ``"batch"``, one coin for the call; ``"row"``, one for each row; or ``"subset"``, a
+            fixed number of rows, drawn without replacement: see :func:`subset_size`.
+        scale: ``"train"``: kept branches weigh 1/(1-p) in training (a subset of k rows of B
+            weighs B/k); ``"eval"``: branches weigh 1-p outside training; ``"none"``: always 1.
+        batch: number of rows, for the modes that choose among them.
         device: where the kept rows are needed; None is the CPU.
         generator: where the coins come from; None is torch's default generator.
     """
@@ -98,18 +109,27 @@ def decide(
             "your own (seed=..., generator=...) would toss other coins there than in the forward; "
             "use torch's default generator (seed=None and torch.manual_seed)"
         )
+    source: Any = {"generator": generator, "device": generator.device if generator else "cpu"}
     weight = 1.0 / (1.0 - p) if scale == "train" else 1.0
-    coins = torch.rand(
-        batch if mode == "row" else 1,
-        generator=generator,
-        device="cpu" if generator is None else generator.device,
-        dtype=torch.float32,
-    )
     if mode == "batch":
-        return Keep(None, weight) if coins.item() >= p else DROPPED
-    rows = (coins >= p).nonzero().squeeze(1)
+        kept = torch.rand(1, dtype=torch.float32, **source).item() >= p
+        return Keep(None, weight) if kept else DROPPED
+    if mode == "row":
+        rows = (torch.rand(batch, dtype=torch.float32, **source) >= p).nonzero().squeeze(1)
+    else:
+        k = subset_size(batch, p)
+        rows = torch.randperm(batch, **source)[:k]
+        weight = batch / k if scale == "train" else 1.0
     if len(rows) == 0:
         return DROPPED
     if len(rows) == batch:
         return Keep(None, weight)
     return Keep(rows.to(device or "cpu", non_blocking=True), weight)
+
+
+def subset_size(batch: int, p: float) -> int:
+    """How many of ``batch`` rows ``"subset"`` keeps: the whole number nearest to batch (1-p).
+
+    At least one, unless p is 1. The rate that takes effect is 1 - k/batch.
+    """
+    return 0 if p == 1.0 else min(batch, max(1, round(batch * (1.0 - p))))

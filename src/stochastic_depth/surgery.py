@@ -30,8 +30,8 @@ class Branch:
         modules: the qualified names of the submodules that the branch runs, in order.
         mode, scale: how it is dropped.
         p: probability to drop; may be set at any time.
-        decided: how many coins were tossed in training since ``apply``: calls, or rows in
-            ``"row"`` mode.
+        decided: how many decisions were taken in training since ``apply``: calls, or rows in the
+            modes that choose rows.
         dropped: how many of them dropped.
     """
 
@@ -112,7 +112,10 @@ def apply(
             list; see :func:`stochastic_depth.schedules.depth_rates`. Depth counts the blocks
             that are dropped from, in the order of the model's modules; the branches of one
             block share its depth.
-        mode: ``"batch"``, one coin for a branch and call, or ``"row"``, one for each sample.
+        mode: ``"batch"``, one coin for a branch and call; ``"row"``, one for each sample, of
+            which only the kept ones are computed; or ``"subset"``, a fixed number of samples,
+            the nearest to B (1-p) of B. A single kept sample takes another one along through a
+            branch with BatchNorm, whose statistics need more than one.
         scale: ``"train"``, a kept branch is divided by 1-p; ``"eval"``, the branch is multiplied
             by 1-p in evaluation (the paper); ``"none"``.
         include: which branches: globs on their names, block types, functions
@@ -149,8 +152,8 @@ def apply(
     chosen = _choose(model, findings, include, exclude)
     names = list(dict.fromkeys(found.block for found in chosen))
     rates = dict(zip(names, depth_rates(schedule, p, len(names)), strict=True))
-    if checked_mode == "row":
-        _warn_of_masking(chosen)
+    if checked_mode != "batch":
+        _warn_of_masking(chosen, checked_mode)
     states: dict[str, list[BranchState]] = {name: [] for name in names}
     for found in chosen:
         state = BranchState(found, rates[found.block], checked_mode, checked_scale)
@@ -317,12 +320,12 @@ def _matches(model: nn.Module, found: Found, pattern: Pattern, name: str) -> boo
     )
 
 
-def _warn_of_masking(chosen: list[Found]) -> None:
+def _warn_of_masking(chosen: list[Found], chosen_mode: Mode) -> None:
     masked = [branch_name(f.block, f.label) for f in chosen if not f.rows_known]
     if masked:
         warnings.warn(
-            "mode='row': it cannot be told which of the tensors that enter these branches have "
-            "the batch's rows, so they are computed on all rows and the dropped rows left out: "
+            f"mode={chosen_mode!r}: it cannot be told which of the tensors that enter these "
+            "branches have the batch's rows, so all rows are computed and the dropped ones left out: "
             f"{', '.join(masked)}",
             stacklevel=3,
         )
