@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .detect import CaptureError, Found, NotResidual, make_program
 from .detect.capture import Call, read_call
 from .detect.program import Program
-from .functional import Droppable, combine
+from .functional import Droppable, DroppedGrad, combine
 from .sampling import Keep, Mode, Scale, decide
 
 __all__ = ["BranchState", "ResidualForward", "observer"]
@@ -31,6 +32,7 @@ class BranchState:
     p: float
     mode: Mode
     scale: Scale
+    dropped_grad: DroppedGrad
     decided: int = 0  # calls, or rows where rows are chosen, since applied
     dropped: int = 0
 
@@ -155,13 +157,15 @@ class _Runner:
         if block.training and torch._C._current_graph_task_id() == -1:  # no recomputation
             state.decided += rows
             state.dropped += rows - _kept_rows(keep, rows)
-        droppable = Droppable(run, branch.sum, lambda: modules(block, state), 0, branch.rows_known)
+        droppable = Droppable(
+            run=run,
+            merge=branch.sum,
+            modules=lambda: [block.get_submodule(name) for name in branch.modules],
+            parameters=lambda: [attrgetter(name)(block) for name in branch.parameters],
+            select=branch.rows_known,
+            dropped_grad=state.dropped_grad,
+        )
         return combine(shortcut, inputs, keep, droppable)
-
-
-def modules(block: nn.Module, state: BranchState) -> list[nn.Module]:
-    """The modules that a branch runs."""
-    return [block.get_submodule(name) for name in state.found.modules]
 
 
 def _kept_rows(keep: Keep, rows: int) -> int:

@@ -17,17 +17,25 @@ Where :math:`b = 0` the branch is not executed.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .rows import add_rows, take_rows
 from .sampling import Keep, check_mode, check_p, check_scale, decide
 
-__all__ = ["Droppable", "Merge", "Sum", "combine", "residual"]
+__all__ = [
+    "Droppable",
+    "DroppedGrad",
+    "Merge",
+    "Sum",
+    "check_dropped_grad",
+    "combine",
+    "residual",
+]
 
 
 class Merge(Protocol):
@@ -76,6 +84,18 @@ class Sum:
         return add_rows(shortcut.to(dtype), rows, values, self.sign * weight, dim)
 
 
+DroppedGrad = Literal["none", "zero"]
+
+
+def check_dropped_grad(dropped_grad: str) -> DroppedGrad:
+    """``dropped_grad``, if it is one of the choices."""
+    if dropped_grad not in get_args(DroppedGrad):
+        raise ValueError(
+            f"dropped_grad must be one of {get_args(DroppedGrad)}, got {dropped_grad!r}"
+        )
+    return dropped_grad  # type: ignore[return-value]
+
+
 @dataclass(frozen=True, slots=True)
 class Droppable:
     """A branch, and what has to be known of it to leave out some of its rows.
@@ -85,24 +105,25 @@ class Droppable:
         merge: how its output joins the shortcut.
         modules: asked for the modules that it runs.
         batch_dim: the dimension of the rows.
+        parameters: asked for the parameters that it reads beside those of its modules.
         select: False where the rows of the inputs cannot be told apart: the branch then runs on
             all of them and the dropped rows of its output are left out.
+        dropped_grad: what the parameters get where nothing is kept.
     """
 
     run: Callable[..., Any]
     merge: Merge
-    modules: Callable[[], Iterable[nn.Module]]
+    modules: Callable[[], Iterable[nn.Module]] = tuple
+    parameters: Callable[[], Iterable[Tensor]] = tuple
     batch_dim: int = 0
     select: bool = True
+    dropped_grad: DroppedGrad = "none"
 
 
 def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppable) -> Any:
     """Carry out a decision: the shortcut where dropped, merged with the branch where kept."""
     if keep.weight == 0.0:
-        # A copy: what comes next may work in place (a ReLU), which must not reach the shortcut.
-        if isinstance(shortcut, Tensor):
-            return shortcut.clone()
-        return tree_map_only(Tensor, Tensor.clone, shortcut)
+        return _leave_out(shortcut, branch)
     if keep.rows is None:
         return branch.merge(shortcut, branch.run(*inputs), keep.weight)
     rows, dim = keep.rows, branch.batch_dim
@@ -117,6 +138,50 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
     else:
         output = branch.run(*_take(inputs, rows, dim))
     return branch.merge.rows(shortcut, output, keep.weight, rows, dim)
+
+
+def _leave_out(shortcut: Any, branch: Droppable) -> Any:
+    """A copy of the shortcut: what comes next may work in place, which must not reach it.
+
+    Where somebody counts on a gradient for every parameter, the copy says that they get none.
+    """
+    zeros = branch.dropped_grad == "zero"
+    if not (zeros or _is_distributed()) or not torch.is_grad_enabled():
+        return tree_map_only(Tensor, Tensor.clone, shortcut)
+    owned = [p for module in branch.modules() for p in module.parameters()]
+    parameters = [p for p in (*owned, *branch.parameters()) if p.requires_grad]
+    leaves, structure = tree_flatten(shortcut)
+    first = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
+    leaves = [
+        x.clone() if isinstance(x, Tensor) and i != first else x for i, x in enumerate(leaves)
+    ]
+    leaves[first] = _Unused.apply(zeros, leaves[first], *parameters)  # type: ignore[no-untyped-call]
+    return tree_unflatten(leaves, structure)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class _Unused(torch.autograd.Function):
+    """Copy ``x``, and take part in the backward of parameters that were not used.
+
+    DistributedDataParallel waits for every parameter to report a gradient; an undefined one is
+    a report too, and makes it average zeros for this rank.
+    """
+
+    @staticmethod
+    def forward(zeros: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.zeros, _, *ctx.parameters = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [torch.zeros_like(p) if ctx.zeros else None for p in ctx.parameters]
+        return None, grad, *grads
 
 
 def _take(values: Any, rows: Tensor, dim: int) -> Any:
@@ -206,8 +271,8 @@ def residual(
         device=shortcut.device,
         generator=generator,
     )
-    modules = [branch] if isinstance(branch, nn.Module) else []
-    droppable = Droppable(branch, Sum(), lambda: modules, batch_dim)
+    modules = (branch,) if isinstance(branch, nn.Module) else ()
+    droppable = Droppable(branch, Sum(), lambda: modules, batch_dim=batch_dim)
     merged: Tensor = combine(shortcut, inputs, keep, droppable)
     return merged
 

@@ -11,6 +11,7 @@ from torch import nn
 from .detect import Findings, Found, Refused, find_branches
 from .detect.capture import Call, read_call
 from .executor import BranchState, ResidualForward
+from .functional import check_dropped_grad
 from .sampling import Mode, Scale, check_mode, check_p, check_scale
 from .schedules import Schedule, depth_rates
 
@@ -95,6 +96,7 @@ def apply(
     exclude: Filter = None,
     example_inputs: Any = None,
     seed: int | None = None,
+    dropped_grad: str = "none",
 ) -> M:
     """Add stochastic depth to every residual branch of ``model``, in place.
 
@@ -126,6 +128,9 @@ def apply(
             called; needed only where residual branches depend on optional arguments.
         seed: draw the coins from a generator of the model's own, seeded with this, instead of
             torch's default one. Cannot be combined with gradient checkpointing.
+        dropped_grad: the gradient of the parameters of a dropped branch. ``"none"``: none, so
+            the optimizer leaves them as they are; ``"zero"``: zeros, as from a mask, so momentum
+            goes on moving them and weight decay shrinks them.
 
     Returns:
         The model.
@@ -147,6 +152,7 @@ def apply(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     checked_mode, checked_scale = check_mode(mode), check_scale(scale)
+    checked_grad = check_dropped_grad(dropped_grad)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     findings = detect(model, example_inputs)
     chosen = _choose(model, findings, include, exclude)
@@ -156,7 +162,8 @@ def apply(
         _warn_of_masking(chosen, checked_mode)
     states: dict[str, list[BranchState]] = {name: [] for name in names}
     for found in chosen:
-        state = BranchState(found, rates[found.block], checked_mode, checked_scale)
+        rate = rates[found.block]
+        state = BranchState(found, rate, checked_mode, checked_scale, checked_grad)
         states[found.block].append(state)
     remove(model)
     for name in names:
@@ -325,7 +332,7 @@ def _warn_of_masking(chosen: list[Found], chosen_mode: Mode) -> None:
     if masked:
         warnings.warn(
             f"mode={chosen_mode!r}: it cannot be told which of the tensors that enter these "
-            "branches have the batch's rows, so all rows are computed and the dropped ones left out: "
+            "branches have the batch's rows, so all are computed and the dropped left out: "
             f"{', '.join(masked)}",
             stacklevel=3,
         )

@@ -25,6 +25,8 @@ class Branch:
     run: Callable[..., Any]
     sum: Sum
     rows_known: bool
+    modules: tuple[str, ...]  # of the block, that it runs
+    parameters: tuple[str, ...]  # of the block, that it reads by itself
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,7 @@ def build_program(
             that the branch's own coin replaces).
     """
     branches = tuple(
-        Branch(
-            label, _compile(_branch_graph(region, bypassed), label), region.sum, region.rows_known
-        )
-        for label, region in regions
+        _branch(label, region, _branch_graph(region, bypassed)) for label, region in regions
     )
     by_merge = {region.merge: i for i, (_, region) in enumerate(regions)}
     taken = {node for _, region in regions for node in region.nodes}
@@ -71,6 +70,12 @@ def build_program(
         elif node not in taken and not is_shape(node) and not is_effect(node):
             raise AssertionError(f"{node} needs a value of a branch")
     return Program(_compile(main, "main"), branches)
+
+
+def _branch(label: str, region: Region, graph: fx.Graph) -> Branch:
+    parameters = tuple(str(node.target) for node in graph.nodes if node.op == "get_attr")
+    run = _compile(graph, label)
+    return Branch(label, run, region.sum, region.rows_known, region.modules, parameters)
 
 
 def _branch_graph(region: Region, bypassed: Callable[[fx.Node], bool]) -> fx.Graph:
