@@ -143,10 +143,14 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
 def _leave_out(shortcut: Any, branch: Droppable) -> Any:
     """A copy of the shortcut: what comes next may work in place, which must not reach it.
 
-    Where somebody counts on a gradient for every parameter, the copy says that they get none.
+    Where somebody counts on a gradient for every parameter of the branch, the copy gives zeros.
+    That is the optimizer, if asked for, and in a process group the other ranks, which may have
+    kept the branch: DistributedDataParallel waits for every parameter, and zeros from a rank that
+    dropped make the average the unbiased gradient. (An undefined gradient is enough for it, but
+    not with static_graph=True, where it leaves this rank without the average.)
     """
-    zeros = branch.dropped_grad == "zero"
-    if not (zeros or _is_distributed()) or not torch.is_grad_enabled():
+    counted_on = branch.dropped_grad == "zero" or _is_distributed()
+    if not (counted_on and torch.is_grad_enabled()):
         return tree_map_only(Tensor, Tensor.clone, shortcut)
     owned = [p for module in branch.modules() for p in module.parameters()]
     parameters = [p for p in (*owned, *branch.parameters()) if p.requires_grad]
@@ -155,7 +159,7 @@ def _leave_out(shortcut: Any, branch: Droppable) -> Any:
     leaves = [
         x.clone() if isinstance(x, Tensor) and i != first else x for i, x in enumerate(leaves)
     ]
-    leaves[first] = _Unused.apply(zeros, leaves[first], *parameters)  # type: ignore[no-untyped-call]
+    leaves[first] = _Unused.apply(leaves[first], *parameters)  # type: ignore[no-untyped-call]
     return tree_unflatten(leaves, structure)
 
 
@@ -164,24 +168,19 @@ def _is_distributed() -> bool:
 
 
 class _Unused(torch.autograd.Function):
-    """Copy ``x``, and take part in the backward of parameters that were not used.
-
-    DistributedDataParallel waits for every parameter to report a gradient; an undefined one is
-    a report too, and makes it average zeros for this rank.
-    """
+    """Copy ``x``, with zero gradients for parameters that were not used."""
 
     @staticmethod
-    def forward(zeros: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.zeros, _, *ctx.parameters = inputs
+        _, *ctx.parameters = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [torch.zeros_like(p) if ctx.zeros else None for p in ctx.parameters]
-        return None, grad, *grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(p) for p in ctx.parameters)
 
 
 def _take(values: Any, rows: Tensor, dim: int) -> Any:

@@ -130,7 +130,9 @@ def apply(
             torch's default one. Cannot be combined with gradient checkpointing.
         dropped_grad: the gradient of the parameters of a dropped branch. ``"none"``: none, so
             the optimizer leaves them as they are; ``"zero"``: zeros, as from a mask, so momentum
-            goes on moving them and weight decay shrinks them.
+            goes on moving them and weight decay shrinks them. In a process group
+            (torch.distributed) it is always zeros, which the other ranks' gradients are
+            averaged with.
 
     Returns:
         The model.
