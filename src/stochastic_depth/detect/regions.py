@@ -260,7 +260,8 @@ class _Finder:
     def _region(
         self, merge: fx.Node, shortcut: fx.Node, output: fx.Node, as_sum: Sum
     ) -> Region | None:
-        branch = self._anc(output) & ~self._anc(shortcut)
+        # What the block is given enters a branch, and is never computed by one.
+        branch = self._anc(output) & ~self._anc(shortcut) & ~self.given
         own = self._anc(shortcut) & ~self._anc(output)
         if not self._anc(shortcut) & self.given or not branch >> self.index[output] & 1:
             return None
