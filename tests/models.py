@@ -148,7 +148,8 @@ class SmallResNet(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-SMALL_BRANCHES = [f"blocks.{i}:conv1" for i in range(4)]
+# Named after their largest layer.
+SMALL_BRANCHES = ["blocks.0:conv1", "blocks.1:conv1", "blocks.2:conv2", "blocks.3:conv1"]
 
 
 def small(norm: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> SmallResNet:

@@ -155,6 +155,8 @@ def apply(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     checked_mode, checked_scale = check_mode(mode), check_scale(scale)
     checked_grad = check_dropped_grad(dropped_grad)
+    if seed is not None and not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     findings = detect(model, example_inputs)
     chosen = _choose(model, findings, include, exclude)
@@ -171,6 +173,7 @@ def apply(
     for name in names:
         block = model.get_submodule(name)
         forward = ResidualForward(block, states[name], findings.labels[name], generator)
+        forward.prepare(findings.calls[name])
         block.__dict__["forward"] = forward
     return model
 
@@ -225,7 +228,7 @@ def detect(model: nn.Module, example_inputs: Any = None) -> Findings:
         else:
             name = branch_name(found.block, found.label)
             refused.append(Refused(name, "something else has replaced the block's forward"))
-    return Findings(free, refused, findings.labels)
+    return Findings(free, refused, findings.labels, findings.calls)
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
