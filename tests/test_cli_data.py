@@ -1,0 +1,170 @@
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from stochastic_depth.cli import data, fashion_mnist
+from stochastic_depth.cli.batches import evaluation_batches, training_batches
+from stochastic_depth.cli.errors import CommandError
+
+
+def draw(folder: Path, count: int, shade: int = 128) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.new("RGB", (20, 16), (shade, index, 255 - index)).save(folder / f"{index:02}.png")
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    draw(tmp_path / "cat", 20)
+    draw(tmp_path / "dog", 40)
+    return tmp_path
+
+
+def files(images: torch.utils.data.Subset) -> list[str]:
+    return [images.dataset.samples[index][0] for index in images.indices]
+
+
+def test_a_plain_folder_is_split_by_class_and_the_same_way_every_time(animals):
+    first, second = data.load(str(animals)), data.load(str(animals))
+    assert first.classes == ("cat", "dog")
+    parts = [files(part) for part in (first.train, first.val, first.test)]
+    assert parts == [files(part) for part in (second.train, second.val, second.test)]
+    everything = [path for part in parts for path in part]
+    assert len(everything) == len(set(everything)) == 60
+    cats = [sum("cat" in path for path in part) for part in parts]
+    assert cats == [14, 3, 3]
+    assert [len(part) for part in parts] == [43, 9, 8]
+
+
+def test_given_splits_are_used_as_they_are(tmp_path):
+    for part, count in (("train", 5), ("valid", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            draw(tmp_path / part / name, count)
+    splits = data.load(str(tmp_path))
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [10, 6, 4]
+    assert {Path(path).parts[-3] for path in files(splits.val)} == {"valid"}
+
+
+def test_a_missing_validation_split_comes_out_of_the_training_images_only(tmp_path):
+    for part, count in (("train", 10), ("test", 3)):
+        for name in ("cat", "dog"):
+            draw(tmp_path / part / name, count)
+    splits = data.load(str(tmp_path))
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [16, 4, 6]
+    assert not set(files(splits.train)) & set(files(splits.val))
+
+
+def test_quick_limits_every_split(animals, monkeypatch):
+    monkeypatch.setattr(data, "QUICK_IMAGES", 5)
+    splits = data.load(str(animals), quick=True)
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [5, 5, 5]
+
+
+def test_unreadable_images_are_skipped_and_named(animals):
+    (animals / "cat" / "03.png").write_bytes(b"not an image")
+    whole = (animals / "dog" / "07.png").read_bytes()
+    (animals / "dog" / "07.png").write_bytes(whole[: len(whole) // 2])
+    splits = data.load(str(animals))
+    assert len(splits.skipped) == 2
+    assert str(animals / "cat" / "03.png") in splits.skipped[0]
+    assert str(animals / "dog" / "07.png") in splits.skipped[1]
+    kept = files(splits.train) + files(splits.val) + files(splits.test)
+    assert len(kept) == 58
+    assert not any(path.endswith(("cat/03.png", "dog/07.png")) for path in kept)
+
+
+def test_only_unreadable_images_are_an_error(animals):
+    for path in animals.rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(CommandError, match=r"--data .*none of its 60 images can be read"):
+        data.load(str(animals))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({}, "find any class folder"),
+        ({"cat": 3}, "needs two classes or more"),
+        ({"cat": 3, "dog": 0}, "no valid file for the classes dog"),
+        ({"cat": 1, "dog": 1}, "too few images to leave some for 'val'"),
+        ({"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/cow": 3}, r"\['cow', 'dog'\]"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, layout, message):
+    for name, count in layout.items():
+        draw(tmp_path / name, count)
+    with pytest.raises(CommandError, match=f"(?i)--data {tmp_path}.*{message}"):
+        data.load(str(tmp_path))
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(CommandError, match="no such folder; give a folder with one folder of"):
+        data.load(str(tmp_path / "nowhere"))
+
+
+def test_training_batches_depend_on_seed_and_epoch_alone(animals):
+    splits = data.load(str(animals))
+
+    def epoch(seed: int, number: int) -> torch.Tensor:
+        batches = training_batches(splits.train, 16, 8, seed)
+        batches.sampler.set_epoch(number)
+        torch.rand(number + 1)  # other draws must not matter
+        return torch.stack([images for images, _ in batches])
+
+    torch.manual_seed(0)
+    reference = epoch(0, 0)
+    assert reference.shape == (5, 8, 3, 16, 16)
+    assert reference.dtype == torch.uint8
+    torch.manual_seed(1)
+    assert torch.equal(epoch(0, 0), reference)
+    assert not torch.equal(epoch(1, 0), reference)
+    assert not torch.equal(epoch(0, 1), reference)
+
+
+def test_augmentation_leaves_the_global_generator_alone(animals):
+    batches = training_batches(data.load(str(animals)).train, 16, 8, 0)
+    image = batches.dataset
+    before = torch.get_rng_state()
+    image[(0, 123)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_sees_every_image_once(animals):
+    splits = data.load(str(animals))
+    labels = torch.cat([labels for _, labels in evaluation_batches(splits.val, 16, 1)])
+    assert labels.bincount().tolist() == [3, 6]
+
+
+def write_idx(path: Path, array: torch.Tensor) -> None:
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    with gzip.open(path, "wb") as file:
+        file.write(header + array.numpy().tobytes())
+
+
+def test_fashion_mnist_comes_from_debians_files(tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for part, count in (("train", 30), ("t10k", 10)):
+        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8)
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        write_idx(packed / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(packed / f"{part}-labels-idx1-ubyte.gz", labels)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fashion_mnist, "debian_package", lambda scratch: packed)
+    monkeypatch.setattr(fashion_mnist, "TRAINING_IMAGES", 12)
+    splits = data.load("fashion-mnist")
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [12, 12, 10]
+    assert not set(splits.train.indices) & set(splits.val.indices)
+    assert len(splits.classes) == 10
+    assert splits.image_size == 64
+    images, labels = next(iter(evaluation_batches(splits.test, 64, 4)))
+    assert images.shape == (10, 3, 64, 64)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert labels.tolist() == list(range(10))
+
+    monkeypatch.setattr(fashion_mnist, "debian_package", lambda scratch: pytest.fail("fetched"))
+    data.load("fashion-mnist")  # from the cache
