@@ -173,7 +173,6 @@ def apply(
     for name in names:
         block = model.get_submodule(name)
         forward = ResidualForward(block, states[name], findings.labels[name], generator)
-        forward.prepare(findings.calls[name])
         block.__dict__["forward"] = forward
     return model
 
@@ -228,7 +227,7 @@ def detect(model: nn.Module, example_inputs: Any = None) -> Findings:
         else:
             name = branch_name(found.block, found.label)
             refused.append(Refused(name, "something else has replaced the block's forward"))
-    return Findings(free, refused, findings.labels, findings.calls)
+    return Findings(free, refused, findings.labels)
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
