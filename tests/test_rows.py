@@ -1,0 +1,137 @@
+"""Taking rows out of a batch and putting them back, in the layout of the tensor."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import stochastic_depth as sd
+from stochastic_depth.rows import add_rows, put_rows, take_rows
+
+LAYOUTS = {
+    "rows first": lambda: torch.randn(5, 3, 4, 6),
+    "channels last": lambda: torch.randn(5, 3, 4, 6).to(memory_format=torch.channels_last),
+    "channels last 3d": lambda: torch.randn(5, 3, 4, 2, 6).to(memory_format=torch.channels_last_3d),
+    "transposed tokens": lambda: torch.randn(7, 5, 8).transpose(0, 1),
+}
+
+
+@st.composite
+def permuted(draw: st.DrawFn) -> tuple[Tensor, int, Tensor]:
+    """A tensor in any dense layout, the dimension of its rows, and some of these."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    x = torch.arange(float(torch.Size(shape).numel()), dtype=torch.float64).reshape(shape)
+    x = x.permute(draw(st.permutations(range(len(shape)))))
+    dim = draw(st.integers(0, x.dim() - 1))
+    rows = draw(st.lists(st.integers(0, x.shape[dim] - 1), min_size=1, unique=True))
+    return x, dim, torch.tensor(rows)
+
+
+def indexed(dim: int, rows: Tensor) -> tuple[slice | Tensor, ...]:
+    return (*[slice(None)] * dim, rows)
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions longer than 1 (the others may have any stride), outermost first."""
+    dims = [d for d in range(x.dim()) if x.shape[d] > 1]
+    return sorted(dims, key=lambda d: -x.stride(d))
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(permuted())
+def test_rows_are_taken_added_and_put_as_by_indexing(case: tuple[Tensor, int, Tensor]) -> None:
+    x, dim, rows = case
+    before, at = x.clone(), indexed(dim, rows)
+    values = -1 - take_rows(x, rows, dim)
+    assert torch.equal(-1 - values, x[at])
+
+    added, put = x.clone(), x.clone()
+    added[at] += 0.5 * values
+    put[at] = values
+    assert torch.equal(add_rows(x, rows, values, 0.5, dim), added)
+    assert torch.equal(put_rows(x, rows, values, dim), put)
+    assert torch.equal(x, before)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(permuted())
+def test_the_result_is_dense_and_has_the_memory_order_of_the_tensor(
+    case: tuple[Tensor, int, Tensor],
+) -> None:
+    x, dim, rows = case
+    taken = take_rows(x, rows, dim)
+    for result in (taken, add_rows(x, rows, taken, 2.0, dim), put_rows(x, rows, taken, dim)):
+        order = memory_order(result)
+        assert order == [d for d in memory_order(x) if result.shape[d] > 1]
+        assert result.permute(*memory_order(x), *_short(x)).is_contiguous()
+        assert result.data_ptr() != x.data_ptr()
+
+
+def _short(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if x.shape[d] == 1]
+
+
+def test_rows_of_an_expanded_tensor_are_taken_and_put() -> None:
+    x = torch.arange(3.0).expand(4, 3)
+    rows = torch.tensor([1, 3])
+    assert torch.equal(take_rows(x, rows), x[rows])
+    added = add_rows(x, rows, torch.ones(2, 3), 1.0)
+    assert torch.equal(added, torch.tensor([[0.0, 1, 2], [1, 2, 3], [0, 1, 2], [1, 2, 3]]))
+
+
+KEPT = {"dropped": 0, "kept": 5, "partly kept": 3}  # of five rows
+
+
+def kept_rows(layer: Callable[[Tensor], Tensor], x: Tensor, seen: list[Tensor], n: int) -> Tensor:
+    """What comes out of the first call in which the branch sees n rows."""
+    for _ in range(1000):
+        seen.clear()
+        y = layer(x)
+        if sum(map(len, seen)) == n:
+            return y
+    raise AssertionError(f"never {n} rows")
+
+
+CASES = [
+    (mode, kept)
+    for mode in ("batch", "row", "subset")
+    for kept in KEPT
+    if (mode, kept) != ("batch", "partly kept")
+]
+RATES = {"dropped": 1.0, "kept": 1e-30, "partly kept": 0.4}
+
+
+@pytest.mark.parametrize(("mode", "kept"), CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sum_has_the_strides_of_its_shortcut(layout: str, mode: str, kept: str) -> None:
+    torch.manual_seed(0)
+    x, seen = LAYOUTS[layout](), []
+
+    def branch(rows: Tensor) -> Tensor:
+        seen.append(rows)
+        return rows * 2
+
+    def layer(x: Tensor) -> Tensor:
+        return sd.residual(x, branch, p=RATES[kept], mode=mode)
+
+    y = kept_rows(layer, x, seen, KEPT[kept])
+    assert y.stride() == x.stride()
+    assert [memory_order(rows) for rows in seen] == [memory_order(x)] * len(seen)
+
+
+@pytest.mark.parametrize(("mode", "kept"), CASES)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 3, 1, 1), (5, 1, 4, 4)])
+def test_around_a_convolution_everything_stays_channels_last(
+    shape: tuple[int, ...], mode: str, kept: str
+) -> None:
+    torch.manual_seed(0)
+    x, seen = torch.randn(shape).to(memory_format=torch.channels_last), []
+    conv = torch.nn.Conv2d(shape[1], shape[1], 3, 1, 1).to(memory_format=torch.channels_last)
+    conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    layer = sd.StochasticDepth(conv, RATES[kept], mode=mode)
+    y = kept_rows(layer, x, seen, KEPT[kept])
+    for tensor in (y, *seen):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
