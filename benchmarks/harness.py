@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.executor import BranchState, observer
+from stochastic_depth.executor import BranchState, observe
 
 
 @dataclass
@@ -70,14 +70,9 @@ def branch_seconds(model: nn.Module, x: Tensor, repeats: int = 3) -> dict[str, f
         with torch.no_grad():
             return run(*inputs)
 
-    token = observer.set(time_branch)
-    try:
-        with torch.no_grad():
-            for _ in range(repeats + 1):
-                with torch.enable_grad():
-                    model(x)
-    finally:
-        observer.reset(token)
+    with observe(time_branch):
+        for _ in range(repeats + 1):
+            model(x)
     model.zero_grad(set_to_none=True)
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 

@@ -1,14 +1,16 @@
 """What stands in for a block's forward: in training, the forward with droppable branches."""
 
+import copy
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
 
 from .detect import CaptureError, Found, NotResidual, make_program
 from .detect.capture import Call, read_call
@@ -16,12 +18,24 @@ from .detect.program import Program
 from .functional import Droppable, DroppedGrad, combine
 from .sampling import Keep, Mode, Scale, decide
 
-__all__ = ["BranchState", "ResidualForward", "observer"]
+__all__ = ["BranchState", "ResidualForward", "observe"]
 
-# Set to be called as observer(state, run, inputs) -> output in place of every branch, which then
-# counts as kept: how the report and the benchmarks measure branches.
 Observer = Callable[["BranchState", Callable[..., Any], tuple[Any, ...]], Any]
-observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+_observer: Observer | None = None
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Have every branch run as ``observer(state, run, inputs) -> output``, and count as kept.
+
+    How the report and the benchmarks measure branches; for one thread.
+    """
+    global _observer
+    _observer, before = observer, _observer
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 @dataclass
@@ -33,6 +47,7 @@ class BranchState:
     mode: Mode
     scale: Scale
     dropped_grad: DroppedGrad
+    compile_options: dict[str, Any] | None = None  # set where the branch is compiled by itself
     decided: int = 0  # calls, or rows where rows are chosen, since applied
     dropped: int = 0
 
@@ -71,8 +86,27 @@ class ResidualForward:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": {}}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ResidualForward":
+        # Programs hold no modules, so copies share them; they cannot be pickled.
+        copied = object.__new__(ResidualForward)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        copied._programs = dict(self._programs)
+        return copied
+
+    def prepare(self, call: Call) -> None:
+        """Make the program for training calls like ``call`` now: torch.compile cannot do it."""
+        args, kwargs = tree_unflatten(list(call.is_value), call.structure)
+        key = call.key if kwargs or not all(arg is True for arg in args) else len(args)
+        self._programs[key, True] = self._make_program(call, training=True)
+
+    def compile(self, label: str, options: dict[str, Any]) -> None:
+        """Compile a branch by itself from now on."""
+        self.states[label].compile_options = options
+        self._programs.clear()
+
     def _active(self) -> bool:
-        if observer.get() is not None:
+        if _observer is not None:
             return True
         if self.block.training:
             return self.replaces or any(state.p > 0.0 for state in self.states.values())
@@ -91,18 +125,27 @@ class ResidualForward:
             key = call.key
         key = key, self.block.training
         if key not in self._programs:
-            self._programs[key] = self._make_program(read_call(args, kwargs)[0])
+            call, _ = read_call(args, kwargs)
+            self._programs[key] = self._make_program(call, self.block.training)
         return self._programs[key], values
 
-    def _make_program(self, call: Call) -> Program | None:
+    def _make_program(self, call: Call, training: bool) -> Program | None:
         program, reason = None, "not found"
         try:
-            training = self.block.training
             program, seen = make_program(self.block, call, training, set(self.states))
         except (CaptureError, NotResidual) as error:
             seen, reason = set(), str(error)
         self._report(set(self.states) - seen, seen - self.known, reason)
-        return program
+        return None if program is None else self._compiled(program)
+
+    def _compiled(self, program: Program) -> Program:
+        """``program`` with those branches compiled that ask for it."""
+        branches = list(program.branches)
+        for i, branch in enumerate(branches):
+            options = self.states[branch.label].compile_options
+            if options is not None:
+                branches[i] = replace(branch, run=torch.compile(branch.run, **options))
+        return replace(program, branches=tuple(branches))
 
     def _report(self, missing: set[str], new: set[str], reason: str) -> None:
         name = next(iter(self.states.values())).found.block
@@ -131,6 +174,8 @@ class _Runner:
         block = self.forward.block
 
         def run(*values: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return branch.run(block, *values)
             version = shortcut._version
             output = branch.run(block, *values)
             if shortcut._version != version:
@@ -141,9 +186,8 @@ class _Runner:
                 )
             return output
 
-        observe = observer.get()
-        if observe is not None:
-            return branch.sum(shortcut, observe(state, run, inputs), 1.0)
+        if _observer is not None:
+            return branch.sum(shortcut, _observer(state, run, inputs), 1.0)
         rows = 1 if state.mode == "batch" else shortcut.shape[0]
         keep = decide(
             state.p,
@@ -154,7 +198,9 @@ class _Runner:
             device=shortcut.device,
             generator=self.forward.generator,
         )
-        if block.training and torch._C._current_graph_task_id() == -1:  # no recomputation
+        compiling = torch.compiler.is_compiling()
+        if block.training and not compiling and torch._C._current_graph_task_id() == -1:
+            # Not in a compiled graph, nor when checkpointing computes it a second time.
             state.decided += rows
             state.dropped += rows - _kept_rows(keep, rows)
         droppable = Droppable(

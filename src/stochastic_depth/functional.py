@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from .rows import add_rows, take_rows
 from .sampling import Keep, check_mode, check_p, check_scale, decide
@@ -79,7 +79,7 @@ class Sum:
     ) -> Tensor:
         shape = list(shortcut.shape)
         shape[dim] = len(rows)
-        dtype = torch.result_type(shortcut, output)
+        dtype = torch.promote_types(shortcut.dtype, output.dtype)
         values = output.to(dtype).expand(shape)
         return add_rows(shortcut.to(dtype), rows, values, self.sign * weight, dim)
 
@@ -124,6 +124,8 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
     """Carry out a decision: the shortcut where dropped, merged with the branch where kept."""
     if keep.weight == 0.0:
         return _leave_out(shortcut, branch)
+    if keep.coins is not None:
+        return _choose_in_graph(shortcut, inputs, keep.coins, keep.weight, branch)
     if keep.rows is None:
         return branch.merge(shortcut, branch.run(*inputs), keep.weight)
     rows, dim = keep.rows, branch.batch_dim
@@ -138,6 +140,54 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
     else:
         output = branch.run(*_take(inputs, rows, dim))
     return branch.merge.rows(shortcut, output, keep.weight, rows, dim)
+
+
+def _choose_in_graph(
+    shortcut: Any, inputs: tuple[Any, ...], coins: Tensor, weight: float, branch: Droppable
+) -> Any:
+    """The same in a compiled graph, which has to hold for every outcome of the coins.
+
+    One coin for the call becomes torch.cond, which runs the branch only where it is kept. It
+    cannot hold a branch with BatchNorm, whose statistics it would overwrite, nor rows: there all
+    is computed and the dropped left out, statistics too.
+    """
+    modules = list(branch.modules())
+    pools_rows = any(map(_pools_rows, modules))
+    tensors = all(isinstance(x, Tensor) for x in (shortcut, *inputs))
+    if len(coins) == 1 and tensors and not pools_rows:
+
+        def kept(shortcut: Tensor, *inputs: Tensor) -> Any:
+            return branch.merge(shortcut, branch.run(*inputs), weight)
+
+        def dropped(shortcut: Tensor, *inputs: Tensor) -> Tensor:
+            return shortcut.clone()
+
+        return torch.cond(coins[0], kept, dropped, (shortcut, *inputs))
+    # Statistics are collected in copies, since what a graph has read it must not overwrite.
+    statistics = [
+        (child, name, buffer)
+        for module in modules
+        for child in module.modules()
+        if isinstance(child, _BatchNorm)
+        for name, buffer in child.named_buffers(recurse=False)
+    ]
+    for child, name, buffer in statistics:
+        setattr(child, name, buffer.clone())
+    merged = branch.merge(shortcut, branch.run(*inputs), weight)
+    for child, name, buffer in statistics:
+        updated = getattr(child, name)
+        setattr(child, name, buffer)
+        with torch.no_grad():
+            buffer.copy_(torch.where(coins.any(), updated, buffer))
+
+    def choose(s: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return out
+        shape = [1] * out.dim()
+        shape[branch.batch_dim] = len(coins)
+        return torch.where(coins.view(shape), out, s)
+
+    return tree_map(choose, shortcut, merged)
 
 
 def _leave_out(shortcut: Any, branch: Droppable) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .detect.capture import no_fast_path
-from .executor import BranchState, observer
+from .executor import BranchState, observe
 from .surgery import Branch, branch_name, branches, detect, run_example
 
 __all__ = ["Row", "Summary", "summary"]
@@ -148,11 +148,7 @@ def _measure_flops(model: nn.Module, example_inputs: Any) -> dict[str, float]:
         inside[names[id(state)]] += counter.get_total_flops() - before
         return output
 
-    token = observer.set(count)
-    try:
-        with counter, no_fast_path():  # the fused path is not counted
-            run_example(model, example_inputs)
-    finally:
-        observer.reset(token)
+    with observe(count), counter, no_fast_path():  # the fused path is not counted
+        run_example(model, example_inputs)
     total = max(counter.get_total_flops(), 1)
     return {name: flops / total for name, flops in inside.items()}

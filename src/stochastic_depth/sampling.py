@@ -27,11 +27,13 @@ class Keep:
     """The part of a batch that goes through the branch, and the weight of the branch there.
 
     ``rows`` is None where every row is kept. A weight of 0 means that nothing is kept and the
-    branch is not executed.
+    branch is not executed. In a compiled graph the decision is not known when the graph is made:
+    ``coins``, one boolean for the call or one for each row, say what is kept when it runs.
     """
 
     rows: Tensor | None
     weight: float
+    coins: Tensor | None = None
 
 
 DROPPED = Keep(None, 0.0)
@@ -103,6 +105,8 @@ def decide(
         return Keep(None, 1.0)
     if p == 1.0:
         return DROPPED
+    if torch.compiler.is_compiling():
+        return _decide_in_graph(p, mode, scale, batch, device, generator)
     if generator is not None and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "gradient checkpointing recomputes this branch during backward, and a generator of "
@@ -125,6 +129,31 @@ def decide(
     if len(rows) == batch:
         return Keep(None, weight)
     return Keep(rows.to(device or "cpu", non_blocking=True), weight)
+
+
+def _decide_in_graph(
+    p: float,
+    mode: Mode,
+    scale: Scale,
+    batch: int,
+    device: torch.device | None,
+    generator: torch.Generator | None,
+) -> Keep:
+    """The same under torch.compile: drawn where the data is, as a part of the graph."""
+    if generator is not None:
+        raise RuntimeError(
+            "a generator of your own (seed=..., generator=...) cannot be used inside "
+            "torch.compile; use torch's default generator (seed=None and torch.manual_seed)"
+        )
+    weight = 1.0 / (1.0 - p) if scale == "train" else 1.0
+    if mode != "subset":
+        coins = torch.rand(batch if mode == "row" else 1, device=device, dtype=torch.float32) >= p
+        return Keep(None, weight, coins)
+    k = subset_size(batch, p)
+    if k == batch:
+        return Keep(None, weight if scale != "train" else 1.0)
+    rows = torch.randperm(batch, device=device)[:k]
+    return Keep(rows, batch / k if scale == "train" else 1.0)
 
 
 def subset_size(batch: int, p: float) -> int:

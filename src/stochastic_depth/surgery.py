@@ -36,8 +36,9 @@ class Branch:
         dropped: how many of them dropped.
     """
 
-    def __init__(self, block: str, state: BranchState) -> None:
+    def __init__(self, block: str, forward: ResidualForward, state: BranchState) -> None:
         self._block = block
+        self._forward = forward
         self._state = state
 
     @property
@@ -76,6 +77,23 @@ class Branch:
     @property
     def dropped(self) -> int:
         return self._state.dropped
+
+    def compile(self, **options: Any) -> None:
+        """Compile this branch by itself, its coin staying outside.
+
+        For ``"batch"`` mode, where compiling the model as a whole would either break its graph at
+        every coin or have to compute what is dropped.
+
+        Args:
+            options: of :func:`torch.compile`.
+
+        Example:
+            >>> import torchvision, stochastic_depth as sd
+            >>> model = sd.apply(torchvision.models.resnet18())
+            >>> for branch in sd.branches(model):
+            ...     branch.compile()
+        """
+        self._forward.compile(self._state.found.label, options)
 
     def __repr__(self) -> str:
         return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"
@@ -173,6 +191,7 @@ def apply(
     for name in names:
         block = model.get_submodule(name)
         forward = ResidualForward(block, states[name], findings.labels[name], generator)
+        forward.prepare(findings.calls[name])
         block.__dict__["forward"] = forward
     return model
 
@@ -208,7 +227,7 @@ def branches(model: nn.Module) -> list[Branch]:
         >>> sd.branches(model)[0].p = 0.0  # never drop the first
     """
     return [
-        Branch(name, state)
+        Branch(name, forward, state)
         for name, forward in _forwards(model)
         for state in forward.states.values()
     ]
@@ -227,7 +246,7 @@ def detect(model: nn.Module, example_inputs: Any = None) -> Findings:
         else:
             name = branch_name(found.block, found.label)
             refused.append(Refused(name, "something else has replaced the block's forward"))
-    return Findings(free, refused, findings.labels)
+    return Findings(free, refused, findings.labels, findings.calls)
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:

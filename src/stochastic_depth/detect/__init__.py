@@ -50,12 +50,14 @@ class Refused:
 class Findings:
     """The branches of a model in the order of its modules, and what was refused.
 
-    ``labels`` are those of all residual sums of a block, also those that are part of a branch.
+    By block, ``labels`` are those of all its residual sums, also of those that are part of a
+    branch, and ``calls`` is how it was taken to be called.
     """
 
     branches: list[Found]
     refused: list[Refused]
     labels: dict[str, set[str]]
+    calls: dict[str, Call]
 
 
 def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> Findings:
@@ -69,6 +71,7 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
     from ..layer import StochasticDepth  # the layer is above us; only its type is asked for
 
     candidates: list[_Candidate] = []
+    called: dict[str, Call] = {}
     refused: list[Refused] = []
     wrapped: list[str] = []
     for name, block in model.named_modules():
@@ -77,7 +80,7 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
         if name.startswith(tuple(wrapped)) or not _may_hold_sums(block):
             continue
         try:
-            call = (calls or {}).get(name) or static_call(block)
+            call = called[name] = (calls or {}).get(name) or static_call(block)
             labelled, refusals, _ = _analyse(block, call, training=True)
         except (CaptureError, NotResidual) as error:
             refused.append(Refused(name, str(error)))
@@ -88,7 +91,7 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
     labels: dict[str, set[str]] = defaultdict(set)
     for c in candidates:
         labels[c.name].add(c.label)
-    return Findings([c.found() for c in candidates if c in kept], refused, dict(labels))
+    return Findings([c.found() for c in candidates if c in kept], refused, dict(labels), called)
 
 
 def make_program(
