@@ -374,14 +374,16 @@ def test_row_mode_mixes_the_rows_of_the_dropped_and_the_whole_block(block: type[
     assert 0 < branch.dropped < 16
 
 
+# After a ReLU what the branch weighs is not to be seen from outside.
+RELU_AFTER = {ReluAfterTheSum, FunctionalReluAfterTheSum, ShortcutUsedAgain}
+LINEAR = [b for b, branches in FOUND if len(branches) == 1 and b not in RELU_AFTER]
+
+
 @pytest.mark.parametrize("scale", ["train", "eval"])
-@pytest.mark.parametrize("block", [b for b, branches in FOUND if len(branches) == 1])
+@pytest.mark.parametrize("block", LINEAR)
 def test_the_weight_of_the_branch_is_that_of_the_scaling(block: type[Base], scale: str) -> None:
     model = make(block).double()
     x = batch().detach().double()
-    relu = {"ReluAfterTheSum", "FunctionalReluAfterTheSum", "ShortcutUsedAgain"}
-    if block.__name__ in relu:
-        pytest.skip("not linear in the branch: the sum is not to be seen from outside")
     whole, shortcut = undropped(model)(x.clone()), model.dropped(x.clone())
     sd.apply(model, p=0.25, schedule="uniform", scale=scale, seed=0)
     if scale == "eval":
@@ -725,6 +727,19 @@ def test_hooks_on_a_layer_that_would_be_taken_apart_make_apply_refuse() -> None:
     assert "hooks on 'seq' would not run" in dict(sd.summary(model).refused)["1"]
 
 
+@pytest.mark.xfail(strict=True, reason="the program calls the children of the layer, not the layer")
+def test_a_hook_that_comes_later_on_a_layer_that_was_taken_apart_fires_or_is_an_error() -> None:
+    model = sd.apply(make(InPlaceFirst), p=KEPT)
+    fired: list[object] = []
+    model.seq.register_forward_hook(lambda *_: fired.append(1))
+    try:
+        model(batch())
+    except RuntimeError as error:
+        assert "hook" in str(error)  # noqa: PT017
+    else:
+        assert fired == [1]
+
+
 # --- arguments
 
 
@@ -759,6 +774,9 @@ def test_keyword_only_arguments_are_passed_on() -> None:
     sd.apply(model, p=KEPT)
     assert torch.equal(model(x, mask=mask), expected)
     assert torch.equal(model(x, mask=mask, extra=mask), more)
+    assert torch.equal(model.eval()(x, mask=mask, extra=mask), more)
+    sd.branches(model)[0].p = 0.0
+    assert torch.equal(model.train()(x, mask=mask, extra=mask), more)
     sd.branches(model)[0].p = 1.0
     assert torch.equal(model(x, mask=mask, extra=mask), x)
 
