@@ -1,0 +1,166 @@
+"""Compiled graphs: one graph, no recompiles, the same model as in eager mode."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import stochastic_depth as sd
+
+STEPS = 200
+# dynamo looks at .grad of what it is given, which warns for activations
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x))
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.conv(x))
+        out += x
+        return self.relu(out)
+
+
+SHAPES = {Mlp: (8, 4), Conv: (8, 4, 5, 5)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(block: type[nn.Module], depth: int = 2) -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(*[block() for _ in range(depth)])
+    return model, torch.randn(SHAPES[block], requires_grad=True)
+
+
+def compiled(model: nn.Module) -> tuple[nn.Module, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+@pytest.mark.parametrize("block", [Mlp, Conv])
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+def test_whole_model_is_one_graph_over_many_steps(block, mode):
+    model, x = build(block)
+    sd.apply(model, p=0.5, schedule="uniform", mode=mode)
+    fast, counter = compiled(model)
+    outputs = set()
+    for _ in range(STEPS):
+        output = fast(x)
+        output.sum().backward()
+        outputs.add(round(output.sum().item(), 4))
+    assert counter.frame_count == 1
+    assert len(outputs) > 2  # the coins were not frozen when the graph was made
+
+
+@pytest.mark.parametrize("block", [Mlp, Conv])
+def test_outcomes_of_compiled_batch_mode_are_those_of_the_paths(block):
+    model, x = build(block, depth=1)
+    model[0].eval() if block is Conv else None
+    with torch.no_grad():
+        full = copy.deepcopy(model)(x)
+    sd.apply(model, p=0.5, schedule="uniform", scale="none")
+    fast, _ = compiled(model)
+    model.train()
+    if block is Conv:
+        model[0].norm.eval()  # running statistics, so that kept means the plain output
+    dropped = torch.relu(x) if block is Conv else x
+    seen = {"kept": 0, "dropped": 0}
+    for _ in range(40):  # all alike with probability 2^-39
+        output = fast(x)
+        kept = torch.allclose(output, full, atol=1e-6)  # float32 fused in another order
+        assert kept != torch.allclose(output, dropped, atol=1e-6)
+        seen["kept" if kept else "dropped"] += 1
+    assert min(seen.values()) > 0
+
+
+def test_dropped_branch_leaves_batch_norm_alone_in_a_compiled_graph():
+    model, x = build(Conv, depth=1)
+    sd.apply(model, p=0.5, schedule="uniform")
+    fast, _ = compiled(model)
+    counts, dropped = [], 0
+    for _ in range(40):
+        before = model[0].norm.num_batches_tracked.item()
+        output = fast(x)
+        counted = model[0].norm.num_batches_tracked.item() - before
+        assert counted == (0 if torch.equal(output, torch.relu(x)) else 1)
+        counts.append(counted)
+        dropped += 1 - counted
+    assert 0 < dropped < 40
+
+
+def test_subset_computes_fewer_rows_in_a_compiled_graph():
+    model, x = build(Mlp, depth=1)
+    sd.apply(model, p=0.75, schedule="uniform", mode="subset")
+    fast, _ = compiled(model)
+    for _ in range(5):
+        changed = (fast(x) != x).any(dim=1)
+        assert changed.sum() == 2
+
+
+def test_branches_compiled_by_themselves_equal_eager_with_the_same_coins():
+    model, x = build(Conv, depth=4)
+    sd.apply(model, p=0.5)
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    for branch in sd.branches(model):
+        branch.compile(backend=counter, fullgraph=True)
+    for step in range(20):
+        torch.manual_seed(step)
+        ours = model(x)
+        torch.manual_seed(step)
+        torch.testing.assert_close(ours, eager(x))
+        ours.sum().backward()
+    assert counter.frame_count == 4
+    assert sum(branch.dropped for branch in sd.branches(model)) > 0
+
+
+def test_private_generator_is_refused_in_a_compiled_graph():
+    model, x = build(Mlp)
+    fast, _ = compiled(sd.apply(model, p=0.5, seed=0))
+    with pytest.raises(Exception, match="generator of your own"):
+        fast(x)
+
+
+def test_copy_of_an_applied_model_compiles():
+    model, x = build(Mlp)
+    fast, counter = compiled(copy.deepcopy(sd.apply(model, p=0.5, mode="subset")))
+    fast(x)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_applied_model_is_the_plain_one(strict):
+    model, x = build(Conv)
+    model.eval()
+    expected = model(x)
+    sd.apply(model, p=0.5)
+    exported = torch.export.export(model, (x.detach(),), strict=strict).module()
+    torch.testing.assert_close(exported(x), expected)
+
+
+def test_vmap_and_functional_call_in_evaluation():
+    model, x = build(Mlp)
+    sd.apply(model, p=0.5).eval()
+    expected = torch.stack([model(row) for row in x])
+    torch.testing.assert_close(torch.vmap(model)(x), expected)
+    state = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert torch.equal(torch.func.functional_call(model, state, x), x)
