@@ -64,7 +64,7 @@ def finetune(*, out: Path | None = None, resume: Path | None = None, **given: An
             named = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(options))
             raise CommandError(f"--resume {resume}: goes on with its own settings; drop {named}")
         settings, folder = read_settings(resume), resume
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with quiet():
         task = Task(settings)
         if resume is None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import stochastic_depth as sd
 
@@ -20,4 +19,4 @@ def inspect(*, model: str, image_size: int | None = None, **options: Any) -> Non
         sd.apply(network.model, example_inputs=images, **options)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    Console().print(str(sd.summary(network.model, images)))
+    print(sd.summary(network.model, images))

@@ -109,7 +109,7 @@ def add_depth_options(command: argparse.ArgumentParser) -> None:
     depth = command.add_argument_group("stochastic depth")
     depth.add_argument("--p", type=float, help="probability to drop a branch (default: 0.2)")
     depth.add_argument("--schedule", help="p over depth (default: linear, the paper's)")
-    depth.add_argument("--mode", help="one coin a 'batch' (default) or a 'row'")
+    depth.add_argument("--mode", help="'batch' (default), 'row' or 'subset': what a coin drops")
 
 
 def positive(text: str) -> int:
