@@ -400,6 +400,25 @@ def test_evaluating_in_the_middle_of_training_changes_nothing() -> None:
     assert_same_state(model, other)
 
 
+@pytest.mark.parametrize(
+    ("training", "p", "calls"), [(False, 0.5, 4), (True, 0.0, 4), (True, 1.0, 0)]
+)
+def test_where_nothing_drops_the_block_s_own_forward_runs(
+    training: bool, p: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sd.apply(small(), p=p, schedule="uniform")
+    model(small_batch())  # the program is there
+    forward, called = Block.forward, []
+
+    def count(block: Block, x: Tensor) -> Tensor:
+        called.append(1)
+        return forward(block, x)
+
+    monkeypatch.setattr(Block, "forward", count)
+    model.train(training)(small_batch())
+    assert len(called) == calls
+
+
 def test_a_block_frozen_in_evaluation_mode_is_not_dropped() -> None:
     model = sd.apply(small(), p=1.0, schedule="uniform").train()
     model.blocks[1].eval()
