@@ -118,6 +118,11 @@ class StochasticDepth(nn.Module):
             device=device,
         )
         if self.recipe is not None:
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"projection={self.recipe!r} needs a tensor as input, got {_describe(x)}; give "
+                    "a projection module or function"
+                )
             self._follow_recipe(x.shape)
         shortcut = x if self.projection is None else self.projection(x)
 

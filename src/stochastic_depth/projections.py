@@ -54,7 +54,7 @@ def make_projection(module: nn.Module, recipe: Recipe, shape: torch.Size) -> nn.
             f"of shape {tuple(shape)} failed ({error}); give a projection module"
         ) from error
     if recipe == "new":
-        return _new_projection(module, shape, output)
+        return _new_projection(module, [layer for layer, _, _ in layers], shape, output)
     for layer, layer_input, layer_output in layers:
         if layer_input == shape and layer_output == output:
             return layer if recipe == "shared" else copy.deepcopy(layer)
@@ -64,10 +64,17 @@ def make_projection(module: nn.Module, recipe: Recipe, shape: torch.Size) -> nn.
     )
 
 
-def _new_projection(module: nn.Module, shape: torch.Size, output: torch.Size) -> nn.Module:
+def _new_projection(
+    module: nn.Module, layers: list[nn.Module], shape: torch.Size, output: torch.Size
+) -> nn.Module:
+    if not layers:
+        raise ValueError(
+            f"projection='new': {type(module).__name__} runs no linear or convolution layer to "
+            "take the kind from; give a projection module"
+        )
     like = next(module.parameters())
     factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layer = next(m for m in module.modules() if isinstance(m, _LAYERS))
+    layer = layers[0]
     if isinstance(layer, nn.Linear):
         if shape[:-1] == output[:-1]:
             return nn.Linear(shape[-1], output[-1], **factory)
@@ -97,7 +104,7 @@ def _run_on_meta(
 
     handles = [m.register_forward_hook(record) for m in module.modules() if isinstance(m, _LAYERS)]
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    dtype = next(module.parameters()).dtype
+    dtype = next((p.dtype for p in module.parameters()), None)
     try:
         with torch.no_grad():
             meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
