@@ -57,10 +57,6 @@ def test_composer_s_copies_call_the_forward_of_the_original() -> None:
         assert torch.isfinite(forward(small_batch())).all()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a replica shares the __dict__, so its forward still works on the original's block",
-)
 def test_composer_s_data_parallel_replicas_call_the_forward_of_the_original() -> None:
     block = sd.apply(Linear(), p=1e-30)
     # What torch.nn.parallel.replicate does, without its GPUs.

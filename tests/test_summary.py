@@ -78,11 +78,6 @@ def test_compute_kept_is_what_a_training_forward_computes(dropped: list[int]) ->
     assert sd.summary(model, small_batch()).compute_kept == pytest.approx(kept, rel=1e-12)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch's FLOP counter has no formula for the fused attention of a CPU; measuring with "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) would count its matrix products",
-)
 def test_attention_counts_and_nothing_else_is_in_a_transformer_layer() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

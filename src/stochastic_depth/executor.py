@@ -94,6 +94,23 @@ class ResidualForward:
         copied._programs = dict(self._programs)
         return copied
 
+    def install(self) -> None:
+        """Stand in for the block's forward from now on."""
+        self.block.__dict__["forward"] = self
+        # DataParallel's replicas copy the __dict__; their forward has to be about themselves.
+        self.block.__dict__["_replicate_for_data_parallel"] = self._replicate
+
+    def uninstall(self) -> None:
+        """Give the block its own forward back."""
+        del self.block.__dict__["forward"], self.block.__dict__["_replicate_for_data_parallel"]
+
+    def _replicate(self) -> nn.Module:
+        replica: nn.Module = type(self.block)._replicate_for_data_parallel(self.block)  # type: ignore[no-untyped-call]
+        forward = copy.copy(self)
+        forward.block, forward._programs = replica, self._programs
+        forward.install()
+        return replica
+
     def prepare(self, call: Call) -> None:
         """Make the program for training calls like ``call`` now: torch.compile cannot do it."""
         args, kwargs = tree_unflatten(list(call.is_value), call.structure)

@@ -192,7 +192,7 @@ def apply(
         block = model.get_submodule(name)
         forward = ResidualForward(block, states[name], findings.labels[name], generator)
         forward.prepare(findings.calls[name])
-        block.__dict__["forward"] = forward
+        forward.install()
     return model
 
 
@@ -212,7 +212,7 @@ def remove(model: nn.Module) -> nn.Module:
         []
     """
     for _, forward in _forwards(model):
-        del forward.block.__dict__["forward"]
+        forward.uninstall()
     return model
 
 
