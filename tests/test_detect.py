@@ -627,13 +627,6 @@ class ReturnsTheBranchToo(Base):
         return x + y, y
 
 
-class ReturnsAttentionWeights(UnusedWeights):
-    def forward(self, x):
-        n = self.norm(x).unsqueeze(1)
-        out, weights = self.attention(n, n, n)
-        return x + out.squeeze(1), weights
-
-
 class OverwritesAPart(Base):
     def forward(self, x):
         h = self.start(x)
@@ -657,7 +650,6 @@ REFUSED = [
     (KeepsAnIntermediateValue, "changes its attribute 'last'"),
     (MakesAConstant, "constant tensor"),
     (ReturnsTheBranchToo, "also used outside"),
-    (ReturnsAttentionWeights, "also used outside"),
     (OverwritesAPart, "overwrites a part"),
 ]
 
@@ -727,17 +719,13 @@ def test_hooks_on_a_layer_that_would_be_taken_apart_make_apply_refuse() -> None:
     assert "hooks on 'seq' would not run" in dict(sd.summary(model).refused)["1"]
 
 
-@pytest.mark.xfail(strict=True, reason="the program calls the children of the layer, not the layer")
-def test_a_hook_that_comes_later_on_a_layer_that_was_taken_apart_fires_or_is_an_error() -> None:
+def test_a_hook_that_comes_later_on_a_layer_that_was_taken_apart_fires() -> None:
     model = sd.apply(make(InPlaceFirst), p=KEPT)
     fired: list[object] = []
     model.seq.register_forward_hook(lambda *_: fired.append(1))
-    try:
+    with pytest.warns(UserWarning, match="never drops .* hooks on 'seq' would not run"):
         model(batch())
-    except RuntimeError as error:
-        assert "hook" in str(error)  # noqa: PT017
-    else:
-        assert fired == [1]
+    assert fired == [1]
 
 
 # --- arguments

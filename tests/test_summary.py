@@ -135,7 +135,7 @@ def test_the_table_shows_branches_totals_leftovers_and_refusals() -> None:
         "expected depth  2.20 of 3 branches",
         "compute kept    not measured: give example_inputs",
         "not dropped     blocks.1:conv1",
-        "refused         blocks.4: what it does depends on a value (gt)",
+        "refused         blocks.4: what it does depends on a value (gt); example inputs may tell",
     ]
     measured = str(sd.summary(model, -small_batch().abs()))
     assert "compute kept    " in measured

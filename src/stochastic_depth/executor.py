@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from .detect import CaptureError, Found, NotResidual, make_program
-from .detect.capture import Call, read_call
+from .detect.capture import Call, computing_modes, read_call
+from .detect.examples import Detail
 from .detect.program import Program
+from .detect.programs import Programs
 from .functional import Droppable, DroppedGrad, combine
 from .sampling import Keep, Mode, Scale, decide
 
@@ -74,24 +76,24 @@ class ResidualForward:
         self.generator = generator
         # A drop module inside a branch is replaced by our coin, also where our rate is 0.
         self.replaces = any(state.found.existing for state in states)
-        self._programs: dict[Hashable, Program | None] = {}
+        self._programs = Programs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._active():
             program, values = self._program(args, kwargs)
-            if program is not None:
+            if program is not None and not self._hooked(program):
                 return program.run(self.block, _Runner(self, program), *values)
         return type(self.block).forward(self.block, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": {}}
+        return {**self.__dict__, "_programs": Programs()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ResidualForward":
         # Programs hold no modules, so copies share them; they cannot be pickled.
         copied = object.__new__(ResidualForward)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        copied._programs = dict(self._programs)
+        copied._programs = self._programs.copy()
         return copied
 
     def install(self) -> None:
@@ -115,12 +117,12 @@ class ResidualForward:
         """Make the program for training calls like ``call`` now: torch.compile cannot do it."""
         args, kwargs = tree_unflatten(list(call.is_value), call.structure)
         key = call.key if kwargs or not all(arg is True for arg in args) else len(args)
-        self._programs[key, True] = self._make_program(call, training=True)
+        self._programs.latest[key, True] = self._make_program(call, training=True)[0]
 
     def compile(self, label: str, options: dict[str, Any]) -> None:
         """Compile a branch by itself from now on."""
         self.states[label].compile_options = options
-        self._programs.clear()
+        self._programs = Programs()
 
     def _active(self) -> bool:
         if _observer is not None:
@@ -141,19 +143,34 @@ class ResidualForward:
             call, values = read_call(args, kwargs)
             key = call.key
         key = key, self.block.training
-        if key not in self._programs:
-            call, _ = read_call(args, kwargs)
-            self._programs[key] = self._make_program(call, self.block.training)
-        return self._programs[key], values
+        if torch.compiler.is_compiling() and key in self._programs.latest:
+            return self._programs.latest[key], values
 
-    def _make_program(self, call: Call, training: bool) -> Program | None:
-        program, reason = None, "not found"
+        def make() -> tuple[Program | None, Detail]:
+            call, values = read_call(args, kwargs)
+            return self._make_program(call.like(values), self.block.training)
+
+        return self._programs.get(key, _state(self.block), values, make), values
+
+    def _make_program(self, call: Call, training: bool) -> tuple[Program | None, Detail]:
         try:
-            program, seen = make_program(self.block, call, training, set(self.states))
+            made = make_program(self.block, call, training, set(self.states))
         except (CaptureError, NotResidual) as error:
-            seen, reason = set(), str(error)
-        self._report(set(self.states) - seen, seen - self.known, reason)
-        return None if program is None else self._compiled(program)
+            self._report(set(self.states), set(), str(error))
+            return None, error.detail
+        for label in self.states.keys() - made.labels:
+            self._report({label}, set(), made.refused.get(label, "not found"))
+        self._report(set(), made.labels - self.known, "")
+        return self._compiled(made.program), made.program.detail
+
+    def _hooked(self, program: Program) -> bool:
+        """Whether a module that the program does not call has hooks, which would not run."""
+        for name in program.inlined:
+            module = self.block.get_submodule(name)
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                self._report(set(self.states), set(), f"hooks on {name!r} would not run")
+                return True
+        return False
 
     def _compiled(self, program: Program) -> Program:
         """``program`` with those branches compiled that ask for it."""
@@ -176,6 +193,12 @@ class ResidualForward:
                 f"dropped: {sorted(new)}. Give apply() example_inputs like those of training.",
                 stacklevel=2,
             )
+
+
+def _state(block: nn.Module) -> tuple[Any, ...]:
+    """What a trace of ``block`` may depend on beside its arguments."""
+    settings = [x for x in block.__dict__.values() if isinstance(x, bool | int | float | str)]
+    return (*settings, *computing_modes())
 
 
 @dataclass(frozen=True)

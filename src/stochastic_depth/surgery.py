@@ -10,6 +10,7 @@ from torch import nn
 
 from .detect import Findings, Found, Refused, find_branches
 from .detect.capture import Call, read_call
+from .detect.examples import outline
 from .executor import BranchState, ResidualForward
 from .functional import check_dropped_grad
 from .sampling import Mode, Scale, check_mode, check_p, check_scale
@@ -288,7 +289,9 @@ def _watch_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, read_call(args, kwargs)[0])
+            if name not in calls:
+                call, values = read_call(args, kwargs)
+                calls[name] = call.like(map(outline, values))
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 

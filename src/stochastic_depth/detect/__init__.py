@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
-from .capture import Call, CaptureError, capture, static_call
+from .capture import Call, CaptureError, Trace, static_call
 from .existing import is_drop_call, is_drop_module
+from .graphs import may_hold_sums
+from .inline import capture_inlined
 from .program import Program, build_program
 from .regions import Kind, Leaf, NotResidual, Refusal, Region, find_regions
 
@@ -77,11 +79,11 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
     for name, block in model.named_modules():
         if isinstance(block, StochasticDepth):
             wrapped.append(f"{name}." if name else "")
-        if name.startswith(tuple(wrapped)) or not _may_hold_sums(block):
+        if name.startswith(tuple(wrapped)) or not may_hold_sums(block):
             continue
         try:
             call = called[name] = (calls or {}).get(name) or static_call(block)
-            labelled, refusals, _ = _analyse(block, call, training=True)
+            labelled, refusals = _analyse(block, capture_inlined(block, call, training=True))
         except (CaptureError, NotResidual) as error:
             refused.append(Refused(name, str(error)))
             continue
@@ -94,10 +96,17 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
     return Findings([c.found() for c in candidates if c in kept], refused, dict(labels), called)
 
 
-def make_program(
-    block: nn.Module, call: Call, training: bool, labels: set[str]
-) -> tuple[Program, set[str]]:
-    """The program of ``block`` for one form of call, and the labels of all residual sums in it.
+@dataclass(frozen=True)
+class Made:
+    """A program, the labels of all residual sums in its block, and reasons for those refused."""
+
+    program: Program
+    labels: set[str]
+    refused: dict[str, str]
+
+
+def make_program(block: nn.Module, call: Call, training: bool, labels: set[str]) -> Made:
+    """The program of ``block`` for one form of call.
 
     Args:
         block: the block.
@@ -108,48 +117,52 @@ def make_program(
     Raises:
         CaptureError, NotResidual: it cannot be traced when called like this.
     """
-    labelled, _, graph = _analyse(block, call, training)
+    trace = capture_inlined(block, call, training)
+    labelled, refusals = _analyse(block, trace)
     chosen = [(label, region) for label, region in labelled if label in labels]
-    program = build_program(graph, chosen, lambda node: is_drop_call(node, block))
-    return program, {label for label, _ in labelled}
+    program = build_program(trace, chosen, lambda node: is_drop_call(node, block))
+    refused = {_largest(block, r.modules): r.reason for r in refusals}
+    return Made(program, {label for label, _ in labelled}, refused)
 
 
-def _analyse(
-    block: nn.Module, call: Call, training: bool
-) -> tuple[list[tuple[str, Region]], list[Refusal], fx.Graph]:
-    graph = capture(block, call, training)
-    regions, refusals = find_regions(graph, lambda path: _leaf(block.get_submodule(path)))
-    return list(_label(block, regions)), refusals, graph
+def _analyse(block: nn.Module, trace: Trace) -> tuple[list[tuple[str, Region]], list[Refusal]]:
+    try:
+        example = {} if trace.examples is None else {"example": trace.examples.of}
+        regions, refusals = find_regions(
+            trace.graph, lambda path: _leaf(block.get_submodule(path)), **example
+        )
+    except NotResidual as error:
+        error.detail = trace.detail
+        raise
+    return list(_label(block, regions)), refusals
+
+
+_LIGHT = {f"torch.nn.modules.{kind}" for kind in ("activation", "dropout")}
 
 
 def _leaf(module: nn.Module) -> Leaf:
     weights = sum(p.dim() > 1 for p in module.parameters())
     in_place = getattr(module, "inplace", False) is True and next(module.children(), None) is None
-    return Leaf(weights, in_place, isinstance(module, nn.Identity))
+    lookup = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    tiny = type(module).__module__ in _LIGHT and next(module.parameters(), None) is None
+    light = is_drop_module(module) or tiny
+    return Leaf(weights, in_place, isinstance(module, nn.Identity), lookup, light)
 
 
 def _label(block: nn.Module, regions: list[Region]) -> Iterator[tuple[str, Region]]:
     """Name each region after the child that holds most of its parameters."""
     seen: dict[str, int] = defaultdict(int)
     for region in regions:
-        sizes = {
-            path: sum(p.numel() for p in block.get_submodule(path).parameters())
-            for path in region.modules
-        }
-        label = max(sizes, key=sizes.__getitem__) if sizes else "branch"
+        label = _largest(block, region.modules)
         seen[label] += 1
         yield label if seen[label] == 1 else f"{label}#{seen[label]}", region
 
 
-def _may_hold_sums(module: nn.Module) -> bool:
-    """Whether a module's forward may hold a residual sum.
+def _largest(block: nn.Module, modules: tuple[str, ...]) -> str:
+    def size(path: str) -> int:
+        return sum(p.numel() for p in block.get_submodule(path).parameters())
 
-    Torch's own layers and containers have none, its transformer layers apart.
-    """
-    home = type(module).__module__
-    if home.startswith("torch.nn.modules.") or is_drop_module(module):
-        return home == "torch.nn.modules.transformer"
-    return True
+    return max(modules, key=size, default="branch")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,29 +1,62 @@
 """Trace one block's forward into a graph, its children left as calls.
 
 A wrapper around :class:`torch.fx.Tracer` that refuses where the plain tracer would record
-something else than the block does: control flow on values, constants made on the way, random
-numbers drawn or attributes changed while tracing, context managers.
+something else than the block does: control flow on data, constants made on the way, random
+numbers drawn or attributes changed while tracing, context managers. Control flow on shapes and
+types is decided from example values, and the trace says that it depends on them.
 """
 
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-__all__ = ["Call", "CaptureError", "capture", "no_fast_path", "read_call", "static_call"]
+from .examples import Detail, Examples
+from .graphs import is_shape, reads_types_only
+
+__all__ = [
+    "Call",
+    "CaptureError",
+    "Trace",
+    "capture",
+    "computing_modes",
+    "no_fast_path",
+    "read_call",
+    "static_call",
+]
 
 
+_DEPENDS = "what it does depends on a value"
 _NEW = object()  # what an attribute was that did not exist
 
 
 class CaptureError(Exception):
-    """A forward that cannot be traced faithfully; the message is the reason."""
+    """A forward that cannot be traced faithfully; the message is the reason.
+
+    ``detail`` is what of the example values it depends on that it cannot.
+    """
+
+    detail = Detail.NOTHING
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced forward, and what of the form of its tensors it holds for.
+
+    ``inlined`` names the descendants whose own forward is a part of the graph.
+    """
+
+    graph: fx.Graph
+    detail: Detail
+    examples: Examples | None
+    inlined: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -31,17 +64,24 @@ class Call:
     """How a forward is called: which arguments are values, and what the others are.
 
     ``constants`` holds every leaf of (args, kwargs), None standing in for the values.
+    ``examples`` are such values; None where none are known.
     """
 
     structure: TreeSpec
     is_value: tuple[bool, ...]
     constants: tuple[Any, ...]
+    types: tuple[type, ...]  # of the values: Tensor, object where it is not known, or another
+    examples: tuple[Any, ...] | None = field(default=None, compare=False)
 
     @property
     def key(self) -> Hashable:
-        """Equal for calls that one trace serves."""
-        kinds = tuple((type(c), c) if _is_plain(c) else type(c) for c in self.constants)
-        return self.structure, self.is_value, kinds
+        """Equal for calls that one trace serves, where it does not depend on more."""
+        kinds = tuple((type(c), c) for c in self.constants)
+        return self.structure, self.is_value, kinds, self.types
+
+    def like(self, values: Iterable[Any]) -> "Call":
+        """The same call with ``values`` as its examples."""
+        return replace(self, examples=tuple(values))
 
 
 def _is_plain(leaf: Any) -> bool:
@@ -53,7 +93,9 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list
     leaves, structure = tree_flatten((args, kwargs))
     is_value = tuple(not _is_plain(leaf) for leaf in leaves)
     constants = tuple(None if v else leaf for leaf, v in zip(leaves, is_value, strict=True))
-    return Call(structure, is_value, constants), [x for x in leaves if not _is_plain(x)]
+    values = [leaf for leaf, v in zip(leaves, is_value, strict=True) if v]
+    types = tuple(Tensor if isinstance(x, Tensor) else type(x) for x in values)
+    return Call(structure, is_value, constants, types), values
 
 
 def static_call(module: nn.Module) -> Call:
@@ -67,39 +109,54 @@ def static_call(module: nn.Module) -> Call:
     return read_call(tuple(object() for _ in range(len(required) - len(by_name))), by_name)[0]
 
 
-def capture(module: nn.Module, call: Call, training: bool) -> fx.Graph:
+def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[str] = ()) -> Trace:
     """The graph of ``module.forward``, called as ``call``, with one placeholder a value.
+
+    Args:
+        module: the block.
+        call: how it is called.
+        training: whether it is in training mode.
+        inlined: names of descendants that are traced too, where others are calls.
 
     Raises:
         CaptureError: the forward cannot be traced faithfully.
     """
-    forward = getattr(type(module), "forward", None)
-    if not inspect.isfunction(forward):
+    traced = [module, *map(module.get_submodule, inlined)]
+    forwards = [getattr(type(m), "forward", None) for m in traced]
+    if not all(map(inspect.isfunction, forwards)):
         raise CaptureError("its forward is not a Python function")
-    tracer = _Tracer(module, call)
-    module_state = dict(module.__dict__)
+    tracer = _Tracer(module, call, inlined)
+    saved = [dict(m.__dict__) for m in traced]
     module.training = training
-    traced_state = dict(module.__dict__)
+    before = [dict(m.__dict__) for m in traced]
     random_state = torch.get_rng_state()
-    with no_fast_path(), _isinstance_knows_values(forward):
+    python_state = random.getstate()
+    changed: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(no_fast_path())
+        for forward in forwards:
+            stack.enter_context(tracer.isinstance_knows_values(forward))
         try:
             graph = tracer.trace(module)
-        except CaptureError:
-            raise
         except Exception as error:
-            raise CaptureError(_first_line(error)) from error
+            reason = error if isinstance(error, CaptureError) else CaptureError(_first_line(error))
+            reason.detail = tracer.detail
+            raise reason from error
         finally:
             drew = not torch.equal(random_state, torch.get_rng_state())
+            drew |= random.getstate() != python_state
             torch.set_rng_state(random_state)
-            changed = [k for k, v in module.__dict__.items() if traced_state.get(k, _NEW) is not v]
-            module.__dict__.clear()
-            module.__dict__.update(module_state)
+            random.setstate(python_state)
+            for m, state, original in zip(traced, before, saved, strict=True):
+                changed += [k for k, v in m.__dict__.items() if state.get(k, _NEW) is not v]
+                m.__dict__.clear()
+                m.__dict__.update(original)
     if drew:
         raise CaptureError("it draws random numbers that decide what it does")
     if changed:
         raise CaptureError(f"it changes its attribute {changed[0]!r} while it runs")
     graph.eliminate_dead_code(lambda node: not _is_pure(node))
-    return graph
+    return Trace(graph, tracer.detail, tracer.examples, tuple(tracer.entered))
 
 
 def _first_line(error: Exception) -> str:
@@ -109,7 +166,7 @@ def _first_line(error: Exception) -> str:
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether an unused node can go: look-ups only, since anything else may have an effect."""
-    return node.op == "get_attr" or node.target in (operator.getitem, getattr)
+    return node.op == "get_attr" or node.target in (operator.getitem, getattr) or is_shape(node)
 
 
 class _Value(fx.Proxy):
@@ -124,6 +181,23 @@ def _in_place(name: str) -> Callable[[_Value, Any], Any]:
 
     return method
 
+
+def _known(convert: Callable[[Any], Any]) -> Callable[[_Value], Any]:
+    def method(self: _Value) -> Any:
+        return self.tracer.convert(self.node, convert)  # type: ignore[attr-defined]
+
+    return method
+
+
+# Functions that insist on a real number get one.
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "len": len,
+    "int": int,
+    "index": operator.index,
+    "float": float,
+}
+for _name, _convert in _NUMBERS.items():
+    setattr(_Value, f"__{_name}__", _known(_convert))
 
 for _name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod"):
     setattr(_Value, f"__{_name}__", _in_place(_name))
@@ -143,10 +217,14 @@ class _Tracer(fx.Tracer):
 
     trace_asserts = True
 
-    def __init__(self, module: nn.Module, call: Call) -> None:
+    def __init__(self, module: nn.Module, call: Call, inlined: Collection[str]) -> None:
         super().__init__()
         self.call = call
-        self.modes = _modes()
+        self.inlined = inlined
+        self.entered: dict[str, None] = {}
+        self.modes = computing_modes()
+        self.detail = Detail.NOTHING
+        self.examples = None if call.examples is None else Examples(module, call.examples)
         self.names = dict[Tensor, str](
             (t, name) for name, t in [*module.named_parameters(), *module.named_buffers()]
         )
@@ -154,10 +232,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Sequential(ReLU(inplace=True), ...) overwrites its input with something that it does
         # not return: the graph has to show it.
-        if not _starts_in_place(m):
+        if module_qualified_name not in self.inlined and not _starts_in_place(m):
             return True
-        if m._forward_hooks or m._forward_pre_hooks:
+        if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
             raise CaptureError(f"hooks on {module_qualified_name!r} would not run")
+        self.entered[module_qualified_name] = None
         return False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -194,18 +273,73 @@ class _Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes:
+        if computing_modes() != self.modes:
             raise CaptureError("it computes under a context manager (no_grad, autocast)")
         return super().create_node(kind, *args, **kwargs)
 
+    def example(self, node: fx.Node, detail: Detail, question: str) -> Any:
+        """The value of ``node``, on which the trace then depends."""
+        if self.examples is None:
+            raise CaptureError(f"{question} ({node.name}); example inputs may tell")
+        self.detail = max(self.detail, detail)
+        try:
+            return self.examples.of(node)
+        except Exception as error:
+            raise CaptureError(f"{question} ({node.name})") from error
+
+    def convert(
+        self, node: fx.Node, convert: Callable[[Any], Any], question: str = _DEPENDS
+    ) -> Any:
+        """A traced value as a real number, or its length."""
+        types_only = convert is len or reads_types_only(node)
+        detail = Detail.TYPES if types_only else Detail.SIZES
+        value = self.example(node, detail, question)
+        if isinstance(value, Tensor):
+            if convert is not len or value.dim() == 0:
+                raise CaptureError(f"{question} ({node.name})")
+            self.detail = Detail.SIZES
+        return convert(value)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise CaptureError(f"what it does depends on a value ({obj.node.name})")
+        return bool(self.convert(obj.node, bool))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        raise CaptureError(f"it loops over a value ({obj.node.name})")
+        length = self.convert(obj.node, len, "it loops over a value")
+        return iter([obj[i] for i in range(length)])  # type: ignore[index]
 
     def keys(self, obj: fx.Proxy) -> Any:
-        raise CaptureError(f"it takes a value as keywords ({obj.node.name})")
+        value = self.example(obj.node, Detail.TYPES, "it takes a value as keywords")
+        return value.keys()
+
+    def is_instance(self, obj: fx.Proxy, types: Any) -> bool:
+        question = "what it does depends on the type of a value"
+        if obj.node.op != "placeholder":
+            return isinstance(self.example(obj.node, Detail.TYPES, question), types)
+        known = self.call.types[int(obj.node.name.removeprefix("value_"))]
+        return issubclass(Tensor if known is object else known, types)
+
+    @contextmanager
+    def isinstance_knows_values(self, forward: Any) -> Iterator[None]:
+        """Let the forward's ``isinstance`` see the types of values.
+
+        A proxy that claims another ``__class__`` crashes the interpreter, so the name is
+        shadowed in the globals of the forward instead.
+        """
+        namespace = inspect.unwrap(forward).__globals__
+        shadowed = "isinstance" in namespace
+
+        def knowing(obj: Any, types: Any) -> bool:
+            if isinstance(obj, fx.Proxy) and not _names_proxy(types):
+                return self.is_instance(obj, types)
+            return isinstance(obj, types)
+
+        if not shadowed:
+            namespace["isinstance"] = knowing
+        try:
+            yield
+        finally:
+            if not shadowed:
+                del namespace["isinstance"]
 
 
 def _starts_in_place(m: nn.Module) -> bool:
@@ -217,8 +351,13 @@ def _starts_in_place(m: nn.Module) -> bool:
     )
 
 
-def _modes() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled(), torch.is_autocast_enabled("cpu")
+def computing_modes() -> tuple[Any, ...]:
+    """The modes that decide what a forward computes, beside its arguments."""
+    return (
+        torch.is_grad_enabled(),
+        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
+    )
 
 
 @contextmanager
@@ -230,32 +369,6 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _isinstance_knows_values(forward: Callable[..., Any]) -> Iterator[None]:
-    """Let the forward's ``isinstance(x, Tensor)`` hold for the block's inputs.
-
-    A proxy that claims another ``__class__`` crashes the interpreter, so the name is shadowed
-    in the globals of the forward instead. Of other values the type is not known.
-    """
-    namespace = inspect.unwrap(forward).__globals__
-    shadowed = "isinstance" in namespace
-
-    def knowing(obj: Any, types: Any) -> bool:
-        if isinstance(obj, fx.Proxy) and not _names_proxy(types):
-            if obj.node.op == "placeholder":
-                return issubclass(Tensor, types)
-            raise CaptureError(f"what it does depends on the type of a value ({obj.node.name})")
-        return isinstance(obj, types)
-
-    if not shadowed:
-        namespace["isinstance"] = knowing
-    try:
-        yield
-    finally:
-        if not shadowed:
-            del namespace["isinstance"]
 
 
 def _names_proxy(types: Any) -> bool:

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from ..functional import Sum
-from .regions import Region, is_effect, is_shape
+from .capture import Trace
+from .examples import Detail
+from .graphs import is_effect, is_shape
+from .regions import Region
 
 __all__ = ["Branch", "Program", "build_program"]
 
@@ -34,20 +38,26 @@ class Program:
     """A forward with its branches taken out.
 
     ``run(block, call_branch, *values)`` is the forward's result; where a region was, it calls
-    ``call_branch(i, shortcut, *inputs)`` for the branch ``branches[i]``.
+    ``call_branch(i, shortcut, *inputs)`` for the branch ``branches[i]``. It holds for calls whose
+    tensors are alike as far as ``detail`` says, and while no module of ``inlined``, which it does
+    not call, has hooks.
     """
 
     run: Callable[..., Any]
     branches: tuple[Branch, ...]
+    detail: Detail
+    inlined: tuple[str, ...]
 
 
 def build_program(
-    graph: fx.Graph, regions: Sequence[tuple[str, Region]], bypassed: Callable[[fx.Node], bool]
+    trace: Trace,
+    regions: Sequence[tuple[str, Region]],
+    bypassed: Callable[[fx.Node], bool],
 ) -> Program:
-    """The program of ``graph`` with the labelled ``regions``, which do not overlap.
+    """The program of a traced forward with the labelled ``regions``, which do not overlap.
 
     Args:
-        graph: a traced forward.
+        trace: the traced forward.
         regions: labels and regions, in the order of their sums.
         bypassed: calls inside a branch that return their first argument instead (a DropPath
             that the branch's own coin replaces).
@@ -59,17 +69,17 @@ def build_program(
     taken = {node for _, region in regions for node in region.nodes}
     main = fx.Graph()
     call_branch = main.placeholder("call_branch")
-    env: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+    env: dict[fx.Node, Any] = {n: value for _, r in regions for n, value in r.extras}
+    for node in trace.graph.nodes:
         if node in by_merge:
             region = regions[by_merge[node]][1]
             operands = [env[n] for n in (region.shortcut, *region.inputs)]
             env[node] = main.call_method("__call__", (call_branch, by_merge[node], *operands))
-        elif node not in taken and all(n in env for n in node.all_input_nodes):
+        elif node not in taken and node not in env and all(n in env for n in node.all_input_nodes):
             env[node] = main.node_copy(node, env.__getitem__)
-        elif node not in taken and not is_shape(node) and not is_effect(node):
+        elif node not in taken and node not in env and not is_shape(node) and not is_effect(node):
             raise AssertionError(f"{node} needs a value of a branch")
-    return Program(_compile(main, "main"), branches)
+    return Program(_compile(main, "main"), branches, trace.detail, trace.inlined)
 
 
 def _branch(label: str, region: Region, graph: fx.Graph) -> Branch:
@@ -94,8 +104,21 @@ def _branch_graph(region: Region, bypassed: Callable[[fx.Node], bool]) -> fx.Gra
             env[node] = get(node.all_input_nodes[0])
         else:
             get(node)
+    for node, value in region.extras:
+        graph.call_function(_check_absent, (get(node), value))
     graph.output(env[region.output])
     return graph
+
+
+def _check_absent(extra: Any, expected: Any) -> None:
+    """Raise where a branch returns more than it did when it was found droppable."""
+    if extra is not expected and any(x is not None for x in tree_leaves(extra)):
+        raise RuntimeError(
+            "a droppable branch returns something beside its output (attention weights, a cache) "
+            "that it did not when its block was called like this before: it has no value where "
+            "the branch is dropped. Call stochastic_depth.apply again after changing the model's "
+            "configuration, or do not ask for it in training"
+        )
 
 
 def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:

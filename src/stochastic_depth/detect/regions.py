@@ -16,8 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from ..functional import Sum
+from .examples import Detail
+from .graphs import is_effect, is_shape, sum_of
 
 __all__ = [
     "Kind",
@@ -26,8 +29,6 @@ __all__ = [
     "Refusal",
     "Region",
     "find_regions",
-    "is_effect",
-    "is_shape",
 ]
 
 Kind = Literal["identity", "projection"]
@@ -40,6 +41,8 @@ class Leaf:
     weights: int  # the number of its weight matrices
     in_place: bool = False  # it overwrites its input with its result
     identity: bool = False  # it returns its input
+    lookup: bool = False  # it looks rows of a table up, by number
+    light: bool = False  # a dropout or the like, not worth dropping by itself
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Region:
     rows_known: bool  # whether every input certainly has the shortcut's rows
     kind: Kind
     sum: Sum
+    # What else the branch returns (attention weights, say), as a node outside of it, and what it
+    # is where nobody asks for it: None, or a structure of None.
+    extras: tuple[tuple[fx.Node, Any], ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -69,12 +75,18 @@ class Refusal:
     reason: str
 
 
+_PRESENT = object()  # in place of a value that may be something
+
+
 class NotResidual(Exception):
-    """A graph in which no branch can be dropped; the message is the reason."""
+    """A graph in which no branch can be dropped; the message is the reason.
+
+    ``detail`` is what of the example values this depends on.
+    """
+
+    detail = Detail.NOTHING
 
 
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_SUBTRACT = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"}
 _IN_PLACE = {
     operator.iadd,
     operator.isub,
@@ -85,8 +97,6 @@ _IN_PLACE = {
     operator.ifloordiv,
     operator.imod,
 }
-_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point"}
-_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
 _VIEWS = {
     "chunk",
     "expand",
@@ -104,29 +114,10 @@ _VIEWS = {
 }
 
 
-def is_shape(node: fx.Node) -> bool:
-    """Whether a node reads sizes or types only: no values, and no row depends on another."""
-    if node.op == "call_method" and node.target in _SHAPE_METHODS:
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in _SHAPE_ATTRIBUTES
-    if node.op == "call_function" and node.all_input_nodes:
-        return all(is_shape(n) for n in node.all_input_nodes) and (
-            getattr(node.target, "__module__", None) in ("_operator", "builtins", "math")
-        )
-    return False
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Whether a node is an assertion: it is computed for nobody and nobody waits for it."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in (
-        "_assert",
-        "assert_fn",
-    )
-
-
 def find_regions(
-    graph: fx.Graph, leaf: Callable[[str], Leaf]
+    graph: fx.Graph,
+    leaf: Callable[[str], Leaf],
+    example: Callable[[fx.Node], Any] = lambda node: None,
 ) -> tuple[list[Region], list[Refusal]]:
     """The residual regions of ``graph`` in the order of their sums, inner ones included.
 
@@ -137,12 +128,14 @@ def find_regions(
     Args:
         graph: a traced forward.
         leaf: what is known of a child module, by its qualified name in the graph.
+        example: the value of a node with no more than fake tensors. By default everything that a
+            branch returns beside its output is taken for None.
 
     Raises:
         NotResidual: nothing in the graph can be dropped; the message is the reason.
     """
     overwritten = _thread_in_place(graph, leaf)
-    return _Finder(graph, leaf, overwritten).run()
+    return _Finder(graph, leaf, example, overwritten).run()
 
 
 def _thread_in_place(graph: fx.Graph, leaf: Callable[[str], Leaf]) -> dict[fx.Node, fx.Node]:
@@ -208,9 +201,11 @@ class _Finder:
         self,
         graph: fx.Graph,
         leaf: Callable[[str], Leaf],
+        example: Callable[[fx.Node], Any],
         overwritten: dict[fx.Node, fx.Node],
     ) -> None:
         self.leaf = leaf
+        self.example = example
         self.overwritten = overwritten
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -232,7 +227,7 @@ class _Finder:
 
     def run(self) -> tuple[list[Region], list[Refusal]]:
         for node in self.nodes:
-            sides = _sum_of(node)
+            sides = sum_of(node)
             if sides is None or not all(self.values >> self.index[s] & 1 for s in sides[:2]):
                 continue
             a, b, sign = sides
@@ -256,6 +251,10 @@ class _Finder:
         """Layers with a weight matrix among the nodes of ``mask``."""
         nodes = [self.nodes[i] for i in _bits(mask)]
         return sum(self.leaf(str(n.target)).weights for n in nodes if n.op == "call_module")
+
+    def _looks_up(self, mask: int) -> bool:
+        nodes = [self.nodes[i] for i in _bits(mask)]
+        return any(self.leaf(str(n.target)).lookup for n in nodes if n.op == "call_module")
 
     def _region(
         self, merge: fx.Node, shortcut: fx.Node, output: fx.Node, as_sum: Sum
@@ -282,13 +281,21 @@ class _Finder:
         if kind == "identity" and not self._anc(output) >> self.index[trunk[-1]] & 1:
             return None
         if kind == "projection":
+            if self._looks_up(own):
+                return None  # x_1 and x_2 are embeddings of the same words: no shortcut
             weights = self._weights(own)
             if weights > 1 or self._weights(branch) <= weights:
                 return None
-        kept = self._without_leaks(branch, merge)
-        inputs = self._entries(kept)
         if not self._substantial(branch):
             return None
+        extras: dict[fx.Node, Any] = {}
+        for node in self._others(branch):
+            extras[node] = self._absent(node)
+            if extras[node] is _PRESENT:
+                self._refuse(branch, "it also returns something else that is used")
+                return None
+        kept = self._without_leaks(branch, {merge, *extras})
+        inputs = self._entries(kept)
         if not self._substantial(kept) or not kept >> self.index[output] & 1 or not inputs:
             self._refuse(branch, "what the branch computes is also used outside of it")
             return None
@@ -307,18 +314,36 @@ class _Finder:
             trunk = list(start)
         nodes = tuple(self.nodes[i] for i in _bits(kept))
         known = set(inputs) <= set(trunk)
-        return Region(merge, shortcut, output, nodes, inputs, known, kind, as_sum)
+        returned = tuple((n, v) for n, v in extras.items() if n.all_input_nodes[0] in nodes)
+        return Region(merge, shortcut, output, nodes, inputs, known, kind, as_sum, returned)
+
+    def _others(self, branch: int) -> Iterator[fx.Node]:
+        """Parts outside of the branch of what its modules return, where anything reads them."""
+        nodes = [self.nodes[i] for i in _bits(branch)]
+        for call in (n for n in nodes if n.op == "call_module"):
+            for part in call.users:
+                inside = branch >> self.index[part] & 1
+                if part.target is operator.getitem and part.users and not inside:
+                    yield part
+
+    def _absent(self, node: fx.Node) -> Any:
+        """The value of ``node`` where that is None or a structure of None."""
+        try:
+            value = self.example(node)
+        except Exception:  # of any kind: then it is not known
+            return _PRESENT
+        return value if all(x is None for x in tree_leaves(value)) else _PRESENT
 
     def _refuse(self, branch: int, reason: str) -> None:
         nodes = (self.nodes[i] for i in _bits(branch))
         modules = tuple(str(n.target) for n in nodes if n.op == "call_module")
         self.refused.append(Refusal(modules, reason))
 
-    def _without_leaks(self, branch: int, merge: fx.Node) -> int:
-        """``branch`` without what is needed elsewhere too."""
+    def _without_leaks(self, branch: int, known: set[fx.Node]) -> int:
+        """``branch`` without what nodes outside of it, others than the ``known``, need too."""
         for i in reversed(list(_bits(branch))):
             if branch >> i & 1 and any(
-                user is not merge and not branch >> self.index[user] & 1
+                user not in known and not branch >> self.index[user] & 1
                 for user in self._readers(self.nodes[i])
             ):
                 branch &= ~self.ancestors[i]
@@ -350,21 +375,10 @@ class _Finder:
     def _substantial(self, mask: int) -> bool:
         """Whether there is more to the nodes of ``mask`` than a bit of arithmetic."""
         nodes = [self.nodes[i] for i in _bits(mask)]
-        return any(n.op in ("call_module", "get_attr") for n in nodes)
-
-
-def _sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
-    """The two sides of a sum or difference, and the sign of the second."""
-    if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
-        return None
-    a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
-        return None
-    if node.target in _ADD:
-        return a, b, 1
-    if node.target in _SUBTRACT:
-        return a, b, -1
-    return None
+        return any(
+            n.op == "get_attr" or (n.op == "call_module" and not self.leaf(str(n.target)).light)
+            for n in nodes
+        )
 
 
 def _operation(node: fx.Node, swapped: bool) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,73 @@
+"""What kind of node a node is: questions that capture, regions and program all ask."""
+
+import operator
+
+import torch
+from torch import fx, nn
+
+from .existing import is_drop_module
+
+__all__ = ["is_effect", "is_shape", "may_hold_sums", "reads_types_only", "sum_of"]
+
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_SUBTRACT = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"}
+_SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point"}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
+_TYPE_READS = {"dim", "ndimension", "is_floating_point", "ndim", "dtype", "device", "is_cuda"}
+
+
+def is_shape(node: fx.Node) -> bool:
+    """Whether a node reads sizes or types only: no values, and no row depends on another."""
+    if node.op == "call_method" and node.target in _SHAPE_METHODS:
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    if node.op == "call_function" and node.all_input_nodes:
+        return all(is_shape(n) for n in node.all_input_nodes) and (
+            getattr(node.target, "__module__", None) in ("_operator", "builtins", "math")
+        )
+    return False
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node is an assertion: it is computed for nobody and nobody waits for it."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in (
+        "_assert",
+        "assert_fn",
+    )
+
+
+def reads_types_only(node: fx.Node) -> bool:
+    """Whether ``node`` depends on types and numbers of dimensions only, not on sizes."""
+    if not is_shape(node):
+        return False
+    if node.op == "call_method":
+        return node.target in _TYPE_READS
+    if node.target is getattr:
+        return node.args[1] in _TYPE_READS
+    return all(map(reads_types_only, node.all_input_nodes))
+
+
+def sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    """The two sides of a sum or difference, and the sign of the second."""
+    if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+        return None
+    if node.target in _ADD:
+        return a, b, 1
+    if node.target in _SUBTRACT:
+        return a, b, -1
+    return None
+
+
+def may_hold_sums(module: nn.Module) -> bool:
+    """Whether a module's forward may hold a residual sum.
+
+    Torch's own layers and containers have none, its transformer layers apart.
+    """
+    home = type(module).__module__
+    if home.startswith("torch.nn.modules.") or is_drop_module(module):
+        return home == "torch.nn.modules.transformer"
+    return True
