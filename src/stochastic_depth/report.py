@@ -70,12 +70,13 @@ class Summary:
             )
             for line in table
         ]
-        lines.insert(1, "-" * len(lines[0]))
+        rule = "-" * len(lines[0])
+        lines.insert(1, rule)
         kept = "not measured: give example_inputs"
         if self.compute_kept is not None:
             kept = f"{self.compute_kept:.1%}"
         lines += [
-            "",
+            rule,
             f"expected depth  {self.expected_depth:.2f} of {self.depth} branches",
             f"compute kept    {kept}",
         ]
