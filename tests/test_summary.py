@@ -131,7 +131,7 @@ def test_the_table_shows_branches_totals_leftovers_and_refusals() -> None:
         "blocks.0:conv1  identity    0.100    7.5%      -",
         "blocks.2:conv2  projection  0.300   22.0%      -",
         "blocks.3:conv1  identity    0.400   29.1%      -",
-        "",
+        "------------------------------------------------",
         "expected depth  2.20 of 3 branches",
         "compute kept    not measured: give example_inputs",
         "not dropped     blocks.1:conv1",
