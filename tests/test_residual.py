@@ -216,20 +216,21 @@ def test_a_kept_call_weighs_what_the_scaling_says(scale: str) -> None:
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(
-    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    rows=st.integers(2, 6),
+    others=st.lists(st.integers(1, 3), max_size=3),
     data=st.data(),
-    p=st.floats(0.05, 0.95),
-    mode=st.sampled_from(MODES),
-    scale=st.sampled_from(SCALES),
+    p=st.sampled_from([0.2, 0.4, 0.7]),
     seed=st.integers(0, 1000),
 )
 def test_output_and_gradients_are_those_of_a_masked_sum(
-    shape: list[int], data: st.DataObject, p: float, mode: str, scale: str, seed: int
+    mode: str, scale: str, rows: int, others: list[int], data: st.DataObject, p: float, seed: int
 ) -> None:
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    rows = shape[dim]
+    dim = data.draw(st.integers(0, len(others)))
+    shape = [*others[:dim], rows, *others[dim:]]
     x = torch.randn(shape, generator=coins(seed), dtype=torch.float64)
     number = torch.arange(rows).view([-1 if d == dim else 1 for d in range(len(shape))])
     number = number.expand(shape).to(x)
