@@ -4,14 +4,17 @@ from .functional import residual
 from .layer import StochasticDepth
 from .report import Summary, summary
 from .surgery import Branch, apply, branches, remove
+from .verify import Verification, verify
 
 __all__ = [
     "Branch",
     "StochasticDepth",
     "Summary",
+    "Verification",
     "apply",
     "branches",
     "remove",
     "residual",
     "summary",
+    "verify",
 ]

@@ -30,6 +30,7 @@ class Branch:
         name: the qualified name of the block and, after a colon, which of its branches.
         kind: ``"identity"`` or ``"projection"``, the kind of its shortcut.
         modules: the qualified names of the submodules that the branch runs, in order.
+        existing: those of them that dropped the branch before (a DropPath) and now do nothing.
         mode, scale: how it is dropped.
         p: probability to drop; may be set at any time.
         decided: how many decisions were taken in training since ``apply``: calls, or rows in the
@@ -52,8 +53,15 @@ class Branch:
 
     @property
     def modules(self) -> tuple[str, ...]:
+        return self._qualified(self._state.found.modules)
+
+    @property
+    def existing(self) -> tuple[str, ...]:
+        return self._qualified(self._state.found.existing)
+
+    def _qualified(self, modules: tuple[str, ...]) -> tuple[str, ...]:
         prefix = f"{self._block}." if self._block else ""
-        return tuple(prefix + m for m in self._state.found.modules)
+        return tuple(prefix + m for m in modules)
 
     @property
     def mode(self) -> Mode:
@@ -257,6 +265,15 @@ def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
             yield name, forward
 
 
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """``model`` of a tensor, a tuple of arguments or a dict of keywords."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
 def run_example(model: nn.Module, example_inputs: Any) -> None:
     """Call ``model`` on ``example_inputs`` in evaluation, without gradients or random effects.
 
@@ -267,12 +284,7 @@ def run_example(model: nn.Module, example_inputs: Any) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
-            if isinstance(example_inputs, Mapping):
-                model(**example_inputs)
-            elif isinstance(example_inputs, tuple | list):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
+            call_model(model, example_inputs)
     except Exception as error:
         raise ValueError(
             "example_inputs must be what the model is called with (a tensor, a tuple of arguments "

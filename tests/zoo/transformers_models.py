@@ -1,0 +1,400 @@
+"""Tiny random models of transformers families, with inputs for them. Nothing is downloaded."""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYERS = 3
+
+# What makes a configuration small, under the names that families have for it. Only those that a
+# family's configuration has are set.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim"], 32),
+    **dict.fromkeys(["embedding_size", "word_embed_proj_dim", "projection_dim"], 32),
+    **dict.fromkeys(
+        ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers"], LAYERS
+    ),
+    **dict.fromkeys(["decoder_layers", "num_decoder_layers", "num_encoder_layers"], LAYERS),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads"], 4),
+    **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 4),
+    **dict.fromkeys(["num_key_value_heads"], 2),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size"], 48),
+    **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"], 48),
+    **dict.fromkeys(["head_dim", "d_kv"], 8),
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: ``classes`` are the configuration's and the model's names in transformers.
+
+    ``branches`` is the expected number; ``reason`` says where it comes from.
+    """
+
+    name: str
+    config: str
+    model: str
+    branches: int
+    reason: str
+    inputs: str = "text"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def build(family: Family) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny random model of the family, and what to call it with."""
+    transformers = importlib.import_module("transformers")
+    config_class = getattr(transformers, family.config)
+    default = config_class()
+    small = {k: v for k, v in SMALL.items() if _settable(default, k)} | family.overrides
+    torch.manual_seed(0)
+    model = getattr(transformers, family.model)(config_class(**small))
+    return model, INPUTS[family.inputs]()
+
+
+def _settable(config: Any, name: str) -> bool:
+    derived = getattr(type(config), name, None)
+    return hasattr(config, name) and not (isinstance(derived, property) and derived.fset is None)
+
+
+def _tokens(length: int = 7) -> torch.Tensor:
+    return torch.arange(3, 3 + 2 * length).reshape(2, length) % 90 + 3
+
+
+def _text() -> dict[str, Any]:
+    return {"input_ids": _tokens(), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}
+
+
+INPUTS = {
+    "text": _text,
+    "causal": lambda: {**_text(), "use_cache": False},
+    "pair": lambda: {**_text(), "decoder_input_ids": _tokens(5), "use_cache": False},
+    "image": lambda: {"pixel_values": torch.randn(2, 3, 32, 32)},
+    "wave": lambda: {"input_values": torch.randn(2, 2000)},
+    "features": lambda: {"input_features": torch.randn(2, 30, 80)},
+    "whisper": lambda: {
+        "input_features": torch.randn(2, 80, 60),
+        "decoder_input_ids": _tokens(5),
+        "use_cache": False,
+    },
+    "image-text": lambda: {**_text(), "pixel_values": torch.randn(2, 3, 32, 32)},
+}
+
+ENC2 = f"{LAYERS} layers, attention and MLP"
+ENC1 = f"{LAYERS} layers, attention and MLP in parallel"
+DEC = f"{LAYERS} encoder layers of 2 and {LAYERS} decoder layers of 3"
+_2, _DEC = 2 * LAYERS, 5 * LAYERS
+
+
+def _bert(name: str, stem: str, **overrides: Any) -> Family:
+    return Family(name, f"{stem}Config", f"{stem}Model", _2, ENC2, "text", overrides)
+
+
+def _causal(name: str, stem: str, **overrides: Any) -> Family:
+    return Family(name, f"{stem}Config", f"{stem}ForCausalLM", _2, ENC2, "causal", overrides)
+
+
+def _vision(name: str, stem: str, **overrides: Any) -> Family:
+    return Family(name, f"{stem}Config", f"{stem}Model", _2, ENC2, "image", overrides)
+
+
+def _pair(name: str, stem: str, **overrides: Any) -> Family:
+    return Family(name, f"{stem}Config", f"{stem}Model", _DEC, DEC, "pair", overrides)
+
+
+_CONV = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4),
+         "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
+         "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False}  # fmt: skip
+
+FAMILIES = [
+    _bert("albert", "Albert", embedding_size=16),
+    _bert("bert", "Bert"),
+    Family("bert_generation", "BertGenerationConfig", "BertGenerationEncoder", _2, ENC2),
+    _bert("big_bird", "BigBird", attention_type="original_full"),
+    _bert("camembert", "Camembert"),
+    _bert("canine", "Canine"),
+    _bert("convbert", "ConvBert"),
+    _bert("data2vec_text", "Data2VecText"),
+    _bert("deberta", "Deberta"),
+    _bert("deberta_v2", "DebertaV2"),
+    _bert("distilbert", "DistilBert"),
+    _bert("electra", "Electra"),
+    _bert("ernie", "Ernie"),
+    _bert("esm", "Esm"),
+    _bert("eurobert", "EuroBert"),
+    _bert("flaubert", "Flaubert"),
+    _bert("fnet", "FNet"),
+    _bert("ibert", "IBert"),
+    _bert("layoutlm", "LayoutLM"),
+    _bert("longformer", "Longformer", attention_window=4),
+    _bert("megatron_bert", "MegatronBert"),
+    _bert(
+        "mobilebert", "MobileBert", embedding_size=32, intra_bottleneck_size=16, true_hidden_size=16
+    ),
+    _bert("modernbert", "ModernBert"),
+    _bert("mpnet", "MPNet"),
+    _bert("mra", "Mra"),
+    _bert("nystromformer", "Nystromformer", num_landmarks=7, segment_means_seq_len=7),
+    _bert("nomic_bert", "NomicBert"),
+    _bert("rembert", "RemBert"),
+    _bert("roberta", "Roberta"),
+    _bert("roberta_prelayernorm", "RobertaPreLayerNorm"),
+    _bert("roc_bert", "RoCBert", pronunciation_vocab_size=20, shape_vocab_size=20),
+    _bert("roformer", "RoFormer"),
+    _bert("squeezebert", "SqueezeBert"),
+    _bert("splinter", "Splinter"),
+    _bert("xlm_roberta", "XLMRoberta"),
+    _bert("xlm", "XLM"),
+    Family("xlnet", "XLNetConfig", "XLNetModel", _2, ENC2, "text", {"d_inner": 48}),
+    _bert("xmod", "Xmod"),
+    _bert("yoso", "Yoso"),
+    _bert("luke", "Luke", entity_vocab_size=20),
+    _causal("apertus", "Apertus"),
+    _causal("arcee", "Arcee"),
+    _causal("biogpt", "BioGpt"),
+    _causal("bloom", "Bloom"),
+    _causal("codegen", "CodeGen", rotary_dim=4),
+    _causal("cohere", "Cohere"),
+    Family("ctrl", "CTRLConfig", "CTRLLMHeadModel", _2, ENC2, "causal", {"dff": 48}),
+    _causal(
+        "deepseek_v2",
+        "DeepseekV2",
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        num_key_value_heads=4,
+        n_group=1,
+        topk_group=1,
+    ),
+    _causal(
+        "deepseek_v3",
+        "DeepseekV3",
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        num_key_value_heads=4,
+        n_group=1,
+        topk_group=1,
+    ),
+    _causal("falcon", "Falcon"),
+    _causal("falcon_mamba", "FalconMamba"),
+    _causal("gemma", "Gemma"),
+    _causal("gemma2", "Gemma2"),
+    Family("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", _2, ENC2, "causal"),
+    _causal("glm", "Glm"),
+    Family("gpt2", "GPT2Config", "GPT2LMHeadModel", _2, ENC2, "causal"),
+    _causal("gpt_bigcode", "GPTBigCode"),
+    _causal("gpt_neo", "GPTNeo", attention_types=[[["global", "local"], 2]], num_layers=4),
+    _causal("gpt_neox", "GPTNeoX"),
+    _causal("gpt_neox_japanese", "GPTNeoXJapanese"),
+    _causal("gpt_oss", "GptOss"),
+    _causal("gptj", "GPTJ", rotary_dim=4),
+    _causal("granite", "Granite"),
+    _causal("granitemoe", "GraniteMoe"),
+    _causal("jamba", "Jamba"),
+    _causal("jetmoe", "JetMoe"),
+    _causal("lfm2", "Lfm2"),
+    _causal("llama", "Llama"),
+    _causal("mamba", "Mamba"),
+    _causal("mistral", "Mistral"),
+    _causal("mixtral", "Mixtral"),
+    _causal("mpt", "Mpt"),
+    _causal("nemotron", "Nemotron"),
+    _causal("olmo", "Olmo"),
+    _causal("olmo2", "Olmo2"),
+    _causal("olmoe", "Olmoe"),
+    _causal("opt", "OPT"),
+    _causal("persimmon", "Persimmon"),
+    _causal("phi", "Phi"),
+    _causal("phi3", "Phi3"),
+    _causal("qwen2", "Qwen2"),
+    _causal("qwen2_moe", "Qwen2Moe"),
+    _causal("qwen3", "Qwen3"),
+    _causal("qwen3_moe", "Qwen3Moe"),
+    _causal("recurrent_gemma", "RecurrentGemma"),
+    _causal("rwkv", "Rwkv"),
+    _causal("smollm3", "SmolLM3"),
+    _causal("stablelm", "StableLm"),
+    _causal("starcoder2", "Starcoder2"),
+    _causal("xglm", "XGLM"),
+    _causal("xlstm", "xLSTM"),
+    _pair("bart", "Bart"),
+    _pair("blenderbot", "Blenderbot"),
+    _pair("fsmt", "FSMT"),
+    _pair("led", "LED", attention_window=4),
+    _pair("longt5", "LongT5"),
+    _pair("m2m_100", "M2M100"),
+    _pair("marian", "Marian"),
+    _pair("mbart", "MBart"),
+    _pair("mt5", "MT5"),
+    _pair("mvp", "Mvp"),
+    _pair("nllb_moe", "NllbMoe"),
+    _pair("pegasus", "Pegasus"),
+    _pair("pegasus_x", "PegasusX"),
+    _pair("plbart", "PLBart"),
+    _pair("prophetnet", "ProphetNet", num_encoder_layers=LAYERS, num_decoder_layers=LAYERS),
+    _pair("switch_transformers", "SwitchTransformers"),
+    _pair("t5", "T5"),
+    _pair("umt5", "UMT5"),
+    _vision("beit", "Beit"),
+    Family(
+        "convnext",
+        "ConvNextConfig",
+        "ConvNextModel",
+        5,
+        "5 blocks",
+        "image",
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1], "patch_size": 2},
+    ),
+    _vision("data2vec_vision", "Data2VecVision"),
+    _vision("deit", "Deit" if False else "DeiT"),
+    _vision("dinov2", "Dinov2"),
+    _vision("dinov3_vit", "DINOv3ViT"),
+    _vision("focalnet", "FocalNet"),
+    _vision("ijepa", "IJepa"),
+    _vision("mobilenet_v2", "MobileNetV2"),
+    _vision("mobilevit", "MobileViT"),
+    _vision("poolformer", "PoolFormer", hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 2, 1]),
+    _vision(
+        "pvt",
+        "Pvt",
+        num_attention_heads=[1, 2, 2, 2],
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 2, 1],
+        patch_sizes=[2, 2, 2, 2],
+    ),
+    _vision(
+        "pvt_v2",
+        "PvtV2",
+        num_attention_heads=[1, 2, 2, 2],
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 2, 1],
+        patch_sizes=[2, 2, 2, 2],
+    ),
+    _vision("regnet", "RegNet", hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 2, 1], groups_width=8),
+    _vision(
+        "resnet", "ResNet", hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 2, 1], embedding_size=8
+    ),
+    _vision(
+        "segformer",
+        "Segformer",
+        num_attention_heads=[1, 2, 2, 2],
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 2, 1],
+    ),
+    _vision("siglip_vision", "SiglipVision"),
+    _vision("clip_vision", "CLIPVision"),
+    _vision("swiftformer", "SwiftFormer"),
+    _vision(
+        "swin", "Swin", depths=[2, 2], num_heads=[2, 4], embed_dim=16, window_size=2, patch_size=4
+    ),
+    _vision(
+        "swinv2",
+        "Swinv2",
+        depths=[2, 2],
+        num_heads=[2, 4],
+        embed_dim=16,
+        window_size=2,
+        patch_size=4,
+    ),
+    _vision("vit", "ViT"),
+    _vision("vit_mae", "ViTMAE"),
+    _vision("vit_msn", "ViTMSN"),
+    _vision("yolos", "Yolos", image_size=(32, 32)),
+    Family(
+        "audio_spectrogram_transformer",
+        "ASTConfig",
+        "ASTModel",
+        _2,
+        ENC2,
+        "ast",
+        {"max_length": 64, "num_mel_bins": 32},
+    ),
+    Family("data2vec_audio", "Data2VecAudioConfig", "Data2VecAudioModel", _2, ENC2, "wave", _CONV),
+    Family("hubert", "HubertConfig", "HubertModel", _2, ENC2, "wave", _CONV),
+    Family("sew", "SEWConfig", "SEWModel", _2, ENC2, "wave", _CONV),
+    Family("unispeech", "UniSpeechConfig", "UniSpeechModel", _2, ENC2, "wave", _CONV),
+    Family("wav2vec2", "Wav2Vec2Config", "Wav2Vec2Model", _2, ENC2, "wave", _CONV),
+    Family("wav2vec2_bert", "Wav2Vec2BertConfig", "Wav2Vec2BertModel", 12, ENC2, "w2vbert"),
+    Family(
+        "wav2vec2_conformer",
+        "Wav2Vec2ConformerConfig",
+        "Wav2Vec2ConformerModel",
+        12,
+        ENC2,
+        "wave",
+        _CONV,
+    ),
+    Family("wavlm", "WavLMConfig", "WavLMModel", _2, ENC2, "wave", _CONV),
+    Family(
+        "whisper",
+        "WhisperConfig",
+        "WhisperModel",
+        _DEC,
+        DEC,
+        "whisper",
+        {"max_source_positions": 30, "max_target_positions": 20},
+    ),
+    Family(
+        "speech_to_text",
+        "Speech2TextConfig",
+        "Speech2TextModel",
+        _DEC,
+        DEC,
+        "s2t",
+        {"max_source_positions": 60, "max_target_positions": 20},
+    ),
+    Family("vilt", "ViltConfig", "ViltModel", _2, ENC2, "image-text"),
+    Family("blip_text", "BlipTextConfig", "BlipTextModel", _2, ENC2, "text"),
+    Family("clip_text", "CLIPTextConfig", "CLIPTextModel", _2, ENC2, "text"),
+    Family("visual_bert", "VisualBertConfig", "VisualBertModel", _2, ENC2, "text"),
+    Family("videomae", "VideoMAEConfig", "VideoMAEModel", _2, ENC2, "video", {"num_frames": 4}),
+    Family(
+        "timesformer", "TimesformerConfig", "TimesformerModel", 9, ENC2, "video", {"num_frames": 4}
+    ),
+    Family(
+        "vivit",
+        "VivitConfig",
+        "VivitModel",
+        _2,
+        ENC2,
+        "video",
+        {"num_frames": 4, "tubelet_size": [2, 8, 8]},
+    ),
+    Family("trocr", "TrOCRConfig", "TrOCRForCausalLM", _2, ENC2, "causal"),
+    Family(
+        "decision_transformer",
+        "DecisionTransformerConfig",
+        "DecisionTransformerGPT2Model",
+        _2,
+        ENC2,
+        "causal",
+    ),
+]
+INPUTS["ast"] = lambda: {"input_values": torch.randn(2, 64, 32)}
+INPUTS["w2vbert"] = lambda: {"input_features": torch.randn(2, 30, 160)}
+INPUTS["s2t"] = lambda: {
+    "input_features": torch.randn(2, 40, 80),
+    "decoder_input_ids": _tokens(5),
+    "use_cache": False,
+}
+INPUTS["video"] = lambda: {"pixel_values": torch.randn(2, 4, 3, 32, 32)}
