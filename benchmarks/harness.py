@@ -1,5 +1,6 @@
 """Measure several sides interleaved: round by round one training step of each."""
 
+import itertools
 import platform
 import statistics
 import time
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import stochastic_depth as sd
 from stochastic_depth.executor import BranchState, observe
@@ -55,10 +57,16 @@ def interleave(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def branch_seconds(model: nn.Module, x: Tensor, repeats: int = 3) -> dict[str, float]:
-    """Forward and backward time of each branch of an applied model, alone."""
-    names = {id(b._state): b.name for b in sd.branches(model)}
-    taken: dict[str, list[float]] = {name: [] for name in names.values()}
+def branch_shares(side: Side, repeats: int = 5) -> dict[str, float]:
+    """Each branch's own time, forward and backward, as a share of the plain step.
+
+    Args:
+        side: an applied model, with every rate 0.
+        repeats: how often both are measured, in turns; the medians count.
+    """
+    names = {id(b._state): b.name for b in sd.branches(side.model)}
+    shares: dict[str, list[float]] = {name: [] for name in names.values()}
+    step = 1.0
 
     def time_branch(state: BranchState, run: Callable[..., Tensor], inputs: tuple) -> Tensor:
         def both() -> None:
@@ -66,15 +74,32 @@ def branch_seconds(model: nn.Module, x: Tensor, repeats: int = 3) -> dict[str, f
             output = run(*leaves)
             output.backward(torch.ones_like(output))
 
-        taken[names[id(state)]].append(seconds(both, x.device))
+        shares[names[id(state)]].append(seconds(both, side.x.device) / step)
         with torch.no_grad():
             return run(*inputs)
 
-    with observe(time_branch):
-        for _ in range(repeats + 1):
-            model(x)
-    model.zero_grad(set_to_none=True)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+    for _ in range(repeats + 1):
+        step = seconds(side.step, side.x.device)
+        with observe(time_branch):
+            side.model(side.x)
+    side.optimizer.zero_grad()
+    return {name: statistics.median(times[1:]) for name, times in shares.items()}
+
+
+def peak_mebibytes(side: Side) -> float:
+    """The most memory that one training step holds beside model, optimizer and batch."""
+    if side.x.device.type == "cuda":
+        side.optimizer.zero_grad()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side.step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    side.optimizer.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        side.step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 2**20
 
 
 def spread(values: list[float]) -> str:

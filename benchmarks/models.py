@@ -47,6 +47,68 @@ def cifar_resnet(depth: int) -> nn.Sequential:
     return nn.Sequential(stem, *blocks, head)
 
 
+class TokenBlock(nn.Module):
+    """A pre-norm transformer block: attention, then a feed-forward network."""
+
+    def residual_branches(self) -> list[Callable[[Tensor], Tensor]]:
+        """The two branches, for the peers that rewrite a block."""
+        return [
+            lambda x: self.ls1(self.attn(self.norm1(x))),
+            lambda x: self.ls2(self.mlp(self.norm2(x))),
+        ]
+
+
+class VitBlock(TokenBlock, timm.models.vision_transformer.Block):
+    """timm's block."""
+
+
+class SwiGlu(nn.Module):
+    """The feed-forward network of Llama."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention on what came before."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class LlamaBlock(TokenBlock):
+    """A block in the shape of Llama's, without rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attn, self.mlp = CausalAttention(width, heads), SwiGlu(width, width * 8 // 3)
+        self.ls1 = self.ls2 = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def vit(name: str, size: int) -> nn.Module:
+    """A ViT of timm."""
+    return timm.create_model(name, img_size=size, block_fn=VitBlock)
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model to measure, and its batch on a CPU."""
@@ -62,10 +124,11 @@ SUBJECTS = {
     "resnet18": Subject(torchvision.models.resnet18, (32, 3, 96, 96)),
     "resnet18-channels-last": Subject(torchvision.models.resnet18, (32, 3, 96, 96), True),
     "resnet50-channels-last": Subject(torchvision.models.resnet50, (32, 3, 96, 96), True),
-    "vit-s": Subject(
-        lambda: timm.create_model("vit_small_patch16_224", img_size=160), (16, 3, 160, 160)
-    ),
+    "vit-s": Subject(lambda: vit("vit_small_patch16_224", 160), (16, 3, 160, 160)),
     "convnext-atto": Subject(lambda: timm.create_model("convnext_atto"), (32, 3, 128, 128)),
+    "llama": Subject(
+        lambda: nn.Sequential(*[LlamaBlock(384, 6) for _ in range(12)]), (16, 128, 384)
+    ),
 }
 
 
@@ -73,6 +136,6 @@ def build(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
     """A subject's model and a random batch, from a fixed seed."""
     subject = SUBJECTS[name]
     torch.manual_seed(0)
-    layout = torch.channels_last if subject.channels_last else torch.contiguous_format
+    layout = torch.channels_last if subject.channels_last else torch.preserve_format
     model = subject.build().to(device, memory_format=layout)
-    return model, torch.randn(subject.batch, device=device).contiguous(memory_format=layout)
+    return model, torch.randn(subject.batch, device=device).clone(memory_format=layout)
