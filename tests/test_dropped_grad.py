@@ -1,0 +1,87 @@
+"""None or zero: what the optimizer does to a branch in a step that dropped it."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.mask = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.linear(x) * self.mask
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Linear(4, 4), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).square().mean().backward()
+    optimizer.step()
+
+
+def snapshot(model: Net, optimizer: torch.optim.Optimizer) -> list:
+    parameters = list(model.block.parameters())
+    return copy.deepcopy([parameters, [optimizer.state[p] for p in parameters]])
+
+
+def train(kind: str, dropped_grad: str | None) -> tuple[list, list]:
+    """The branch before and after a step that leaves it out; by a mask for None."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    if dropped_grad is not None:
+        sd.apply(model, p=0.0, dropped_grad=dropped_grad)
+    step(model, optimizer)  # with the branch, so that the optimizer has a state
+    before = snapshot(model, optimizer)
+    if dropped_grad is None:
+        model.block.mask = 0.0
+    else:
+        (branch,) = sd.branches(model)
+        branch.p = 1.0
+    step(model, optimizer)
+    return before, snapshot(model, optimizer)
+
+
+def same(a: list, b: list) -> bool:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_none_leaves_weights_and_optimizer_state_alone(kind):
+    before, after = train(kind, "none")
+    assert same(before, after)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_zero_does_what_a_mask_does(kind):
+    before, after = train(kind, "zero")
+    _, masked = train(kind, None)
+    assert same(after, masked)
+    assert not torch.equal(before[0][0], after[0][0])  # it coasts
+
+
+@pytest.mark.parametrize("wrong", ["zeros", None, 0])
+def test_an_unknown_choice_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"dropped_grad must be one of .*'none', 'zero'"):
+        sd.apply(Net(), dropped_grad=wrong)
