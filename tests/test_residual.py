@@ -258,6 +258,21 @@ def test_output_and_gradients_are_those_of_a_masked_sum(
     torch.testing.assert_close(results(ours), results(masked), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_branch_and_shortcut_may_differ_in_layout(mode: str) -> None:
+    x = torch.randn(4, 3, 2, 5, generator=coins(3), dtype=torch.float64)
+    layouts = torch.channels_last, torch.contiguous_format
+    for shortcut_layout, branch_layout in (layouts, layouts[::-1]):
+        s = x.to(memory_format=shortcut_layout)
+        branch = Recorder(lambda v, f=branch_layout: v.sin().to(memory_format=f))
+        torch.manual_seed(0)
+        while not branch.seen:
+            out = sd.residual(s, branch, p=0.5, mode=mode)
+        kept = (out != x).flatten(1).any(1)
+        assert torch.equal(out[~kept], x[~kept])
+        torch.testing.assert_close(out[kept], (x + 2 * x.sin())[kept], rtol=0, atol=1e-14)
+
+
 def test_deepspeed_scales_by_a_rate_that_changed_after_the_coin() -> None:
     class Changing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -523,3 +538,12 @@ def test_in_a_process_group_a_dropped_branch_reports_zero_gradients() -> None:
     assert torch.equal(x.grad, (x > 0).to(x))
     assert torch.equal(block.weight.grad, torch.zeros(3, 3))
     assert block.bias.grad is None
+
+
+@pytest.mark.usefixtures("process_group")
+def test_in_a_process_group_no_stream_of_a_dropped_module_is_the_callers_tensor() -> None:
+    layer = sd.StochasticDepth(nn.Linear(3, 3), 1.0)
+    pair = torch.ones(2, 3), torch.ones(2, 3)
+    for out in layer(pair):
+        out.zero_()
+    assert torch.equal(torch.cat(pair), torch.ones(4, 3))
