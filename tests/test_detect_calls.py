@@ -239,3 +239,64 @@ def test_an_attribute_that_changes_between_calls_counts() -> None:
     block(x)
     block.scale = 2.0
     assert torch.equal(block(x), x + block.fc(x) * 2.0)
+
+
+class SetsABuffer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(3, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = self.table.to(x.dtype)
+        return x + self.fc(x)
+
+
+def test_a_forward_that_sets_its_buffers_is_refused_and_they_stay() -> None:
+    block = SetsABuffer()
+    assert names(block) == []
+    assert "changes its attribute 'table'" in reasons(block)
+    assert isinstance(block.table, Tensor)
+
+
+class MayGetABias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Weighs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, bias = self.attention(x)
+        return x + (y if bias is None else y + bias)
+
+
+def test_a_none_that_a_module_returns_is_none() -> None:
+    check_kept(MayGetABias(), torch.randn(2, D))
+    model, x = MayGetABias(), torch.randn(2, D)
+    model.attention.returns_weights = True
+    check_kept(model, x)
+
+
+class Output(dict[str, Tensor]):
+    pass
+
+
+class ReturnsItsOwnDict(Block):
+    def forward(self, x: Tensor) -> Output:
+        return Output(y=x + self.fc(x))
+
+
+def test_an_output_of_a_type_that_a_trace_cannot_make_is_refused() -> None:
+    assert names(ReturnsItsOwnDict()) == []
+    assert "it makes a Output" in reasons(ReturnsItsOwnDict())
+
+
+class MasksScores(Block):
+    """Scores and a mask that is made from the same input: no shortcut, by its shape."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.norm(x)
+        mask = (x[..., :1] * mask).transpose(1, 2)
+        return (self.fc(h) @ h.transpose(1, 2) + mask).softmax(-1) @ h
+
+
+def test_a_mask_is_no_shortcut() -> None:
+    assert names(MasksScores(), (torch.zeros(2, 3, D), torch.zeros(2, 3, 1))) == []

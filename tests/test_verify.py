@@ -93,3 +93,17 @@ def test_rows_that_depend_on_each_other_are_found() -> None:
     assert not found.passed
     assert "FAILED  with a coin a row" in str(found)
     assert "0:fc" in str(found)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_both_layouts_of_torchs_transformer_layers(batch_first: bool, kind: str) -> None:
+    torch.manual_seed(0)
+    layers = {"encoder": nn.TransformerEncoderLayer, "decoder": nn.TransformerDecoderLayer}
+    layer = layers[kind](D, 2, 16, batch_first=batch_first)
+    x = torch.randn(4, 5, D)
+    inputs = (x, torch.randn(4, 5, D))[: 1 + (kind == "decoder")]
+    sd.apply(layer, p=0.3, example_inputs=inputs)
+    assert len(sd.branches(layer)) == 2 + (kind == "decoder")
+    result = sd.verify(layer, inputs)
+    assert result.passed, str(result)

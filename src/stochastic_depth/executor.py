@@ -228,7 +228,7 @@ class _Runner:
 
         if _observer is not None:
             return branch.sum(shortcut, _observer(state, run, inputs), 1.0)
-        rows = 1 if state.mode == "batch" else shortcut.shape[0]
+        rows = 1 if state.mode == "batch" else shortcut.shape[state.found.batch_dim]
         keep = decide(
             state.p,
             training=block.training,
@@ -248,6 +248,7 @@ class _Runner:
             merge=branch.sum,
             modules=lambda: [block.get_submodule(name) for name in branch.modules],
             parameters=lambda: [attrgetter(name)(block) for name in branch.parameters],
+            batch_dim=state.found.batch_dim,
             select=branch.rows_known,
             dropped_grad=state.dropped_grad,
         )

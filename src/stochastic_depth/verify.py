@@ -58,7 +58,7 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
 
     1. In evaluation the output is the plain model's.
     2. In training with every branch kept, so are output, gradients and buffers.
-    3. At p = 1 no module inside a branch runs.
+    3. At p = 1 no module with parameters inside a branch runs.
     4. In ``"batch"`` mode a kept branch counts 1/(1-p) times and a dropped one not at all.
     5. In ``"row"`` mode each row is what it is where all rows are computed and then masked.
 
@@ -111,8 +111,9 @@ class _Verifier:
         for branch in self.branches:
             for name in branch.existing:  # what our coins replace would drop by itself
                 self.plain.get_submodule(name).eval()
+                self.model.get_submodule(name).eval()
         yield Check("with every branch kept, the plain model's training step", self._all_kept())
-        yield Check("at p = 1, no module of a branch runs", self._all_dropped())
+        yield Check("at p = 1, no layer of a branch runs", self._all_dropped())
         batch = self._coins("batch")
         yield Check(f"with one coin a call, branches weighed by 0 or {1 / (1 - _RATE):g}", batch)
         yield Check("with a coin a row, all rows computed and masked", self._coins("row"))
@@ -146,6 +147,7 @@ class _Verifier:
             )
             for branch in self.branches
             for name in branch.modules
+            if next(self.model.get_submodule(name).parameters(), None) is not None
         ]
         try:
             self._step(self.model)
@@ -221,7 +223,8 @@ class _Masked:
 
     def __call__(self, state: BranchState, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         output = run(*inputs)
-        rows = 1 if state.mode == "batch" else output.shape[0]
+        dim = state.found.batch_dim
+        rows = 1 if state.mode == "batch" else output.shape[dim]
         keep = decide(
             state.p,
             training=True,
@@ -233,9 +236,11 @@ class _Masked:
         )
         if keep.rows is None:
             return output * keep.weight
-        weights = torch.zeros(output.shape[0]).to(output)
+        weights = torch.zeros(rows).to(output)
         weights[keep.rows] = keep.weight
-        return output * weights.view(-1, *[1] * (output.dim() - 1))
+        shape = [1] * output.dim()
+        shape[dim] = rows
+        return output * weights.view(shape)
 
 
 class _NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]

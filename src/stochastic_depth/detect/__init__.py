@@ -38,6 +38,7 @@ class Found:
     modules: tuple[str, ...]  # relative to the block
     existing: tuple[str, ...]  # the drop modules among them, which our coin replaces
     rows_known: bool  # whether every tensor that enters it certainly has the batch's rows
+    batch_dim: int  # of the shortcut
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,20 @@ class _Candidate:
         modules = self.region.modules
         existing = tuple(m for m in modules if is_drop_module(self.block.get_submodule(m)))
         return Found(
-            self.name, self.label, self.region.kind, modules, existing, self.region.rows_known
+            self.name,
+            self.label,
+            self.region.kind,
+            modules,
+            existing,
+            self.region.rows_known,
+            _batch_dim(self.block),
         )
+
+
+def _batch_dim(block: nn.Module) -> int:
+    """The dimension of the rows: 0, or 1 where a layer in the block takes the time first."""
+    layers = nn.MultiheadAttention | nn.RNNBase
+    return int(any(isinstance(m, layers) and not m.batch_first for m in block.modules()))
 
 
 def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set[_Candidate]:

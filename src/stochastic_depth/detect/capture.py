@@ -11,7 +11,7 @@ import operator
 import random
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .examples import Detail, Examples
-from .graphs import is_shape, reads_types_only
+from .graphs import check_absent, is_shape, reads_types_only
 
 __all__ = [
     "Call",
@@ -126,9 +126,10 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
     if not all(map(inspect.isfunction, forwards)):
         raise CaptureError("its forward is not a Python function")
     tracer = _Tracer(module, call, inlined)
-    saved = [dict(m.__dict__) for m in traced]
+    was_training = module.training
     module.training = training
-    before = [dict(m.__dict__) for m in traced]
+    states = [namespace for m in traced for namespace in (m.__dict__, m._buffers, m._parameters)]
+    saved = [dict(namespace) for namespace in states]
     random_state = torch.get_rng_state()
     python_state = random.getstate()
     changed: list[str] = []
@@ -147,10 +148,11 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
             drew |= random.getstate() != python_state
             torch.set_rng_state(random_state)
             random.setstate(python_state)
-            for m, state, original in zip(traced, before, saved, strict=True):
-                changed += [k for k, v in m.__dict__.items() if state.get(k, _NEW) is not v]
-                m.__dict__.clear()
-                m.__dict__.update(original)
+            for namespace, original in zip(states, saved, strict=True):
+                changed += [k for k, v in namespace.items() if original.get(k, _NEW) is not v]
+                namespace.clear()
+                namespace.update(original)
+            module.training = was_training
     if drew:
         raise CaptureError("it draws random numbers that decide what it does")
     if changed:
@@ -171,6 +173,10 @@ def _is_pure(node: fx.Node) -> bool:
 
 class _Value(fx.Proxy):
     """A traced value. The plain proxy records ``x += y`` as ``x + y``; this one as in place."""
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)  # type: ignore[misc]
+        return self.tracer.part(self.node, part)  # type: ignore[attr-defined]
 
 
 def _in_place(name: str) -> Callable[[_Value, Any], Any]:
@@ -261,6 +267,12 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and a not in self.names and a not in self.tensor_attrs:
             raise CaptureError("it makes a constant tensor on the way")
+        if isinstance(a, dict) and type(a) is not dict:  # fx would make it a dict
+            make: Any = type(a)
+            if not is_dataclass(make):
+                raise CaptureError(f"it makes a {make.__name__}")
+            items = {key: self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", make, (), items)
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -299,6 +311,20 @@ class _Tracer(fx.Tracer):
                 raise CaptureError(f"{question} ({node.name})")
             self.detail = Detail.SIZES
         return convert(value)
+
+    def part(self, whole: fx.Node, part: fx.Proxy) -> Any:
+        """A part of what a module returns: None itself where it is None, for ``is None``."""
+        if whole.op != "call_module" or self.examples is None:
+            return part
+        try:
+            value = self.examples.of(part.node)
+        except Exception:  # of any kind: then it is not known
+            return part
+        if value is not None:
+            return part
+        self.detail = max(self.detail, Detail.TYPES)
+        self.create_node("call_function", check_absent, (part.node,), {})
+        return None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.convert(obj.node, bool))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["Detail", "Examples", "describe", "outline"]
@@ -86,7 +87,8 @@ class Examples:
                 asked += n.all_input_nodes
         if not needed:
             return self.known[node]
-        with self.mode, _not_traced():
+        # Nobody who counts operations is to count these.
+        with _disable_current_modes(), self.mode, _not_traced():
             for n in node.graph.nodes:
                 if n in needed:
                     self.known[n] = self._run(n)

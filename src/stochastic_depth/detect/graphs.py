@@ -1,13 +1,15 @@
 """What kind of node a node is: questions that capture, regions and program all ask."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from .existing import is_drop_module
 
-__all__ = ["is_effect", "is_shape", "may_hold_sums", "reads_types_only", "sum_of"]
+__all__ = ["check_absent", "is_effect", "is_shape", "may_hold_sums", "reads_types_only", "sum_of"]
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SUBTRACT = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"}
@@ -34,7 +36,19 @@ def is_effect(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in (
         "_assert",
         "assert_fn",
+        "check_absent",
     )
+
+
+def check_absent(extra: Any, expected: Any = None) -> None:
+    """Raise where a module returns more than it did when its block was traced."""
+    if extra is not expected and any(x is not None for x in tree_leaves(extra)):
+        raise RuntimeError(
+            "a block with droppable branches gets something from one of its modules (attention "
+            "weights, a cache) that was None when it was called like this before. Call "
+            "stochastic_depth.apply again after changing the model's configuration, or do not "
+            "ask for it in training"
+        )
 
 
 def reads_types_only(node: fx.Node) -> bool:

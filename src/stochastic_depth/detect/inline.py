@@ -31,12 +31,16 @@ def capture_inlined(module: nn.Module, call: Call, training: bool) -> Trace:
 
 
 def _handed_sums(module: nn.Module, trace: Trace) -> Iterator[fx.Node]:
-    """The calls of children that add one of their arguments to something made of another."""
+    """The calls of children that add one of their arguments to something made of another.
+
+    The two must have something in common: a mask that is added to attention scores is no shortcut.
+    """
+    origins = _origins(trace.graph)
     for node in trace.graph.nodes:
         if node.op != "call_module" or len(_values(node)) < 2:
             continue
         child = module.get_submodule(str(node.target))
-        if may_hold_sums(child) and _adds_a_given(child, node, trace):
+        if may_hold_sums(child) and _adds_a_given(child, node, trace, origins):
             yield node
 
 
@@ -44,20 +48,28 @@ def _values(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if not is_shape(n) and n.op != "get_attr"]
 
 
-def _adds_a_given(child: nn.Module, node: fx.Node, trace: Trace) -> bool:
+def _adds_a_given(
+    child: nn.Module, node: fx.Node, trace: Trace, origins: dict[fx.Node, frozenset[fx.Node]]
+) -> bool:
     call, values = read_call(tuple(node.args), dict(node.kwargs))
     call = replace(call, types=tuple(object for _ in values))
     try:
         inner = _capture_child(child, call, values, trace)
     except CaptureError:
         return False
-    ancestors = _given_ancestors(inner.graph)
+    inner_origins = _origins(inner.graph)
+    argument = dict(
+        zip((n for n in inner.graph.nodes if n.op == "placeholder"), values, strict=True)
+    )
     for candidate in inner.graph.nodes:
         sides = sum_of(candidate)
         if sides is None:
             continue
         for given, computed in (sides[:2], sides[1::-1]):
-            if given.op == "placeholder" and given not in ancestors[computed] != frozenset():
+            if given.op != "placeholder" or given in inner_origins[computed]:
+                continue
+            shared = origins[argument[given]]
+            if any(origins[argument[n]] & shared for n in inner_origins[computed]):
                 return True
     return False
 
@@ -76,11 +88,11 @@ def _capture_child(child: nn.Module, call: Call, values: list[fx.Node], trace: T
     return capture(child, call, child.training)
 
 
-def _given_ancestors(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
+def _origins(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
     """The placeholders that each node is computed from."""
-    ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
+    origins: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
-        sources = [ancestors[n] for n in node.all_input_nodes if not is_shape(n)]
+        sources = [origins[n] for n in node.all_input_nodes if not is_shape(n)]
         own = frozenset([node]) if node.op == "placeholder" else frozenset[fx.Node]()
-        ancestors[node] = own.union(*sources)
-    return ancestors
+        origins[node] = own.union(*sources)
+    return origins

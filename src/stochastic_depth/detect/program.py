@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from ..functional import Sum
 from .capture import Trace
 from .examples import Detail
-from .graphs import is_effect, is_shape
+from .graphs import check_absent, is_effect, is_shape
 from .regions import Region
 
 __all__ = ["Branch", "Program", "build_program"]
@@ -62,6 +61,7 @@ def build_program(
         bypassed: calls inside a branch that return their first argument instead (a DropPath
             that the branch's own coin replaces).
     """
+    _fill_in(dict(extra for _, region in regions for extra in region.extras))
     branches = tuple(
         _branch(label, region, _branch_graph(region, bypassed)) for label, region in regions
     )
@@ -69,17 +69,31 @@ def build_program(
     taken = {node for _, region in regions for node in region.nodes}
     main = fx.Graph()
     call_branch = main.placeholder("call_branch")
-    env: dict[fx.Node, Any] = {n: value for _, r in regions for n, value in r.extras}
+    env: dict[fx.Node, Any] = {}
+    extras = {node for _, region in regions for node, _ in region.extras}
     for node in trace.graph.nodes:
         if node in by_merge:
             region = regions[by_merge[node]][1]
-            operands = [env[n] for n in (region.shortcut, *region.inputs)]
+            # What is not there is part of a branch, and is read for nothing but a constant.
+            operands = [env[region.shortcut], *(env.get(n) for n in region.inputs)]
             env[node] = main.call_method("__call__", (call_branch, by_merge[node], *operands))
-        elif node not in taken and node not in env and all(n in env for n in node.all_input_nodes):
+        elif (
+            node not in taken and node not in extras and all(n in env for n in node.all_input_nodes)
+        ):
             env[node] = main.node_copy(node, env.__getitem__)
-        elif node not in taken and node not in env and not is_shape(node) and not is_effect(node):
+        elif (
+            node not in taken and node not in extras and not is_shape(node) and not is_effect(node)
+        ):
             raise AssertionError(f"{node} needs a value of a branch")
     return Program(_compile(main, "main"), branches, trace.detail, trace.inlined)
+
+
+def _fill_in(constants: dict[fx.Node, Any]) -> None:
+    """Put constants in place of what branches return beside their output."""
+    for node in constants:
+        for user in list(node.users):
+            user.args = fx.node.map_arg(user.args, lambda n: constants.get(n, n))
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda n: constants.get(n, n))
 
 
 def _branch(label: str, region: Region, graph: fx.Graph) -> Branch:
@@ -105,20 +119,9 @@ def _branch_graph(region: Region, bypassed: Callable[[fx.Node], bool]) -> fx.Gra
         else:
             get(node)
     for node, value in region.extras:
-        graph.call_function(_check_absent, (get(node), value))
+        graph.call_function(check_absent, (get(node), value))
     graph.output(env[region.output])
     return graph
-
-
-def _check_absent(extra: Any, expected: Any) -> None:
-    """Raise where a branch returns more than it did when it was found droppable."""
-    if extra is not expected and any(x is not None for x in tree_leaves(extra)):
-        raise RuntimeError(
-            "a droppable branch returns something beside its output (attention weights, a cache) "
-            "that it did not when its block was called like this before: it has no value where "
-            "the branch is dropped. Call stochastic_depth.apply again after changing the model's "
-            "configuration, or do not ask for it in training"
-        )
 
 
 def _compile(graph: fx.Graph, name: str) -> Callable[..., Any]:

@@ -314,8 +314,16 @@ class _Finder:
             trunk = list(start)
         nodes = tuple(self.nodes[i] for i in _bits(kept))
         known = set(inputs) <= set(trunk)
+        if not known and not self._same_shape(shortcut, merge):
+            return None  # attention scores and their mask, say
         returned = tuple((n, v) for n, v in extras.items() if n.all_input_nodes[0] in nodes)
         return Region(merge, shortcut, output, nodes, inputs, known, kind, as_sum, returned)
+
+    def _same_shape(self, shortcut: fx.Node, merge: fx.Node) -> bool:
+        try:
+            return bool(self.example(shortcut).shape == self.example(merge).shape)
+        except Exception:  # of any kind: then it is not known
+            return True
 
     def _others(self, branch: int) -> Iterator[fx.Node]:
         """Parts outside of the branch of what its modules return, where anything reads them."""
