@@ -361,6 +361,17 @@ def test_the_output_has_the_dtype_of_the_module(mode: str, dtype: torch.dtype) -
         assert layer(torch.ones(6, 4, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("mode", ROW_MODES)
+def test_a_module_of_higher_precision_than_its_input_raises_the_outputs(mode: str) -> None:
+    torch.manual_seed(0)
+    module = Recorder(lambda x: x.float() + 1)
+    layer = sd.StochasticDepth(module, 0.5, mode=mode, scale="none")
+    x = torch.zeros(6, 1, dtype=torch.bfloat16)
+    out = until(lambda: layer(x), lambda: sum(len(args[0]) for args, _ in module.calls[-1:]) == 3)
+    assert out.dtype == torch.float32
+    assert sorted(out.flatten().tolist()) == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_checkpointing_replays_the_coins(mode: str, reentrant: bool) -> None:

@@ -155,6 +155,15 @@ def test_the_branch_sees_exactly_the_kept_rows(mode: str) -> None:
     assert sizes == {4} if mode == "subset" else len(sizes) > 3
 
 
+def test_the_branch_is_not_called_where_no_row_is_kept() -> None:
+    torch.manual_seed(0)
+    x, branch = numbered(2, 2), Recorder()
+    for _ in range(40):
+        sd.residual(x, branch, p=0.5, mode="row")
+    assert 0 < len(branch.seen) < 40
+    assert {len(rows) for rows in branch.seen} == {1, 2}
+
+
 @pytest.mark.parametrize("mode", ROW_MODES)
 @pytest.mark.parametrize("batch_dim", [0, 1, 2])
 def test_rows_may_be_in_any_dimension(mode: str, batch_dim: int) -> None:
