@@ -401,7 +401,7 @@ def test_evaluating_in_the_middle_of_training_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "p", "calls"), [(False, 0.5, 4), (True, 0.0, 4), (True, 1.0, 0)]
+    ("training", "p", "calls"), [(False, 0.5, 8), (True, 0.0, 8), (True, 1.0, 0)]
 )
 def test_where_nothing_drops_the_block_s_own_forward_runs(
     training: bool, p: float, calls: int, monkeypatch: pytest.MonkeyPatch
@@ -415,7 +415,8 @@ def test_where_nothing_drops_the_block_s_own_forward_runs(
         return forward(block, x)
 
     monkeypatch.setattr(Block, "forward", count)
-    model.train(training)(small_batch())
+    for _ in range(2):  # in one call of each block it may also have been traced
+        model.train(training)(small_batch())
     assert len(called) == calls
 
 

@@ -756,6 +756,20 @@ def names(model: nn.Module) -> list[str]:
     return [branch.name for branch in sd.branches(model)]
 
 
+class AsksForTraining(Base):
+    def forward(self, x):
+        return x + F.dropout(self.f(x), 0.5, self.training)
+
+
+def test_a_block_that_asks_whether_it_trains_is_told_so_in_either_order() -> None:
+    model, x = sd.apply(make(AsksForTraining), p=0.25, schedule="uniform", scale="eval"), batch()
+    for training in (True, False, True, False):
+        model.train(training)
+        out = (model(x) - x) / model.f(x)
+        if not training:
+            torch.testing.assert_close(out, torch.full_like(out, 0.75))
+
+
 def test_keyword_only_arguments_are_passed_on() -> None:
     model, x, mask = make(Keywords), batch(), torch.rand(4, 8)
     expected, more = model(x, mask=mask), model(x, mask=mask, extra=mask)
