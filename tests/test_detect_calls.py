@@ -300,3 +300,41 @@ class MasksScores(Block):
 
 def test_a_mask_is_no_shortcut() -> None:
     assert names(MasksScores(), (torch.zeros(2, 3, D), torch.zeros(2, 3, 1))) == []
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        if cache is not None:
+            cache.seen.append(x)
+        return self.fc(x)
+
+
+class PassesACache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Remembers()
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        return x + self.attention(x, cache)
+
+
+def test_a_cache_in_use_keeps_the_branch() -> None:
+    model, x, cache = (
+        sd.apply(PassesACache(), p=1.0, schedule="uniform"),
+        torch.randn(2, D),
+        Cache(),
+    )
+    assert torch.equal(model(x), x)
+    with pytest.warns(UserWarning, match=r"never drops .* given a Cache.*use_cache=False"):
+        model(x, cache)
+    assert len(cache.seen) == 1
+    assert "given a Cache" in reasons(model, (x, cache))

@@ -7,6 +7,7 @@ this file asks every block of a model and settles which of nested regions are th
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -128,9 +129,12 @@ def make_program(block: nn.Module, call: Call, training: bool, labels: set[str])
 
 def _analyse(block: nn.Module, trace: Trace) -> tuple[list[tuple[str, Region]], list[Refusal]]:
     try:
-        example = {} if trace.examples is None else {"example": trace.examples.of}
+        known: Any = {} if trace.examples is None else {"example": trace.examples.of}
         regions, refusals = find_regions(
-            trace.graph, lambda path: _leaf(block.get_submodule(path)), **example
+            trace.graph,
+            lambda path: _leaf(block.get_submodule(path)),
+            objects=trace.objects,
+            **known,
         )
     except NotResidual as error:
         error.detail = trace.detail

@@ -57,6 +57,7 @@ class Trace:
     detail: Detail
     examples: Examples | None
     inlined: tuple[str, ...]
+    objects: dict[fx.Node, str]  # arguments that are neither tensors nor constants, by their type
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class Call:
 
 def _is_plain(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device)
+
+
+def _is_value(kind: type) -> bool:
+    return kind is object or issubclass(kind, Tensor)
 
 
 def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any]]:
@@ -158,7 +163,9 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
     if changed:
         raise CaptureError(f"it changes its attribute {changed[0]!r} while it runs")
     graph.eliminate_dead_code(lambda node: not _is_pure(node))
-    return Trace(graph, tracer.detail, tracer.examples, tuple(tracer.entered))
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    objects = {n: t.__name__ for n, t in zip(given, call.types, strict=True) if not _is_value(t)}
+    return Trace(graph, tracer.detail, tracer.examples, tuple(tracer.entered), objects)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,8 +10,9 @@ Ancestor sets are bit masks in Python integers, which makes this fast.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -118,6 +119,7 @@ def find_regions(
     graph: fx.Graph,
     leaf: Callable[[str], Leaf],
     example: Callable[[fx.Node], Any] = lambda node: None,
+    objects: Mapping[fx.Node, str] = MappingProxyType({}),
 ) -> tuple[list[Region], list[Refusal]]:
     """The residual regions of ``graph`` in the order of their sums, inner ones included.
 
@@ -130,12 +132,14 @@ def find_regions(
         leaf: what is known of a child module, by its qualified name in the graph.
         example: the value of a node with no more than fake tensors. By default everything that a
             branch returns beside its output is taken for None.
+        objects: placeholders that are no tensors, with the names of their types. A branch that is
+            given one may change it (a key-value cache), so it cannot be dropped.
 
     Raises:
         NotResidual: nothing in the graph can be dropped; the message is the reason.
     """
     overwritten = _thread_in_place(graph, leaf)
-    return _Finder(graph, leaf, example, overwritten).run()
+    return _Finder(graph, leaf, example, objects, overwritten).run()
 
 
 def _thread_in_place(graph: fx.Graph, leaf: Callable[[str], Leaf]) -> dict[fx.Node, fx.Node]:
@@ -202,10 +206,12 @@ class _Finder:
         graph: fx.Graph,
         leaf: Callable[[str], Leaf],
         example: Callable[[fx.Node], Any],
+        objects: Mapping[fx.Node, str],
         overwritten: dict[fx.Node, fx.Node],
     ) -> None:
         self.leaf = leaf
         self.example = example
+        self.objects = objects
         self.overwritten = overwritten
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -298,6 +304,12 @@ class _Finder:
         inputs = self._entries(kept)
         if not self._substantial(kept) or not kept >> self.index[output] & 1 or not inputs:
             self._refuse(branch, "what the branch computes is also used outside of it")
+            return None
+        if given := [self.objects[n] for n in inputs if n in self.objects]:
+            reason = f"it is given a {given[0]}, which it may change"
+            if "Cache" in given[0]:
+                reason += ": call the model with use_cache=False"
+            self._refuse(branch, reason)
             return None
         if any(
             v in self.overwritten
