@@ -149,9 +149,9 @@ def _leaf(module: nn.Module) -> Leaf:
     weights = sum(p.dim() > 1 for p in module.parameters())
     in_place = getattr(module, "inplace", False) is True and next(module.children(), None) is None
     lookup = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-    tiny = type(module).__module__ in _LIGHT and next(module.parameters(), None) is None
-    light = is_drop_module(module) or tiny
-    return Leaf(weights, in_place, isinstance(module, nn.Identity), lookup, light)
+    parameters = next(module.parameters(), None) is not None
+    light = is_drop_module(module) or (type(module).__module__ in _LIGHT and not parameters)
+    return Leaf(weights, in_place, isinstance(module, nn.Identity), lookup, parameters, light)
 
 
 def _label(block: nn.Module, regions: list[Region]) -> Iterator[tuple[str, Region]]:

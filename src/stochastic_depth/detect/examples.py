@@ -6,6 +6,7 @@ alike, as far as :class:`Detail` says.
 """
 
 import enum
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ def _not_traced() -> Iterator[None]:
     """Call modules as outside of a trace, and draw no random numbers."""
     call, look_up = nn.Module.__call__, nn.Module.__getattr__
     random_state = torch.get_rng_state()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True  # what cannot be computed is refused, not logged
     nn.Module.__call__ = _symbolic_trace._orig_module_call  # type: ignore[method-assign]
     nn.Module.__getattr__ = _symbolic_trace._orig_module_getattr  # type: ignore[method-assign]
     try:
@@ -142,6 +145,7 @@ def _not_traced() -> Iterator[None]:
     finally:
         nn.Module.__call__ = call  # type: ignore[method-assign]
         nn.Module.__getattr__ = look_up  # type: ignore[method-assign]
+        log.disabled = disabled
         torch.set_rng_state(random_state)
 
 

@@ -43,6 +43,7 @@ class Leaf:
     in_place: bool = False  # it overwrites its input with its result
     identity: bool = False  # it returns its input
     lookup: bool = False  # it looks rows of a table up, by number
+    parameters: bool = True
     light: bool = False  # a dropout or the like, not worth dropping by itself
 
 
@@ -258,6 +259,10 @@ class _Finder:
         nodes = [self.nodes[i] for i in _bits(mask)]
         return sum(self.leaf(str(n.target)).weights for n in nodes if n.op == "call_module")
 
+    def _parameters(self, mask: int) -> bool:
+        nodes = [self.nodes[i] for i in _bits(mask)]
+        return any(self.leaf(str(n.target)).parameters for n in nodes if n.op == "call_module")
+
     def _looks_up(self, mask: int) -> bool:
         nodes = [self.nodes[i] for i in _bits(mask)]
         return any(self.leaf(str(n.target)).lookup for n in nodes if n.op == "call_module")
@@ -290,8 +295,10 @@ class _Finder:
             if self._looks_up(own):
                 return None  # x_1 and x_2 are embeddings of the same words: no shortcut
             weights = self._weights(own)
-            if weights > 1 or self._weights(branch) <= weights:
+            if weights > 1 or self._weights(branch) < weights + (weights > 0):
                 return None
+            if not self._parameters(branch):
+                return None  # two kinds of pooling, say
         if not self._substantial(branch):
             return None
         extras: dict[fx.Node, Any] = {}
