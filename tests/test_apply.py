@@ -310,7 +310,7 @@ def reference(model: SmallResNet, x: Tensor, weights: list[Tensor]) -> Tensor:
     return model.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("scale", ["train", "none"])
+@pytest.mark.parametrize("scale", ["train", "eval", "none"])
 @pytest.mark.parametrize("mode", ["batch", "row"])
 @pytest.mark.parametrize("norm", [False, True], ids=["group norm", "batch norm in evaluation"])
 @pytest.mark.parametrize("seed", range(4))
