@@ -338,3 +338,27 @@ def test_a_cache_in_use_keeps_the_branch() -> None:
         model(x, cache)
     assert len(cache.seen) == 1
     assert "given a Cache" in reasons(model, (x, cache))
+
+
+def test_a_handler_says_what_stands_in_for_a_further_output() -> None:
+    class Attention(Weighs):
+        pass
+
+    model, x = ReturnsWeights(), torch.randn(2, D)
+    model.attention = Attention()
+    model.attention.returns_weights = True
+    assert names(model, x) == []
+    sd.register_handler(Attention, lambda module, given: {1: given["x"]})
+    assert names(model, x) == [":attention"]
+    sd.apply(model, p=1.0, schedule="uniform")
+    assert [y is x for y in model(x)] == [False, True]
+    assert torch.equal(model(x)[0], x)
+    sd.branches(model)[0].p = 1e-12
+    assert torch.equal(model(x)[0], x + model.attention.fc(x))
+
+
+def test_bad_handlers() -> None:
+    with pytest.raises(TypeError, match="kind must be a module type or its qualified name"):
+        sd.register_handler(3, lambda module, given: {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="handler must be a function"):
+        sd.register_handler(Weighs, {})  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Stochastic depth for any PyTorch model: ``sd.apply(model, p=0.2)``."""
 
+from .detect.handlers import register_handler
 from .functional import residual
 from .layer import StochasticDepth
 from .report import Summary, summary
@@ -13,6 +14,7 @@ __all__ = [
     "Verification",
     "apply",
     "branches",
+    "register_handler",
     "remove",
     "residual",
     "summary",

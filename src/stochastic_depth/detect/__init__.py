@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .capture import Call, CaptureError, Trace, static_call
 from .existing import is_drop_call, is_drop_module
 from .graphs import may_hold_sums
+from .handlers import further_output
 from .inline import capture_inlined
 from .program import Program, build_program
 from .regions import Kind, Leaf, NotResidual, Refusal, Region, find_regions
@@ -134,12 +135,24 @@ def _analyse(block: nn.Module, trace: Trace) -> tuple[list[tuple[str, Region]], 
             trace.graph,
             lambda path: _leaf(block.get_submodule(path)),
             objects=trace.objects,
+            declared=lambda part: _declared(block, trace, part),
             **known,
         )
     except NotResidual as error:
         error.detail = trace.detail
         raise
     return list(_label(block, regions)), refusals
+
+
+def _declared(block: nn.Module, trace: Trace, part: fx.Node) -> Any:
+    call = part.all_input_nodes[0]
+
+    def length() -> int:
+        if trace.examples is None:
+            raise LookupError("the number of outputs is not known")
+        return len(trace.examples.of(call))
+
+    return further_output(block.get_submodule(str(call.target)), part, length)
 
 
 _LIGHT = {f"torch.nn.modules.{kind}" for kind in ("activation", "dropout")}

@@ -61,7 +61,8 @@ def build_program(
         bypassed: calls inside a branch that return their first argument instead (a DropPath
             that the branch's own coin replaces).
     """
-    _fill_in(dict(extra for _, region in regions for extra in region.extras))
+    parts = dict(p for _, region in regions for p in (*region.extras, *region.declared))
+    _fill_in(parts)
     branches = tuple(
         _branch(label, region, _branch_graph(region, bypassed)) for label, region in regions
     )
@@ -70,7 +71,6 @@ def build_program(
     main = fx.Graph()
     call_branch = main.placeholder("call_branch")
     env: dict[fx.Node, Any] = {}
-    extras = {node for _, region in regions for node, _ in region.extras}
     for node in trace.graph.nodes:
         if node in by_merge:
             region = regions[by_merge[node]][1]
@@ -78,12 +78,10 @@ def build_program(
             operands = [env[region.shortcut], *(env.get(n) for n in region.inputs)]
             env[node] = main.call_method("__call__", (call_branch, by_merge[node], *operands))
         elif (
-            node not in taken and node not in extras and all(n in env for n in node.all_input_nodes)
+            node not in taken and node not in parts and all(n in env for n in node.all_input_nodes)
         ):
             env[node] = main.node_copy(node, env.__getitem__)
-        elif (
-            node not in taken and node not in extras and not is_shape(node) and not is_effect(node)
-        ):
+        elif node not in taken and node not in parts and not is_shape(node) and not is_effect(node):
             raise AssertionError(f"{node} needs a value of a branch")
     return Program(_compile(main, "main"), branches, trace.detail, trace.inlined)
 
@@ -91,7 +89,7 @@ def build_program(
 def _fill_in(constants: dict[fx.Node, Any]) -> None:
     """Put constants in place of what branches return beside their output."""
     for node in constants:
-        for user in list(node.users):
+        for user in [user for user in node.users if user.target is not check_absent]:
             user.args = fx.node.map_arg(user.args, lambda n: constants.get(n, n))
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n: constants.get(n, n))
 

@@ -62,6 +62,7 @@ class Region:
     # What else the branch returns (attention weights, say), as a node outside of it, and what it
     # is where nobody asks for it: None, or a structure of None.
     extras: tuple[tuple[fx.Node, Any], ...] = ()
+    declared: tuple[tuple[fx.Node, Any], ...] = ()  # the same, as a handler has it
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -121,6 +122,7 @@ def find_regions(
     leaf: Callable[[str], Leaf],
     example: Callable[[fx.Node], Any] = lambda node: None,
     objects: Mapping[fx.Node, str] = MappingProxyType({}),
+    declared: Callable[[fx.Node], Any] = lambda node: dict[fx.Node, Any]()[node],
 ) -> tuple[list[Region], list[Refusal]]:
     """The residual regions of ``graph`` in the order of their sums, inner ones included.
 
@@ -135,12 +137,14 @@ def find_regions(
             branch returns beside its output is taken for None.
         objects: placeholders that are no tensors, with the names of their types. A branch that is
             given one may change it (a key-value cache), so it cannot be dropped.
+        declared: what a handler puts in place of a part of what a module returns; raises a
+            LookupError where none does.
 
     Raises:
         NotResidual: nothing in the graph can be dropped; the message is the reason.
     """
     overwritten = _thread_in_place(graph, leaf)
-    return _Finder(graph, leaf, example, objects, overwritten).run()
+    return _Finder(graph, leaf, example, objects, declared, overwritten).run()
 
 
 def _thread_in_place(graph: fx.Graph, leaf: Callable[[str], Leaf]) -> dict[fx.Node, fx.Node]:
@@ -208,11 +212,13 @@ class _Finder:
         leaf: Callable[[str], Leaf],
         example: Callable[[fx.Node], Any],
         objects: Mapping[fx.Node, str],
+        declared: Callable[[fx.Node], Any],
         overwritten: dict[fx.Node, fx.Node],
     ) -> None:
         self.leaf = leaf
         self.example = example
         self.objects = objects
+        self.declared = declared
         self.overwritten = overwritten
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -302,12 +308,16 @@ class _Finder:
         if not self._substantial(branch):
             return None
         extras: dict[fx.Node, Any] = {}
+        declared: dict[fx.Node, Any] = {}
         for node in self._others(branch):
             extras[node] = self._absent(node)
-            if extras[node] is _PRESENT:
+            if extras[node] is _PRESENT and (value := self._declared(node, branch)) is not _PRESENT:
+                declared[node] = value
+                del extras[node]
+            elif extras[node] is _PRESENT:
                 self._refuse(branch, "it also returns something else that is used")
                 return None
-        kept = self._without_leaks(branch, {merge, *extras})
+        kept = self._without_leaks(branch, {merge, *extras, *declared})
         inputs = self._entries(kept)
         if not self._substantial(kept) or not kept >> self.index[output] & 1 or not inputs:
             self._refuse(branch, "what the branch computes is also used outside of it")
@@ -335,8 +345,13 @@ class _Finder:
         known = set(inputs) <= set(trunk)
         if not known and not self._same_shape(shortcut, merge):
             return None  # attention scores and their mask, say
-        returned = tuple((n, v) for n, v in extras.items() if n.all_input_nodes[0] in nodes)
-        return Region(merge, shortcut, output, nodes, inputs, known, kind, as_sum, returned)
+        returned, replaced = (
+            tuple((n, v) for n, v in parts.items() if n.all_input_nodes[0] in nodes)
+            for parts in (extras, declared)
+        )
+        return Region(
+            merge, shortcut, output, nodes, inputs, known, kind, as_sum, returned, replaced
+        )
 
     def _same_shape(self, shortcut: fx.Node, merge: fx.Node) -> bool:
         try:
@@ -352,6 +367,15 @@ class _Finder:
                 inside = branch >> self.index[part] & 1
                 if part.target is operator.getitem and part.users and not inside:
                     yield part
+
+    def _declared(self, node: fx.Node, branch: int) -> Any:
+        """What a handler puts in place of ``node``, if that is there without the branch."""
+        try:
+            value = self.declared(node)
+        except LookupError:
+            return _PRESENT
+        sources = [n for n in tree_leaves(value) if isinstance(n, fx.Node)]
+        return _PRESENT if any(branch >> self.index[n] & 1 for n in sources) else value
 
     def _absent(self, node: fx.Node) -> Any:
         """The value of ``node`` where that is None or a structure of None."""
