@@ -17,6 +17,9 @@ for _model, _class in {
     "codegen": "CodeGenAttention",
     "gptj": "GPTJAttention",
     "gpt_neox_japanese": "GPTNeoXJapaneseAttention",
+    "megatron_bert": "MegatronBertSelfAttention",
+    "rembert": "RemBertSelfAttention",
+    "roformer": "RoFormerSelfAttention",
 }.items():
     register_handler(
         f"transformers.models.{_model}.modeling_{_model}.{_class}", _weights_for_nobody
