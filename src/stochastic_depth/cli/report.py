@@ -107,7 +107,7 @@ def reading(arms: dict[str, list[Result]]) -> str:
     text = (
         f"{'Mean ± standard deviation over ' if seeds > 1 else ''}{seeds} seed{'s'[: seeds > 1]}. "
         f"A step's time is the median of a run, on this machine ({machine()['cpu']}, "
-        f"{torch.get_num_threads()} threads). Errors are those of the last epoch."
+        f"threads: {torch.get_num_threads()}). Errors are those of the last epoch."
     )
     if len(arms) == 1:
         return text
