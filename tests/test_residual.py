@@ -556,3 +556,22 @@ def test_in_a_process_group_no_stream_of_a_dropped_module_is_the_callers_tensor(
     for out in layer(pair):
         out.zero_()
     assert torch.equal(torch.cat(pair), torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_a_branch_that_overwrites_its_shortcut_is_an_error_or_works_on_a_copy(mode: str) -> None:
+    branch = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+    x = torch.full((8, 4), -1.0)
+    if mode == "batch":
+        with pytest.raises(RuntimeError, match="overwrites its shortcut in place"):
+            sd.residual(x.clone(), branch, p=1e-9)
+    else:  # the branch gets rows of its own
+        torch.manual_seed(0)
+        sd.residual(x, branch, p=0.5, mode=mode)
+        assert torch.equal(x, torch.full((8, 4), -1.0))
+
+
+def test_a_wrapped_module_that_overwrites_its_input_is_an_error() -> None:
+    block = sd.StochasticDepth(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), p=1e-9)
+    with pytest.raises(RuntimeError, match="overwrites its shortcut in place"):
+        block(torch.randn(8, 4))

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -213,18 +214,7 @@ class _Runner:
         state = self.forward.states[branch.label]
         block = self.forward.block
 
-        def run(*values: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return branch.run(block, *values)
-            version = shortcut._version
-            output = branch.run(block, *values)
-            if shortcut._version != version:
-                raise RuntimeError(
-                    f"the branch {state.found.block}:{branch.label} overwrites its shortcut in "
-                    "place, so a dropped branch would leave another shortcut than a kept one; "
-                    "exclude it, or make the first operation of the branch out of place"
-                )
-            return output
+        run = partial(branch.run, block)
 
         if _observer is not None:
             return branch.sum(shortcut, _observer(state, run, inputs), 1.0)
@@ -251,6 +241,7 @@ class _Runner:
             batch_dim=state.found.batch_dim,
             select=branch.rows_known,
             dropped_grad=state.dropped_grad,
+            name=f"the branch {state.found.block}:{branch.label}",
         )
         return combine(shortcut, inputs, keep, droppable)
 

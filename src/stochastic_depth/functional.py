@@ -109,6 +109,7 @@ class Droppable:
         select: False where the rows of the inputs cannot be told apart: the branch then runs on
             all of them and the dropped rows of its output are left out.
         dropped_grad: what the parameters get where nothing is kept.
+        name: what to call it in an error.
     """
 
     run: Callable[..., Any]
@@ -118,6 +119,7 @@ class Droppable:
     batch_dim: int = 0
     select: bool = True
     dropped_grad: DroppedGrad = "none"
+    name: str = "the branch"
 
 
 def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppable) -> Any:
@@ -127,10 +129,10 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
     if keep.coins is not None:
         return _choose_in_graph(shortcut, inputs, keep.coins, keep.weight, branch)
     if keep.rows is None:
-        return branch.merge(shortcut, branch.run(*inputs), keep.weight)
+        return branch.merge(shortcut, _run_on_all(shortcut, inputs, branch), keep.weight)
     rows, dim = keep.rows, branch.batch_dim
     if not branch.select:
-        output = _take(branch.run(*inputs), rows, dim)
+        output = _take(_run_on_all(shortcut, inputs, branch), rows, dim)
     elif len(rows) == 1 and any(map(_pools_rows, branch.modules())):
         # Batch statistics of one row are poor or undefined. A second row goes along, and only
         # for them: which rows are kept, and so the expectation, stays as it was drawn.
@@ -140,6 +142,26 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
     else:
         output = branch.run(*_take(inputs, rows, dim))
     return branch.merge.rows(shortcut, output, keep.weight, rows, dim)
+
+
+def _run_on_all(shortcut: Any, inputs: tuple[Any, ...], branch: Droppable) -> Any:
+    """The branch's output on all rows.
+
+    Raises:
+        RuntimeError: the branch overwrote the shortcut.
+    """
+    if torch.compiler.is_compiling():
+        return branch.run(*inputs)
+    tensors = [t for t in tree_leaves(shortcut) if isinstance(t, Tensor) and not t.is_inference()]
+    versions = [t._version for t in tensors]
+    output = branch.run(*inputs)
+    if versions != [t._version for t in tensors]:
+        raise RuntimeError(
+            f"{branch.name} overwrites its shortcut in place, so a dropped branch would leave "
+            "another shortcut than a kept one; make the first operation of the branch out of "
+            "place, or leave it out of stochastic depth"
+        )
+    return output
 
 
 def _choose_in_graph(
