@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,14 @@ from stochastic_depth.executor import BranchState, observe
 
 @dataclass
 class Side:
-    """A model that is trained on one fixed batch."""
+    """A model that is trained on one fixed batch.
+
+    ``shares`` is what each branch's own time is of the plain step, by name.
+    """
 
     model: nn.Module
     x: Tensor
+    shares: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.train()
@@ -33,6 +37,18 @@ class Side:
         loss.backward()
         self.optimizer.step()
 
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How many decisions each branch took so far, and how many of them dropped."""
+        return {b.name: (b.decided, b.dropped) for b in sd.branches(self.model) if self.shares}
+
+    def bound(self, before: dict[str, tuple[int, int]]) -> float:
+        """What would be left of the plain step if what was dropped since ``before`` were free."""
+        left = 1.0
+        for name, (decided, dropped) in self.counts().items():
+            decided, dropped = decided - before[name][0], dropped - before[name][1]
+            left -= self.shares[name] * dropped / decided if decided else 0.0
+        return left
+
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
@@ -44,20 +60,30 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleave(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of every side in each round, after two rounds of warm-up."""
+def interleave(
+    sides: dict[str, Side], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds a step of every side in each round, after two rounds of warm-up, and the bounds.
+
+    The bound of a step is for the branches that it dropped, so a comparison with it is free of
+    the coins' chance.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
+    bounds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(-2, rounds):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:  # nobody is always first
-            taken = seconds(sides[name].step, sides[name].x.device)
+            side = sides[name]
+            before = side.counts()
+            taken = seconds(side.step, side.x.device)
             if i >= 0:
                 times[name].append(taken)
-    return times
+                bounds[name].append(side.bound(before))
+    return times, bounds
 
 
-def branch_shares(side: Side, repeats: int = 5) -> dict[str, float]:
+def branch_shares(side: Side, repeats: int = 7) -> dict[str, float]:
     """Each branch's own time, forward and backward, as a share of the plain step.
 
     Args:
@@ -86,8 +112,15 @@ def branch_shares(side: Side, repeats: int = 5) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in shares.items()}
 
 
-def peak_mebibytes(side: Side) -> float:
-    """The most memory that one training step holds beside model, optimizer and batch."""
+def peak_mebibytes(side: Side, steps: int = 4) -> float:
+    """The most memory that a training step holds beside model, optimizer and batch.
+
+    Mean of some steps, since what is dropped is random.
+    """
+    return statistics.mean(_peak_mebibytes(side) for _ in range(steps))
+
+
+def _peak_mebibytes(side: Side) -> float:
     if side.x.device.type == "cuda":
         side.optimizer.zero_grad()
         before = torch.cuda.memory_allocated()

@@ -1,12 +1,13 @@
 """Time and memory of a training step: the plain model, ours, the peers, and the bound.
 
     python -m benchmarks.step_time                     # the two models of issue and front page
-    python -m benchmarks.step_time --full --save docs  # every model, mode and peer: the tables
+    python -m benchmarks.step_time --full --save       # every model, mode and peer: for the page
     python -m benchmarks.step_time vit-s --modes row subset --peers DINOv2
 
 All sides run interleaved in one process. Times are ratios to the plain model in the same round,
 mean and standard error over the rounds. The bound is what is left of the plain step when each
-branch's own time (forward and backward) goes with its probability to drop.
+branch's own time (forward and backward) goes with its probability to drop. How close we come to it
+is measured step by step, against the bound for what that step dropped: median over the rounds.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from torch.utils._pytree import tree_map
 
 import stochastic_depth as sd
 from stochastic_depth.sampling import Mode
@@ -26,12 +28,8 @@ from .harness import Side, branch_shares, interleave, machine, peak_mebibytes, s
 from .models import SUBJECTS, TokenBlock, build
 from .peers import ON_TOKENS, PEERS, rates_of
 
-SETTINGS = {
-    "p=0": (0.0, "uniform"),
-    "p=0.2": (0.2, "uniform"),
-    "linear 0.5": (0.5, "linear"),
-    "p=0.5": (0.5, "uniform"),
-}
+RESULTS = Path(__file__).parent / "results" / "step_time.json"
+SETTINGS = ["p=0", "p=0.2", "linear 0.5", "p=0.5"]
 
 
 @dataclass
@@ -43,6 +41,7 @@ class Result:
     plain_seconds: float
     bound: float
     times: dict[str, list[float]] = field(default_factory=dict)
+    bounds: dict[str, list[float]] = field(default_factory=dict)  # of what each step dropped
     memory: dict[str, float] = field(default_factory=dict)
 
 
@@ -57,16 +56,16 @@ def measure(
     shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0), x))
     results = []
     for setting in settings:
-        p, schedule = SETTINGS[setting]
+        p, schedule = read_setting(setting)
         sides = {"plain": Side(plain, x)}
         for mode in modes:
             ours = sd.apply(copy.deepcopy(plain), p=p, schedule=schedule, mode=mode)
-            sides[mode] = Side(ours, x)
+            sides[mode] = Side(ours, x, shares)
         for peer in peers if p > 0 else []:
             model = copy.deepcopy(plain)
             PEERS[peer](model, rates_of(ours))
             sides[peer] = Side(model, x)
-        times = interleave(sides, rounds)
+        times, bounds = interleave(sides, rounds)
         saved = sum(branch.p * shares[branch.name] for branch in sd.branches(ours))
         result = Result(name, setting, statistics.median(times["plain"]), 1 - saved)
         memory = {side: peak_mebibytes(sides[side]) for side in sides}
@@ -75,21 +74,62 @@ def measure(
                 ratios = zip(times[side], times["plain"], strict=True)
                 result.times[side] = [ours / plain for ours, plain in ratios]
                 result.memory[side] = memory[side] / memory["plain"]
+                result.bounds[side] = bounds[side]
         results.append(result)
     return results
 
 
 def table(results: list[Result], columns: list[str]) -> str:
-    """A Markdown table of the time ratios, with the memory ratio behind each."""
+    """A Markdown table: time; memory; for ours, time as a multiple of the bound."""
     lines = ["| model | plain | setting | bound | " + " | ".join(columns) + " |"]
     lines.append("|---" * (4 + len(columns)) + "|")
     for r in results:
         cells = [r.model, f"{r.plain_seconds * 1e3:.0f} ms", r.setting, f"{r.bound:.2f}"]
         for column in columns:
-            taken = r.times.get(column)
-            cells.append(f"{spread(taken)} ({r.memory[column]:.2f})" if taken else "")
+            cells.append(cell(r, column))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(result: Result, column: str) -> str:
+    """The figures of one side; empty where it was not measured."""
+    if column not in result.times:
+        return ""
+    times, bounds = result.times[column], result.bounds[column]
+    text = f"{spread(times)}; {result.memory[column]:.2f}"
+    if column in get_args(Mode):
+        over = statistics.median(t / b for t, b in zip(times, bounds, strict=True))
+        text += f"; {over:.2f}×"
+    return text
+
+
+def read_setting(setting: str) -> tuple[float, str]:
+    """Rate and schedule of a setting: "p=0.3", or "linear 0.3"."""
+    for prefix, schedule in (("p=", "uniform"), ("linear ", "linear")):
+        if setting.startswith(prefix):
+            return float(setting.removeprefix(prefix)), schedule
+    raise ValueError(f"setting must be like 'p=0.3' or 'linear 0.3', got {setting!r}")
+
+
+def load() -> dict[str, list[Result]]:
+    """The results that are kept, by machine."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return {where: [Result(**r) for r in results] for where, results in kept.items()}
+
+
+def save(where: str, results: list[Result]) -> None:
+    """Keep results, beside those of other machines, models and settings."""
+    kept = load()
+    new = {(r.model, r.setting) for r in results}
+    old = [r for r in kept.get(where, []) if (r.model, r.setting) not in new]
+    kept[where] = [*old, *results]
+    RESULTS.parent.mkdir(exist_ok=True)
+    content = {w: [_rounded(asdict(r)) for r in each] for w, each in kept.items()}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    return tree_map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x, value)
 
 
 def main() -> None:
@@ -97,12 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="model", help=", ".join(SUBJECTS))
     parser.add_argument("--full", action="store_true", help="every model, mode and peer")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--settings", nargs="+", help='like "p=0.3" or "linear 0.3"')
     parser.add_argument("--modes", nargs="+", choices=get_args(Mode))
     parser.add_argument("--peers", nargs="*", choices=PEERS)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--save", type=Path, help="folder for step_time.json and step_time.md")
+    parser.add_argument("--save", action="store_true", help=f"keep the results in {RESULTS.name}")
     args = parser.parse_args()
     unknown = sorted(set(args.models) - set(SUBJECTS))
     if unknown:
@@ -113,19 +153,13 @@ def main() -> None:
     peers = (
         args.peers if args.peers is not None else (list(PEERS) if args.full else ["torchvision"])
     )
-    results: list[Result] = []
-    print(machine(torch.device(args.device)), flush=True)
+    where = machine(torch.device(args.device))
+    print(where, flush=True)
     for name in models:
-        new = measure(name, settings, modes, peers, args.rounds, args.device)
-        print(table(new, [*modes, *peers]), flush=True)
-        results += new
-    if args.save:
-        where = machine(torch.device(args.device))
-        args.save.mkdir(parents=True, exist_ok=True)
-        text = f"{where}; time (memory) of a training step, plain = 1.\n\n"
-        (args.save / "step_time.md").write_text(text + table(results, [*modes, *peers]) + "\n")
-        content = {"machine": where, "results": [asdict(r) for r in results]}
-        (args.save / "step_time.json").write_text(json.dumps(content, indent=1))
+        results = measure(name, settings, modes, peers, args.rounds, args.device)
+        print(table(results, [*modes, *peers]), flush=True)
+        if args.save:
+            save(where, results)
 
 
 if __name__ == "__main__":

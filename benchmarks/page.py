@@ -1,0 +1,82 @@
+"""Write docs/benchmarks.md and its plot from the results that are kept.
+
+python -m benchmarks.page
+"""
+
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from .peers import PEERS
+from .step_time import SETTINGS, Result, load, read_setting, table
+
+DOCS = Path(__file__).parents[1] / "docs"
+MODES = ["batch", "row", "subset"]
+HEAD = """# Time and memory of a training step
+
+Written by `python -m benchmarks.page` from `benchmarks/results/`, where
+`python -m benchmarks.step_time --full --save` puts what it measures. All sides of a table's row ran
+interleaved in one process. A cell holds
+
+- the time of a training step (forward, backward, SGD) as a ratio to the plain model in the same
+  round, mean ± standard error over the rounds: the number of branches that run is random;
+- its peak memory beside model, optimizer and batch, as a ratio to the plain model;
+- for ours, the time as a multiple of the bound, median over the rounds. The bound of a step is what
+  is left of the plain step if everything that this step dropped were free. (A dropped branch also
+  saves its part of the optimizer's step, which the bound does not count, so below 1 is possible.)
+
+The column *bound* is the expected one. torchvision's and timm's ways compute the branch and multiply
+it by zero; torchtune's and DINOv2's compute the kept rows, and need the model rewritten, which the
+benchmark did where a block's branches are functions of one tensor.
+"""
+
+
+def plot(where: str, results: list[Result]) -> str:
+    """A plot of time against p for each model that was measured at many, as Markdown."""
+    curves: dict[str, list[tuple[float, Result]]] = {}
+    for result in results:
+        p, schedule = read_setting(result.setting)
+        if schedule == "uniform":
+            curves.setdefault(result.model, []).append((p, result))
+    curves = {model: sorted(c, key=lambda x: x[0]) for model, c in curves.items() if len(c) > 4}
+    if not curves:
+        return ""
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(5 * len(curves), 4), sharey=True, squeeze=False, layout="tight"
+    )
+    for axis, (model, curve) in zip(axes[0], curves.items(), strict=True):
+        rates = [p for p, _ in curve]
+        axis.plot(rates, [r.bound for _, r in curve], "k--", label="bound")
+        for side in [*MODES, *PEERS]:
+            points = [(p, r.times[side]) for p, r in curve if side in r.times]
+            if points:
+                axis.errorbar(
+                    [p for p, _ in points],
+                    [statistics.mean(times) for _, times in points],
+                    [statistics.stdev(times) / len(times) ** 0.5 for _, times in points],
+                    label=side,
+                    marker="o" if side in MODES else "x",
+                    linestyle="-" if side in MODES else ":",
+                )
+        axis.set(title=model, xlabel="p, uniform", ylim=(0, None))
+    axes[0][0].set_ylabel("time of a training step, plain = 1")
+    axes[0][-1].legend(fontsize="small")
+    image = DOCS / "images" / "time_against_p.png"
+    figure.savefig(image, dpi=120)
+    return f"![Time of a training step against p; {where}](images/{image.name})\n"
+
+
+def main() -> None:
+    """Write the page."""
+    parts = [HEAD]
+    for where, results in load().items():
+        parts.append(f"## {where}\n")
+        shown = [r for r in results if r.setting in SETTINGS]
+        sides = [s for s in [*MODES, *PEERS] if any(s in r.times for r in shown)]
+        parts += [table(shown, sides) + "\n", plot(where, results)]
+    (DOCS / "benchmarks.md").write_text("\n".join(filter(None, parts)))
+
+
+if __name__ == "__main__":
+    main()
