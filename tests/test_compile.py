@@ -147,6 +147,66 @@ def test_copy_of_an_applied_model_compiles():
     assert counter.frame_count == 1
 
 
+class Keyword(Mlp):
+    def forward(self, x: Tensor, mask: Tensor | None, scales: tuple[float, ...] = ()) -> Tensor:
+        return super().forward(x) + len(scales)
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Keyword()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(mask=None, x=x, scales=(1.0, 2.0))
+
+
+def test_blocks_called_with_keywords_and_nested_arguments_compile():
+    x = torch.randn(8, 4)
+    model = sd.apply(Keywords(), p=1.0, example_inputs=x)
+    fast, counter = compiled(model)
+    assert torch.equal(fast(x), x + 2)
+    assert counter.frame_count == 1
+
+
+class Transposed(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x)).t().contiguous().t() + x
+
+
+def test_a_branch_in_another_layout_than_its_shortcut_compiles():
+    model = sd.apply(nn.Sequential(Transposed()), p=0.5, schedule="uniform")
+    fast, counter = compiled(model)
+    x = torch.randn(8, 4, requires_grad=True)
+    for _ in range(10):
+        fast(x).sum().backward()
+    assert counter.frame_count == 1
+
+
+class Depthwise(nn.Module):
+    """A ConvNeXt's block: its input is seen channels-last, its weights are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_convolutions_compile_whatever_the_layout_of_their_gradients():
+    model = sd.apply(nn.Sequential(Depthwise(), Depthwise()), p=0.5, schedule="uniform")
+    fast, counter = compiled(model)
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    outputs = set()
+    for _ in range(20):
+        output = fast(x)
+        output.sum().backward()
+        outputs.add(round(output.square().sum().item(), 3))
+    assert counter.frame_count == 1
+    assert len(outputs) > 2
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_applied_model_is_the_plain_one(strict):
     model, x = build(Conv)

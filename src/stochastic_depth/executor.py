@@ -162,6 +162,7 @@ class ResidualForward:
         for label in self.states.keys() - made.labels:
             self._report({label}, set(), made.refused.get(label, "not found"))
         self._report(set(), made.labels - self.known, "")
+        self._report_masking(made.program)
         return self._compiled(made.program), made.program.detail
 
     def _hooked(self, program: Program) -> bool:
@@ -181,6 +182,23 @@ class ResidualForward:
             if options is not None:
                 branches[i] = replace(branch, run=torch.compile(branch.run, **options))
         return replace(program, branches=tuple(branches))
+
+    def _report_masking(self, program: Program) -> None:
+        """Warn of branches whose rows cannot be told apart in this call, as apply() does."""
+        masked = [
+            branch.label
+            for branch in program.branches
+            for state in [self.states[branch.label]]
+            if state.mode != "batch" and state.found.rows_known and not branch.rows_known
+        ]
+        if masked:
+            name = next(iter(self.states.values())).found.block
+            warnings.warn(
+                f"stochastic depth: {name!r} ({type(self.block).__name__}), called with these "
+                "arguments: it cannot be told which of the tensors that enter these branches have "
+                f"the batch's rows, so all are computed and the dropped left out: {masked}",
+                stacklevel=2,
+            )
 
     def _report(self, missing: set[str], new: set[str], reason: str) -> None:
         name = next(iter(self.states.values())).found.block

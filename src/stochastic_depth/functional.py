@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from .rows import add_rows, take_rows
@@ -170,16 +171,19 @@ def _choose_in_graph(
     """The same in a compiled graph, which has to hold for every outcome of the coins.
 
     One coin for the call becomes torch.cond, which runs the branch only where it is kept. It
-    cannot hold a branch with BatchNorm, whose statistics it would overwrite, nor rows: there all
-    is computed and the dropped left out, statistics too.
+    cannot hold a branch with BatchNorm, whose statistics it would overwrite, nor with convolutions,
+    whose weights' gradients may come in another layout than the zeros where it is dropped, nor
+    rows: there all is computed and the dropped left out, statistics too.
     """
     modules = list(branch.modules())
-    pools_rows = any(map(_pools_rows, modules))
     tensors = all(isinstance(x, Tensor) for x in (shortcut, *inputs))
-    if len(coins) == 1 and tensors and not pools_rows:
+    if len(coins) == 1 and tensors and not any(map(_is_beyond_cond, modules)):
 
-        def kept(shortcut: Tensor, *inputs: Tensor) -> Any:
-            return branch.merge(shortcut, branch.run(*inputs), weight)
+        def kept(shortcut: Tensor, *inputs: Tensor) -> Tensor:
+            merged: Tensor = branch.merge(shortcut, branch.run(*inputs), weight)
+            if merged.stride() != shortcut.stride():
+                merged = torch.empty_like(shortcut, dtype=merged.dtype).copy_(merged)
+            return merged
 
         def dropped(shortcut: Tensor, *inputs: Tensor) -> Tensor:
             return shortcut.clone()
@@ -266,6 +270,10 @@ def _first_tensor(values: Any) -> Tensor:
 def _pools_rows(module: nn.Module) -> bool:
     """Whether a module computes statistics over the rows of its batch."""
     return any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+
+
+def _is_beyond_cond(module: nn.Module) -> bool:
+    return any(isinstance(m, _ConvNd) or _pools_rows(m) for m in module.modules())
 
 
 def residual(

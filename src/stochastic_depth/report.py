@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .detect.capture import no_fast_path
+from .detect.whole import WHOLE
 from .executor import BranchState, observe
 from .surgery import Branch, branch_name, branches, detect, run_example
 
@@ -113,6 +114,13 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     applied = branches(model)
     findings = detect(model, example_inputs)
     names = {branch.name for branch in applied}
+    whole = [branch.name.partition(":")[0] for branch in applied if branch.kind == WHOLE]
+
+    def elsewhere(name: str) -> bool:
+        """Whether it is in no block that is dropped as a whole."""
+        path = name.partition(":")[0] + "."
+        return not any(path.startswith(f"{block}." if block else "") for block in whole)
+
     found = [branch_name(f.block, f.label) for f in findings.branches]
     total = sum(p.numel() for p in model.parameters())
     flops = None if example_inputs is None else _measure_flops(model, example_inputs)
@@ -128,8 +136,8 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     ]
     return Summary(
         tuple(rows),
-        tuple((r.name, r.reason) for r in findings.refused),
-        tuple(name for name in found if name not in names),
+        tuple((r.name, r.reason) for r in findings.refused if elsewhere(r.name)),
+        tuple(name for name in found if name not in names and elsewhere(name)),
     )
 
 

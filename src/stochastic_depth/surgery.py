@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .detect import Findings, Found, Refused, find_branches
+from .detect import Findings, Found, Refused, find_branches, whole_blocks
 from .detect.capture import Call, read_call
 from .detect.examples import outline
 from .executor import BranchState, ResidualForward
@@ -28,7 +28,8 @@ class Branch:
 
     Attributes:
         name: the qualified name of the block and, after a colon, which of its branches.
-        kind: ``"identity"`` or ``"projection"``, the kind of its shortcut.
+        kind: ``"identity"`` or ``"projection"``, the kind of its shortcut, or ``"block"`` for a
+            block that is dropped as a whole.
         modules: the qualified names of the submodules that the branch runs, in order.
         existing: those of them that dropped the branch before (a DropPath) and now do nothing.
         mode, scale: how it is dropped.
@@ -121,6 +122,7 @@ def apply(
     scale: str = "train",
     include: Filter = None,
     exclude: Filter = None,
+    whole: Filter = None,
     example_inputs: Any = None,
     seed: int | None = None,
     dropped_grad: str = "none",
@@ -150,6 +152,12 @@ def apply(
         include: which branches: globs on their names, block types, functions
             (block name, block) -> bool, or a list of these. None is all.
         exclude: which of them not.
+        whole: blocks to drop as a whole (LayerDrop), and nothing else: globs on the names of
+            modules, types, functions (name, module) -> bool, or a list of these. A dropped block
+            returns the first tensor that it is given and changes nothing else, no cache either.
+            Needs no tracing, so it is also the way for
+            forwards that cannot be traced. With scale ``"train"`` a kept block's change of its
+            input is divided by 1-p; LayerDrop has ``"none"``.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict
             of keywords. The model runs on them once, in evaluation, to see how its blocks are
             called; needed only where residual branches depend on optional arguments.
@@ -176,7 +184,9 @@ def apply(
         [0.1, 0.1, 0.2, 0.2]
 
     Reference:
-        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382).
+        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382); Fan et
+        al., Reducing Transformer Depth on Demand with Structured Dropout (LayerDrop), ICLR 2020
+        (arXiv:1909.11556).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -185,8 +195,16 @@ def apply(
     if seed is not None and not isinstance(seed, int):
         raise TypeError(f"seed must be an integer or None, got {seed!r}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    findings = detect(model, example_inputs)
-    chosen = _choose(model, findings, include, exclude)
+    if whole is None:
+        findings = detect(model, example_inputs)
+        chosen = _choose(model, findings, include, exclude)
+    elif include is not None or exclude is not None:
+        raise ValueError(
+            "whole says which blocks are dropped; include and exclude are for branches"
+        )
+    else:
+        findings = _whole(model, whole, example_inputs)
+        chosen = findings.branches
     names = list(dict.fromkeys(found.block for found in chosen))
     rates = dict(zip(names, depth_rates(schedule, p, len(names)), strict=True))
     if checked_mode != "batch":
@@ -200,7 +218,8 @@ def apply(
     for name in names:
         block = model.get_submodule(name)
         forward = ResidualForward(block, states[name], findings.labels[name], generator)
-        forward.prepare(findings.calls[name])
+        if whole is None:
+            forward.prepare(findings.calls[name])
         forward.install()
     return model
 
@@ -249,13 +268,36 @@ def detect(model: nn.Module, example_inputs: Any = None) -> Findings:
     free: list[Found] = []
     refused = list(findings.refused)
     for found in findings.branches:
-        own = model.get_submodule(found.block).__dict__.get("forward")
-        if own is None or isinstance(own, ResidualForward):
+        if _is_free(model.get_submodule(found.block)):
             free.append(found)
         else:
             name = branch_name(found.block, found.label)
-            refused.append(Refused(name, "something else has replaced the block's forward"))
+            refused.append(Refused(name, _REPLACED))
     return Findings(free, refused, findings.labels, findings.calls)
+
+
+_REPLACED = "something else has replaced the block's forward"
+
+
+def _is_free(block: nn.Module) -> bool:
+    own = block.__dict__.get("forward")
+    return own is None or isinstance(own, ResidualForward)
+
+
+def _whole(model: nn.Module, patterns: Filter, example_inputs: Any) -> Findings:
+    """The blocks that ``whole`` names, each as one branch."""
+    named = dict(model.named_modules())
+    names: dict[str, None] = {}
+    for pattern in _patterns(patterns):
+        hits = [n for n, m in named.items() if _matches(n, n, m, pattern, "whole")]
+        if not hits:
+            raise ValueError(f"whole={pattern!r} matches no module of {type(model).__name__}")
+        names |= dict.fromkeys(hits)
+    for name in names:
+        if not _is_free(named[name]):
+            raise ValueError(f"whole names {name!r}, but {_REPLACED}")
+    calls = None if example_inputs is None else _watch_calls(model, example_inputs)
+    return whole_blocks(model, [name for name in named if name in names], calls)
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
@@ -322,7 +364,7 @@ def _choose(model: nn.Module, findings: Findings, include: Filter, exclude: Filt
         raise ValueError(
             f"no residual branch found in {type(model).__name__}: stochastic depth needs sums of "
             "a shortcut and a branch. Where the model decides by its arguments, give "
-            "example_inputs; to drop a block as a whole, wrap it in StochasticDepth."
+            "example_inputs; to drop blocks as a whole, name them with whole=."
             + (f" Refused:{reasons}" if reasons else "")
         )
     chosen = findings.branches
@@ -338,11 +380,13 @@ def _choose(model: nn.Module, findings: Findings, include: Filter, exclude: Filt
 
 def _matching(model: nn.Module, found: list[Found], patterns: Filter, name: str) -> list[Found]:
     """The branches that a pattern matches; every pattern must match one."""
-    if isinstance(patterns, str | type) or not isinstance(patterns, Iterable):
-        patterns = [patterns]  # type: ignore[list-item]
     matched: set[Found] = set()
-    for pattern in patterns:
-        hits = {f for f in found if _matches(model, f, pattern, name)}
+    for pattern in _patterns(patterns):
+        hits = set()
+        for f in found:
+            block = model.get_submodule(f.block)
+            if _matches(branch_name(f.block, f.label), f.block, block, pattern, name):
+                hits.add(f)
         if not hits:
             known = ", ".join(branch_name(f.block, f.label) for f in found[:8])
             more = ", ..." if len(found) > 8 else ""
@@ -351,16 +395,21 @@ def _matching(model: nn.Module, found: list[Found], patterns: Filter, name: str)
     return [f for f in found if f in matched]
 
 
-def _matches(model: nn.Module, found: Found, pattern: Pattern, name: str) -> bool:
+def _patterns(given: Filter) -> Iterable[Pattern]:
+    if isinstance(given, str | type) or not isinstance(given, Iterable):
+        return [given]  # type: ignore[list-item]
+    return given
+
+
+def _matches(full: str, name: str, block: nn.Module, pattern: Pattern, argument: str) -> bool:
     if isinstance(pattern, str):
-        return fnmatchcase(branch_name(found.block, found.label), pattern)
-    block = model.get_submodule(found.block)
+        return fnmatchcase(full, pattern)
     if isinstance(pattern, type):
         return isinstance(block, pattern)
     if callable(pattern):
-        return bool(pattern(found.block, block))
+        return bool(pattern(name, block))
     raise TypeError(
-        f"{name} must be globs on branch names, module types or functions (name, block) -> bool, "
+        f"{argument} must be globs on names, module types or functions (name, block) -> bool, "
         f"got {pattern!r}"
     )
 

@@ -234,13 +234,15 @@ class _Masked:
             device=output.device,
             generator=self.generator,
         )
-        if keep.rows is None:
-            return output * keep.weight
-        weights = torch.zeros(rows).to(output)
-        weights[keep.rows] = keep.weight
+        weights = torch.full((rows,), keep.weight).to(output)
+        if keep.rows is not None:
+            weights = torch.zeros_like(weights).index_fill(0, keep.rows, keep.weight)
         shape = [1] * output.dim()
         shape[dim] = rows
-        return output * weights.view(shape)
+        weights = weights.view(shape)
+        if state.found.kind == "block":  # which holds its shortcut
+            return inputs[0] + weights * (output - inputs[0])
+        return output * weights
 
 
 class _NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]

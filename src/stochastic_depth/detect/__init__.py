@@ -5,7 +5,7 @@ this file asks every block of a model and settles which of nested regions are th
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from .handlers import further_output
 from .inline import capture_inlined
 from .program import Program, build_program
 from .regions import Kind, Leaf, NotResidual, Refusal, Region, find_regions
+from .whole import WHOLE, rows_known, whole_program
 
 __all__ = [
     "CaptureError",
@@ -27,6 +28,7 @@ __all__ = [
     "Refused",
     "find_branches",
     "make_program",
+    "whole_blocks",
 ]
 
 
@@ -99,6 +101,27 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
     return Findings([c.found() for c in candidates if c in kept], refused, dict(labels), called)
 
 
+def whole_blocks(
+    model: nn.Module, names: Iterable[str], calls: Mapping[str, Call] | None = None
+) -> Findings:
+    """Blocks as branches that are dropped as a whole.
+
+    Args:
+        model: the model.
+        names: the qualified names of the blocks.
+        calls: how each block is called, by name, where it is known.
+    """
+    found: list[Found] = []
+    called: dict[str, Call] = {}
+    for name in names:
+        block = model.get_submodule(name)
+        call = called[name] = (calls or {}).get(name) or static_call(block)
+        children = tuple(child for child, _ in block.named_children())
+        dim = _batch_dim(block)
+        found.append(Found(name, WHOLE, "block", children, (), rows_known(call), dim))
+    return Findings(found, [], {name: {WHOLE} for name in called}, called)
+
+
 @dataclass(frozen=True)
 class Made:
     """A program, the labels of all residual sums in its block, and reasons for those refused."""
@@ -120,6 +143,8 @@ def make_program(block: nn.Module, call: Call, training: bool, labels: set[str])
     Raises:
         CaptureError, NotResidual: it cannot be traced when called like this.
     """
+    if WHOLE in labels:
+        return Made(whole_program(block, call), {WHOLE}, {})
     trace = capture_inlined(block, call, training)
     labelled, refusals = _analyse(block, trace)
     chosen = [(label, region) for label, region in labelled if label in labels]

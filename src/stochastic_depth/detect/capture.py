@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unflatten
 
 from .examples import Detail, Examples
 from .graphs import check_absent, is_shape, reads_types_only
@@ -27,6 +27,7 @@ __all__ = [
     "Trace",
     "capture",
     "computing_modes",
+    "is_plain",
     "no_fast_path",
     "read_call",
     "static_call",
@@ -65,6 +66,7 @@ class Call:
     """How a forward is called: which arguments are values, and what the others are.
 
     ``constants`` holds every leaf of (args, kwargs), None standing in for the values.
+    ``key`` is equal for calls that one trace serves, where it does not depend on more.
     ``examples`` are such values; None where none are known.
     """
 
@@ -72,20 +74,16 @@ class Call:
     is_value: tuple[bool, ...]
     constants: tuple[Any, ...]
     types: tuple[type, ...]  # of the values: Tensor, object where it is not known, or another
+    key: Hashable
     examples: tuple[Any, ...] | None = field(default=None, compare=False)
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for calls that one trace serves, where it does not depend on more."""
-        kinds = tuple((type(c), c) for c in self.constants)
-        return self.structure, self.is_value, kinds, self.types
 
     def like(self, values: Iterable[Any]) -> "Call":
         """The same call with ``values`` as its examples."""
         return replace(self, examples=tuple(values))
 
 
-def _is_plain(leaf: Any) -> bool:
+def is_plain(leaf: Any) -> bool:
+    """Whether a part of a call's arguments is a constant of it."""
     return leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device)
 
 
@@ -96,11 +94,25 @@ def _is_value(kind: type) -> bool:
 def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any]]:
     """The form of a real call, and its values: tensors and everything that is no plain constant."""
     leaves, structure = tree_flatten((args, kwargs))
-    is_value = tuple(not _is_plain(leaf) for leaf in leaves)
+    is_value = tuple(not is_plain(leaf) for leaf in leaves)
     constants = tuple(None if v else leaf for leaf, v in zip(leaves, is_value, strict=True))
     values = [leaf for leaf, v in zip(leaves, is_value, strict=True) if v]
     types = tuple(Tensor if isinstance(x, Tensor) else type(x) for x in values)
-    return Call(structure, is_value, constants, types), values
+    return Call(structure, is_value, constants, types, (_form(args), _form(kwargs))), values
+
+
+def _form(x: Any) -> Hashable:
+    """A call's key, without TreeSpecs as far as possible: torch.compile cannot hash them."""
+    if isinstance(x, Tensor):
+        return Tensor
+    if is_plain(x):
+        return type(x), x
+    if type(x) in (tuple, list):
+        return type(x), tuple(_form(item) for item in x)
+    if isinstance(x, dict):
+        return type(x), tuple((key, _form(item)) for key, item in x.items())
+    structure = tree_structure(x)
+    return type(x) if structure.is_leaf() else repr(structure)
 
 
 def static_call(module: nn.Module) -> Call:

@@ -19,7 +19,7 @@ from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Detail", "Examples", "describe", "outline"]
+__all__ = ["Detail", "Examples", "describe", "fake_values", "no_side_effects", "outline"]
 
 
 class Detail(enum.IntEnum):
@@ -68,9 +68,7 @@ class Examples:
     def __init__(self, root: nn.Module, values: Sequence[Any]) -> None:
         self.root = root
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode:
-            outlines = map(outline, values)
-            self.values = [x.tensor() if isinstance(x, _Outline) else x for x in outlines]
+        self.values = _fake(self.mode, values)
         self.known: dict[fx.Node, Any] = {}
 
     def of(self, node: fx.Node) -> Any:
@@ -115,6 +113,37 @@ class Examples:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake(mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
+    with mode:
+        outlines = map(outline, values)
+        return [x.tensor() if isinstance(x, _Outline) else x for x in outlines]
+
+
+@contextmanager
+def fake_values(module: nn.Module, values: Sequence[Any]) -> Iterator[list[Any]]:
+    """Values without data, like those given, to run ``module`` on, which stays as it is."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = _fake(mode, values)
+    with _disable_current_modes(), mode, _not_traced(), _unchanged(module):
+        yield fakes
+
+
+@contextmanager
+def no_side_effects(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` as in evaluation, its state and that of the random numbers put back after."""
+    buffers = [(x, x.clone()) for x in module.buffers()]
+    modes = {m: m.training for m in module.modules()}
+    with torch.no_grad(), torch.random.fork_rng():
+        module.eval()
+        try:
+            yield
+        finally:
+            for m, training in modes.items():
+                m.training = training
+            for x, before in buffers:
+                x.copy_(before)
 
 
 def _is_inert(leaf: Any) -> bool:

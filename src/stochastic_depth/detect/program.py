@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from ..functional import Sum
+from ..functional import Merge
 from .capture import Trace
 from .examples import Detail
 from .graphs import check_absent, is_effect, is_shape
@@ -26,7 +26,7 @@ class Branch:
 
     label: str
     run: Callable[..., Any]
-    sum: Sum
+    sum: Merge
     rows_known: bool
     modules: tuple[str, ...]  # of the block, that it runs
     parameters: tuple[str, ...]  # of the block, that it reads by itself

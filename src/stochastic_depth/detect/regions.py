@@ -32,7 +32,7 @@ __all__ = [
     "find_regions",
 ]
 
-Kind = Literal["identity", "projection"]
+Kind = Literal["identity", "projection", "block"]
 
 
 @dataclass(frozen=True)
