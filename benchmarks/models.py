@@ -119,11 +119,11 @@ class Subject:
 
 
 SUBJECTS = {
-    "resnet50": Subject(torchvision.models.resnet50, (16, 3, 96, 96)),
+    "resnet50": Subject(torchvision.models.resnet50, (32, 3, 96, 96)),
     "resnet110-cifar": Subject(lambda: cifar_resnet(110), (64, 3, 32, 32)),
     "resnet18": Subject(torchvision.models.resnet18, (32, 3, 96, 96)),
     "resnet18-channels-last": Subject(torchvision.models.resnet18, (32, 3, 96, 96), True),
-    "resnet50-channels-last": Subject(torchvision.models.resnet50, (16, 3, 96, 96), True),
+    "resnet50-channels-last": Subject(torchvision.models.resnet50, (32, 3, 96, 96), True),
     "vit-s": Subject(lambda: vit("vit_small_patch16_224", 160), (16, 3, 160, 160)),
     "convnext-atto": Subject(lambda: timm.create_model("convnext_atto"), (32, 3, 128, 128)),
     "llama": Subject(

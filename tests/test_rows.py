@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochastic_depth as sd
-from stochastic_depth.rows import add_rows, put_rows, take_rows
+from stochastic_depth.rows import add_rows, put_rows, split_rows, take_rows
 
 LAYOUTS = {
     "rows first": lambda: torch.randn(5, 3, 4, 6),
@@ -135,3 +136,77 @@ def test_around_a_convolution_everything_stays_channels_last(
     y = kept_rows(layer, x, seen, KEPT[kept])
     for tensor in (y, *seen):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_first_and_second_gradients_are_those_of_the_function(layout: str) -> None:
+    x = LAYOUTS[layout]().double()[:, :2, :2].requires_grad_()
+    values = torch.randn_like(x[[3, 1]]).requires_grad_()
+    rows = torch.tensor([3, 1])
+
+    def squared(x: Tensor, values: Tensor) -> list[Tensor]:
+        taken, whole = split_rows(x, rows)
+        results = [take_rows(x, rows), taken, whole, add_rows(whole, rows, values, 0.5)]
+        return [result.square() for result in results]
+
+    assert torch.autograd.gradcheck(squared, (x, values))
+    assert torch.autograd.gradgradcheck(squared, (x, values))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class LargeZeros(TorchDispatchMode):
+    """Counts the tensors of zeros of a size that are made."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "zero" in func.__name__ and result.numel() == self.size:
+            self.count += 1
+        return result
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_no_full_size_gradient_of_zeros_is_made(mode: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8, requires_grad=True)
+    model = sd.apply(nn.Sequential(Residual(), Residual()), 0.5, "uniform", mode=mode)
+    loss = model(x).square().sum()
+    with LargeZeros(x.numel()) as zeros:
+        loss.backward()
+    assert zeros.count == 0
+    assert all(0 < branch.dropped < 6 for branch in sd.branches(model))
+
+
+def test_results_are_no_views_since_autograd_copies_gradients_of_changed_views() -> None:
+    x = torch.randn(5, 3, 4, 6).to(memory_format=torch.channels_last).requires_grad_()
+    rows = torch.tensor([0, 2])
+    assert take_rows(x, rows)._base is None
+    assert split_rows(x, rows)[0]._base is None
+    assert add_rows(x, rows, torch.ones(2, 3, 4, 6), 1.0)._base is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by torch's own forward mode
+def test_transforms_and_forward_mode_see_the_same_functions() -> None:
+    x, rows = torch.randn(5, 3), torch.tensor([4, 0])
+
+    def f(x: Tensor) -> Tensor:
+        taken, whole = split_rows(x, rows)
+        return add_rows(whole, rows, taken.square(), 2.0).sum()
+
+    expected = torch.autograd.functional.jacobian(f, x)
+    torch.testing.assert_close(torch.func.grad(f)(x), expected)
+    torch.testing.assert_close(torch.func.jacfwd(f)(x), expected)
+    torch.testing.assert_close(
+        torch.vmap(f)(torch.stack([x, 2 * x])), torch.stack([f(x), f(2 * x)])
+    )

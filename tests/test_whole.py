@@ -284,6 +284,6 @@ def test_arguments_are_checked():
 
 def test_summary_lists_blocks_and_not_what_is_in_them():
     text = str(sd.summary(sd.apply(Decoder(), 0.5, "uniform", whole=Layer), torch.randn(2, 4)))
-    assert "layers.2:block" in text
+    assert "layers.2:(whole)" in text
     assert "not dropped" not in text
     assert "expected depth  1.50 of 3" in text

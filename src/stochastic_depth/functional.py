@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from .rows import add_rows, take_rows
+from .rows import add_rows, split_rows, take_rows
 from .sampling import Keep, check_mode, check_p, check_scale, decide
 
 __all__ = [
@@ -141,7 +141,8 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
         pair = torch.cat([rows, (rows + 1) % batch])[: min(batch, 2)]
         output = _take(branch.run(*_take(inputs, pair, dim)), torch.zeros_like(rows), dim)
     else:
-        output = branch.run(*_take(inputs, rows, dim))
+        shortcut, taken = _split(shortcut, inputs, rows, dim)
+        output = branch.run(*taken)
     return branch.merge.rows(shortcut, output, keep.weight, rows, dim)
 
 
@@ -257,6 +258,15 @@ class _Unused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(p) for p in ctx.parameters)
+
+
+def _split(shortcut: Any, inputs: tuple[Any, ...], rows: Tensor, dim: int) -> tuple[Any, Any]:
+    """The shortcut, and the rows of the inputs, of which it may be one."""
+    is_input = isinstance(shortcut, Tensor) and any(x is shortcut for x in inputs)
+    if not is_input or torch.compiler.is_compiling():  # which saves by itself
+        return shortcut, _take(inputs, rows, dim)
+    taken, whole = split_rows(shortcut, rows, dim)
+    return whole, tuple(taken if x is shortcut else _take(x, rows, dim) for x in inputs)
 
 
 def _take(values: Any, rows: Tensor, dim: int) -> Any:

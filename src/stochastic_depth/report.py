@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .detect.capture import no_fast_path
-from .detect.whole import WHOLE
 from .executor import BranchState, observe
 from .surgery import Branch, branch_name, branches, detect, run_example
 
@@ -114,7 +113,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     applied = branches(model)
     findings = detect(model, example_inputs)
     names = {branch.name for branch in applied}
-    whole = [branch.name.partition(":")[0] for branch in applied if branch.kind == WHOLE]
+    whole = [branch.name.partition(":")[0] for branch in applied if branch.kind == "block"]
 
     def elsewhere(name: str) -> bool:
         """Whether it is in no block that is dropped as a whole."""

@@ -101,7 +101,7 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list
     return Call(structure, is_value, constants, types, (_form(args), _form(kwargs))), values
 
 
-def _form(x: Any) -> Hashable:
+def _form(x: Any) -> Any:
     """A call's key, without TreeSpecs as far as possible: torch.compile cannot hash them."""
     if isinstance(x, Tensor):
         return Tensor

@@ -23,7 +23,7 @@ from .regions import NotResidual
 
 __all__ = ["WHOLE", "rows_known", "whole_program"]
 
-WHOLE = "block"  # the label, and the kind, of a branch that is its block
+WHOLE = "(whole)"  # the label of a branch that is its block; no child can be called so
 
 
 def rows_known(call: Call) -> bool:
