@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -215,6 +217,55 @@ def test_exported_applied_model_is_the_plain_one(strict):
     sd.apply(model, p=0.5)
     exported = torch.export.export(model, (x.detach(),), strict=strict).module()
     torch.testing.assert_close(exported(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter itself
+@pytest.mark.parametrize("block", [Mlp, Conv])
+def test_exported_to_onnx_an_applied_model_is_the_plain_one(block):
+    model, x = build(block)
+    x = x.detach()
+    model.eval()
+    with torch.no_grad():
+        model(x)
+        expected = model(x).numpy()
+    sd.apply(model, p=0.5).eval()
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    graph = program.model_proto
+    (result,) = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})
+    numpy.testing.assert_allclose(result, expected, atol=1e-6)  # another order of float32 sums
+
+
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+@pytest.mark.parametrize("dropped_grad", ["none", "zero"])
+def test_func_grad_in_training_is_what_autograd_computes(mode, dropped_grad):
+    model, x = build(Mlp, depth=4)
+    sd.apply(model, p=0.5, schedule="uniform", mode=mode, dropped_grad=dropped_grad)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, x).square().sum()
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = torch.autograd.grad(
+            loss(parameters), list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        torch.manual_seed(seed)
+        gradients = torch.func.grad(loss)(parameters)
+        torch.testing.assert_close(list(gradients.values()), list(expected))
+
+
+def test_vmap_in_training_needs_a_choice_and_different_coins_are_refused():
+    model, x = build(Mlp)
+    sd.apply(model, p=0.5, schedule="uniform")
+    with pytest.raises(RuntimeError, match="random operation"):
+        torch.vmap(model)(x)
+    with pytest.raises(RuntimeError, match=r"item\(\)"):
+        torch.vmap(model, randomness="different")(x)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.vmap(model, randomness="same")(x), expected)
 
 
 def test_vmap_and_functional_call_in_evaluation():

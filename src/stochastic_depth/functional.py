@@ -247,6 +247,8 @@ def _is_distributed() -> bool:
 class _Unused(torch.autograd.Function):
     """Copy ``x``, with zero gradients for parameters that were not used."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, *parameters: Tensor) -> Tensor:
         return x.clone()

@@ -51,8 +51,13 @@ class _Outline:
     requires_grad: bool
 
     def tensor(self) -> Tensor:
-        made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        return made.requires_grad_(self.requires_grad)
+        return torch.empty_strided(
+            self.size,
+            self.stride,
+            dtype=self.dtype,
+            device=self.device,
+            requires_grad=self.requires_grad,
+        )
 
 
 def outline(value: Any) -> Any:
