@@ -53,6 +53,21 @@ def test_shares_are_those_counted_by_hand() -> None:
         assert row.parameters == pytest.approx(share, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("rows", "rates"), [(3, [0, 1 / 3, 1 / 3, 1 / 3]), (10, RATES), (1, [0] * 4)]
+)
+def test_subset_shows_the_rates_that_take_effect_on_the_example(rows, rates) -> None:
+    model = sd.apply(small(), schedule=RATES, mode="subset")
+    result = sd.summary(model, small_batch(rows))
+    assert [row.p for row in result.rows] == pytest.approx(rates)
+    for branch in sd.branches(model):
+        assert branch.decided == 0
+    model(small_batch(rows))
+    taken = [branch.dropped / branch.decided for branch in sd.branches(model)]
+    assert taken == pytest.approx(rates)
+    assert [row.p for row in sd.summary(model).rows] == RATES
+
+
 def test_expected_depth_and_compute_follow_from_the_rates() -> None:
     model = applied()
     result = sd.summary(model, small_batch(1))

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .detect.capture import no_fast_path
 from .executor import BranchState, observe
+from .sampling import subset_size
 from .surgery import Branch, branch_name, branches, detect, run_example
 
 __all__ = ["Row", "Summary", "summary"]
@@ -17,7 +18,11 @@ __all__ = ["Row", "Summary", "summary"]
 
 @dataclass(frozen=True)
 class Row:
-    """A branch in the summary; shares are of the whole model."""
+    """A branch in the summary; shares are of the whole model.
+
+    In ``"subset"`` mode, ``p`` is the rate that takes effect on a batch like the example:
+    1 - k/B, where k of its B rows are kept.
+    """
 
     name: str
     kind: str
@@ -122,14 +127,17 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
 
     found = [branch_name(f.block, f.label) for f in findings.branches]
     total = sum(p.numel() for p in model.parameters())
-    flops = None if example_inputs is None else _measure_flops(model, example_inputs)
+    flops: dict[str, float] = {}
+    rows_seen: dict[str, int] = {}
+    if example_inputs is not None:
+        flops, rows_seen = _measure(model, example_inputs)
     rows = [
         Row(
             branch.name,
             branch.kind,
-            branch.p,
+            _effective_rate(branch, rows_seen.get(branch.name)),
             _count_parameters(model, branch) / max(total, 1),
-            None if flops is None else flops.get(branch.name, 0.0),
+            None if example_inputs is None else flops.get(branch.name, 0.0),
         )
         for branch in applied
     ]
@@ -145,20 +153,29 @@ def _count_parameters(model: nn.Module, branch: Branch) -> int:
     return sum(p.numel() for p in {p for m in modules for p in m.parameters()})
 
 
-def _measure_flops(model: nn.Module, example_inputs: Any) -> dict[str, float]:
-    """Each branch's share of the FLOPs of one forward."""
+def _effective_rate(branch: Branch, rows: int | None) -> float:
+    if branch.mode != "subset" or not rows:
+        return branch.p
+    return 1.0 - subset_size(rows, branch.p) / rows
+
+
+def _measure(model: nn.Module, example_inputs: Any) -> tuple[dict[str, float], dict[str, int]]:
+    """Each branch's share of the FLOPs of one forward, and how many rows it was given."""
     names = {id(branch._state): branch.name for branch in branches(model)}
     inside: dict[str, int] = dict.fromkeys(names.values(), 0)
+    rows: dict[str, int] = {}
     counter = FlopCounterMode(display=False)
 
     def count(state: BranchState, run: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
         before = counter.get_total_flops()
         output = run(*inputs)
         inside[names[id(state)]] += counter.get_total_flops() - before
+        first = next(x for x in inputs if isinstance(x, Tensor))
+        rows[names[id(state)]] = first.shape[state.found.batch_dim] if first.dim() else 0
         return output
 
     # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
     with observe(count), counter, no_fast_path(), sdpa_kernel(SDPBackend.MATH):
         run_example(model, example_inputs)
     total = max(counter.get_total_flops(), 1)
-    return {name: flops / total for name, flops in inside.items()}
+    return {name: flops / total for name, flops in inside.items()}, rows
