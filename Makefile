@@ -11,7 +11,7 @@ test: $(VENV)/ready  ## Everything that CI checks.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 zoo: $(VENV)/ready  ## The long sweeps over whole model zoos.
 	$(BIN)/pytest -m zoo

@@ -143,7 +143,7 @@ class Other(Block):
         (iter(["blocks.0:*"]), [0]),
         ({"blocks.0:*"}, [0]),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_include_and_exclude_take_globs_types_functions_and_lists(
     pattern: Any, indices: list[int]
