@@ -104,6 +104,11 @@ class LlamaBlock(TokenBlock):
         return x + self.mlp(self.norm2(x))
 
 
+def llama(depth: int, width: int, heads: int) -> nn.Sequential:
+    """The blocks of a Llama, without embeddings and head."""
+    return nn.Sequential(*[LlamaBlock(width, heads) for _ in range(depth)])
+
+
 def vit(name: str, size: int) -> nn.Module:
     """A ViT of timm."""
     return timm.create_model(name, img_size=size, block_fn=VitBlock)
@@ -126,9 +131,7 @@ SUBJECTS = {
     "resnet50-channels-last": Subject(torchvision.models.resnet50, (32, 3, 96, 96), True),
     "vit-s": Subject(lambda: vit("vit_small_patch16_224", 160), (16, 3, 160, 160)),
     "convnext-atto": Subject(lambda: timm.create_model("convnext_atto"), (32, 3, 128, 128)),
-    "llama": Subject(
-        lambda: nn.Sequential(*[LlamaBlock(384, 6) for _ in range(12)]), (16, 128, 384)
-    ),
+    "llama": Subject(lambda: llama(12, 384, 6), (16, 128, 384)),
 }
 
 

@@ -143,7 +143,20 @@ class Other(Block):
         (iter(["blocks.0:*"]), [0]),
         ({"blocks.0:*"}, [0]),
     ],
-    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+    ids=[
+        "name",
+        "all",
+        "glob",
+        "type",
+        "base",
+        "module",
+        "by-name",
+        "by-block",
+        "list",
+        "tuple",
+        "iterator",
+        "set",
+    ],
 )
 def test_include_and_exclude_take_globs_types_functions_and_lists(
     pattern: Any, indices: list[int]

@@ -1,0 +1,70 @@
+"""The benchmarks run and write their page; what they measure is not tested."""
+
+import json
+
+import pytest
+from benchmarks import models, overhead, page, step_time
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    subjects = {
+        "small": models.Subject(lambda: models.cifar_resnet(8), (4, 3, 16, 16)),
+        "tokens": models.Subject(lambda: models.llama(6, 16, 2), (4, 5, 16)),
+    }
+    for module in (models, step_time):
+        monkeypatch.setattr(module, "SUBJECTS", subjects)
+    monkeypatch.setattr(step_time, "RESULTS", tmp_path / "results" / "step_time.json")
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    (tmp_path / "images").mkdir()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, module, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    module.main()
+
+
+def test_step_time_measures_every_side_and_the_page_shows_it(
+    small, monkeypatch, tmp_path, capsys
+) -> None:
+    many = [f"p={p}" for p in (0, 0.2, 0.3, 0.5, 0.7)]
+    run(monkeypatch, step_time, "--full", "--rounds", "2", "--save")
+    run(monkeypatch, step_time, "small", "--settings", *many, "--rounds", "2", "--save")
+    kept = json.loads((tmp_path / "results" / "step_time.json").read_text())
+    ((where, results),) = kept.items()
+    assert where in capsys.readouterr().out
+    by_setting = {(r["model"], r["setting"]): r for r in results}
+    assert len(by_setting) == len(results) == 2 * 4 + 2
+    row = by_setting["tokens", "p=0.5"]
+    assert set(row["times"]) == {
+        "batch",
+        "row",
+        "subset",
+        "torchvision",
+        "timm",
+        "torchtune",
+        "DINOv2",
+    }
+    assert all(len(times) == 2 for times in row["times"].values())
+    assert 0 < row["bound"] < 1
+    assert row["bounds"]["subset"] == pytest.approx([row["bound"]] * 2, rel=1e-3)  # half of 4 rows
+
+    page.main()
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert text.count("| small |") == 4
+    assert "time_against_p.png" in text
+    assert (tmp_path / "images" / "time_against_p.png").exists()
+
+
+def test_overhead_compares_with_a_second_plain_model(monkeypatch, capsys) -> None:
+    run(monkeypatch, overhead, "--rounds", "2")
+    printed = capsys.readouterr().out
+    assert "plain again / plain" in printed
+    assert "p=0 / plain" in printed
+
+
+def test_a_setting_is_a_rate_and_a_schedule() -> None:
+    assert step_time.read_setting("p=0.3") == (0.3, "uniform")
+    assert step_time.read_setting("linear 0.5") == (0.5, "linear")
+    with pytest.raises(ValueError, match="setting must be like"):
+        step_time.read_setting("0.5")
