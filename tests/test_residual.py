@@ -506,17 +506,6 @@ def test_torchtune_checkpointing_replays_other_coins(
             assert ours is theirs is None or torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_private_generator_under_checkpointing_is_an_error(
-    blocks: nn.ModuleList, mode: str, reentrant: bool
-) -> None:
-    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    out = checkpoint(net, x, blocks, mode, coins(), use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="use torch's default generator"):
-        out.sum().backward()
-
-
 # --- more than one process
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from .coins import Coins
 from .detect import CaptureError, Found, NotResidual, make_program
 from .detect.capture import Call, computing_modes, read_call
 from .detect.examples import Detail
 from .detect.program import Program
 from .detect.programs import Programs
 from .functional import Droppable, DroppedGrad, combine
+from .replay import is_recomputing
 from .sampling import Keep, Mode, Scale, decide
 
 __all__ = ["BranchState", "ResidualForward", "observe"]
@@ -69,12 +71,12 @@ class ResidualForward:
         block: nn.Module,
         states: list[BranchState],
         known: set[str],
-        generator: torch.Generator | None,
+        coins: Coins,
     ) -> None:
         self.block = block
         self.known = known  # the labels of all residual sums that were seen when applied
         self.states = {state.found.label: state for state in states}
-        self.generator = generator
+        self.coins = coins
         # A drop module inside a branch is replaced by our coin, also where our rate is 0.
         self.replaces = any(state.found.existing for state in states)
         self._programs = Programs()
@@ -237,6 +239,12 @@ class _Runner:
         if _observer is not None:
             return branch.sum(shortcut, _observer(state, run, inputs), 1.0)
         rows = 1 if state.mode == "batch" else shortcut.shape[state.found.batch_dim]
+
+        def modules() -> list[nn.Module]:
+            return [block.get_submodule(name) for name in branch.modules]
+
+        name = f"the branch {state.found.block}:{branch.label}"
+        tossed = block.training and 0.0 < state.p < 1.0
         keep = decide(
             state.p,
             training=block.training,
@@ -244,22 +252,22 @@ class _Runner:
             scale=state.scale,
             batch=rows,
             device=shortcut.device,
-            generator=self.forward.generator,
+            generator=self.forward.coins.of(state.mode, modules, block, name) if tossed else None,
         )
         compiling = torch.compiler.is_compiling()
-        if block.training and not compiling and torch._C._current_graph_task_id() == -1:
+        if block.training and not compiling and not is_recomputing():
             # Not in a compiled graph, nor when checkpointing computes it a second time.
             state.decided += rows
             state.dropped += rows - _kept_rows(keep, rows)
         droppable = Droppable(
             run=run,
             merge=branch.sum,
-            modules=lambda: [block.get_submodule(name) for name in branch.modules],
+            modules=modules,
             parameters=lambda: [attrgetter(name)(block) for name in branch.parameters],
             batch_dim=state.found.batch_dim,
             select=branch.rows_known,
             dropped_grad=state.dropped_grad,
-            name=f"the branch {state.found.block}:{branch.label}",
+            name=name,
         )
         return combine(shortcut, inputs, keep, droppable)
 

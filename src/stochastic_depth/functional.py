@@ -15,7 +15,7 @@ scale       training                     evaluation
 Where :math:`b = 0` the branch is not executed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
+from .coins import is_distributed, is_view_of_flat
 from .rows import add_rows, split_rows, take_rows
 from .sampling import Keep, check_mode, check_p, check_scale, decide
 
@@ -226,11 +227,11 @@ def _leave_out(shortcut: Any, branch: Droppable) -> Any:
     dropped make the average the unbiased gradient. (An undefined gradient is enough for it, but
     not with static_graph=True, where it leaves this rank without the average.)
     """
-    counted_on = branch.dropped_grad == "zero" or _is_distributed()
+    counted_on = branch.dropped_grad == "zero" or is_distributed()
     if not (counted_on and torch.is_grad_enabled()):
         return tree_map_only(Tensor, Tensor.clone, shortcut)
-    owned = [p for module in branch.modules() for p in module.parameters()]
-    parameters = [p for p in (*owned, *branch.parameters()) if p.requires_grad]
+    owned = [p for module in branch.modules() for p in _parameters(module)]
+    parameters = [p for p in dict.fromkeys((*owned, *branch.parameters())) if p.requires_grad]
     leaves, structure = tree_flatten(shortcut)
     first = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
     leaves = [
@@ -240,8 +241,11 @@ def _leave_out(shortcut: Any, branch: Droppable) -> Any:
     return tree_unflatten(leaves, structure)
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of ``module``, and what FSDP1 puts in their place."""
+    yield from module.parameters()
+    for m in module.modules():
+        yield from filter(is_view_of_flat, m.__dict__.values())
 
 
 class _Unused(torch.autograd.Function):

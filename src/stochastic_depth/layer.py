@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .around import AROUND, describe
+from .coins import Coins
 from .functional import Droppable, combine
 from .projections import Recipe, check_recipe, guess_input_shape, make_projection
 from .sampling import check_mode, check_p, check_scale, decide
@@ -84,6 +85,7 @@ class StochasticDepth(nn.Module):
         self.p = check_p(p)
         self.mode = check_mode(mode)
         self.scale = check_scale(scale)
+        self._coins = Coins()
         self.projection: Callable[[Any], Any] | None = None
         self.recipe: Recipe | None = None  # a recipe that still waits for the first batch
         if isinstance(projection, str):
@@ -109,6 +111,9 @@ class StochasticDepth(nn.Module):
         device, batch, select = None, 1, True
         if self.mode != "batch":
             device, batch, select = self._rows(x, (more, kwargs))
+        coins = None
+        if self.training and p < 1.0:
+            coins = self._coins.of(self.mode, lambda: [self.module], self, "StochasticDepth")
         keep = decide(
             p,
             training=self.training,
@@ -116,6 +121,7 @@ class StochasticDepth(nn.Module):
             scale=self.scale,
             batch=batch,
             device=device,
+            generator=coins,
         )
         if self.recipe is not None:
             if not isinstance(x, Tensor):

@@ -1,13 +1,17 @@
 """Coins: what one call of a residual branch keeps, and with which weight."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .replay import draw_replayed, may_be_recomputed
+
 __all__ = [
     "DROPPED",
+    "PRIVATE_IN_GRAPH",
     "Keep",
     "Mode",
     "Scale",
@@ -37,6 +41,12 @@ class Keep:
 
 
 DROPPED = Keep(None, 0.0)
+
+PRIVATE_IN_GRAPH = (
+    "a generator of your own (seed=..., coins='shared', generator=...) cannot be used inside "
+    "torch.compile; use torch's default generator (seed=None and torch.manual_seed), or compile "
+    "each branch by itself (branch.compile())"
+)
 
 
 def check_p(p: float, name: str = "p") -> float:
@@ -84,9 +94,9 @@ def decide(
     """Toss the coins of one call.
 
     Uniform numbers are drawn in float32 whatever the dtype of the model (in bfloat16 a rate
-    below 0.002 would never drop), and on the host: torch's default CPU generator is one of those
-    that gradient checkpointing saves and restores, so a recomputed forward sees the same coins.
-    p = 0 and p = 1 need no coin and draw none.
+    below 0.002 would never drop), and on the host. A forward that gradient checkpointing recomputes
+    sees the same coins: see :mod:`stochastic_depth.replay`. p = 0 and p = 1 need no coin and draw
+    none.
 
     Args:
         p: probability to drop, in [0, 1].
@@ -98,6 +108,9 @@ def decide(
         batch: number of rows, for the modes that choose among them.
         device: where the kept rows are needed; None is the CPU.
         generator: where the coins come from; None is torch's default generator.
+
+    Raises:
+        RuntimeError: a recomputed forward does not find its coins again.
     """
     if not training:
         return Keep(None, 1.0 - p if scale == "eval" else 1.0)
@@ -107,28 +120,32 @@ def decide(
         return DROPPED
     if torch.compiler.is_compiling():
         return _decide_in_graph(p, mode, scale, batch, device, generator)
-    if generator is not None and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "gradient checkpointing recomputes this branch during backward, and a generator of "
-            "your own (seed=..., generator=...) would toss other coins there than in the forward; "
-            "use torch's default generator (seed=None and torch.manual_seed)"
-        )
+    count = 1 if mode == "batch" else batch
     source: Any = {"generator": generator, "device": generator.device if generator else "cpu"}
+    if may_be_recomputed():
+        drawn = draw_replayed(partial(_draw, mode, count, source), (p, mode, count), generator)
+    else:
+        drawn = _draw(mode, count, source)
     weight = 1.0 / (1.0 - p) if scale == "train" else 1.0
     if mode == "batch":
-        kept = torch.rand(1, dtype=torch.float32, **source).item() >= p
-        return Keep(None, weight) if kept else DROPPED
+        return Keep(None, weight) if drawn.item() >= p else DROPPED
     if mode == "row":
-        rows = (torch.rand(batch, dtype=torch.float32, **source) >= p).nonzero().squeeze(1)
+        rows = (drawn >= p).nonzero().squeeze(1)
     else:
         k = subset_size(batch, p)
-        rows = torch.randperm(batch, **source)[:k]
+        rows = drawn[:k]
         weight = batch / k if scale == "train" else 1.0
     if len(rows) == 0:
         return DROPPED
     if len(rows) == batch:
         return Keep(None, weight)
     return Keep(rows.to(device or "cpu", non_blocking=True), weight)
+
+
+def _draw(mode: Mode, count: int, source: Any) -> Tensor:
+    if mode == "subset":
+        return torch.randperm(count, **source)
+    return torch.rand(count, dtype=torch.float32, **source)
 
 
 def _decide_in_graph(
@@ -141,10 +158,7 @@ def _decide_in_graph(
 ) -> Keep:
     """The same under torch.compile: drawn where the data is, as a part of the graph."""
     if generator is not None:
-        raise RuntimeError(
-            "a generator of your own (seed=..., generator=...) cannot be used inside "
-            "torch.compile; use torch's default generator (seed=None and torch.manual_seed)"
-        )
+        raise RuntimeError(PRIVATE_IN_GRAPH)
     weight = 1.0 / (1.0 - p) if scale == "train" else 1.0
     if mode != "subset":
         coins = torch.rand(batch if mode == "row" else 1, device=device, dtype=torch.float32) >= p

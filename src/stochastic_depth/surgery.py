@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .coins import Coins, check_sharing, is_flattened
 from .detect import Findings, Found, Refused, find_branches, whole_blocks
 from .detect.capture import Call, read_call
 from .detect.examples import outline
@@ -125,6 +126,7 @@ def apply(
     whole: Filter = None,
     example_inputs: Any = None,
     seed: int | None = None,
+    coins: str = "auto",
     dropped_grad: str = "none",
 ) -> M:
     """Add stochastic depth to every residual branch of ``model``, in place.
@@ -162,7 +164,14 @@ def apply(
             of keywords. The model runs on them once, in evaluation, to see how its blocks are
             called; needed only where residual branches depend on optional arguments.
         seed: draw the coins from a generator of the model's own, seeded with this, instead of
-            torch's default one. Cannot be combined with gradient checkpointing.
+            torch's default one. Cannot be used inside torch.compile.
+        coins: in a process group, ``"shared"`` tosses the same coins on all ranks, whatever else
+            these draw, and ``"separate"`` lets each rank toss its own: from torch's default
+            generator, or with a ``seed`` from one seeded with that and the rank. ``"auto"`` shares
+            them in ``"batch"`` mode where FSDP shards a block or modules of its branch, or where
+            the branch holds SyncBatchNorm, and nowhere else. Where coins are shared without a seed,
+            the first rank chooses one when the first is tossed, so that all have to take part;
+            after that all ranks have to make the same calls with batches of the same size.
         dropped_grad: the gradient of the parameters of a dropped branch. ``"none"``: none, so
             the optimizer leaves them as they are; ``"zero"``: zeros, as from a mask, so momentum
             goes on moving them and weight decay shrinks them. In a process group
@@ -194,7 +203,12 @@ def apply(
     checked_grad = check_dropped_grad(dropped_grad)
     if seed is not None and not isinstance(seed, int):
         raise TypeError(f"seed must be an integer or None, got {seed!r}")
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    source = Coins(seed, check_sharing(coins))
+    if any(map(is_flattened, model.parameters())):
+        raise ValueError(
+            "FullyShardedDataParallel has flattened the model's parameters, so that its blocks "
+            "cannot be traced: apply first and wrap then (fully_shard may come first)"
+        )
     if whole is None:
         findings = detect(model, example_inputs)
         chosen = _choose(model, findings, include, exclude)
@@ -217,7 +231,7 @@ def apply(
     remove(model)
     for name in names:
         block = model.get_submodule(name)
-        forward = ResidualForward(block, states[name], findings.labels[name], generator)
+        forward = ResidualForward(block, states[name], findings.labels[name], source)
         if whole is None:
             forward.prepare(findings.calls[name])
         forward.install()

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .coins import Coins
 from .executor import BranchState, ResidualForward, observe
 from .sampling import Mode, decide
 from .surgery import branches, call_model, remove
@@ -166,9 +167,9 @@ class _Verifier:
     def _coins_of(self, mode: Mode, names: list[str]) -> str | None:
         for seed in range(3):
             self._set(_RATE, mode, names)
-            coins = torch.Generator().manual_seed(seed)
+            coins = Coins(seed, "shared")
             for forward in self.forwards:
-                forward.generator = coins
+                forward.coins = coins
             dropped = self._step(self.model)
             reference = self._step(
                 self.model, observe(_Masked(torch.Generator().manual_seed(seed)))
