@@ -11,7 +11,15 @@ from torch.nn import SyncBatchNorm
 
 from .sampling import PRIVATE_IN_GRAPH, Mode
 
-__all__ = ["Coins", "Sharing", "check_sharing", "is_distributed", "is_flattened", "is_view_of_flat"]
+__all__ = [
+    "Coins",
+    "Sharing",
+    "check_sharing",
+    "is_distributed",
+    "is_flattened",
+    "is_view_of_flat",
+    "is_wrapper",
+]
 
 Sharing = Literal["auto", "shared", "separate"]
 
@@ -158,12 +166,20 @@ def _talks(module: nn.Module) -> bool:
 
 def _is_unit(module: nn.Module) -> bool:
     """Whether FSDP gathers the parameters of ``module`` when it is called."""
-    for package in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp"):
-        fsdp = sys.modules.get(package)  # slow to import, and not imported where it is not used
-        for name in ("FullyShardedDataParallel", "FSDPModule"):
-            if isinstance(module, getattr(fsdp, name, ())):
-                return True
-    return False
+    return is_wrapper(module) or any(
+        _is_a(module, package, "FSDPModule")
+        for package in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+    )
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is a wrapper of FSDP1."""
+    return _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def _is_a(module: nn.Module, package: str, name: str) -> bool:
+    # Slow to import, and not imported where it is not used.
+    return isinstance(module, getattr(sys.modules.get(package), name, ()))
 
 
 def _is_sharded(block: nn.Module) -> bool:

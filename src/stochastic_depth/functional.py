@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from .coins import is_distributed, is_view_of_flat
+from .coins import is_distributed, is_view_of_flat, is_wrapper
 from .rows import add_rows, split_rows, take_rows
 from .sampling import Keep, check_mode, check_p, check_scale, decide
 
@@ -242,10 +242,14 @@ def _leave_out(shortcut: Any, branch: Droppable) -> Any:
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters of ``module``, and what FSDP1 puts in their place."""
-    yield from module.parameters()
-    for m in module.modules():
-        yield from filter(is_view_of_flat, m.__dict__.values())
+    """The parameters of ``module``, or what FSDP1 puts in their place."""
+    if is_wrapper(module):  # which gathers them when it is called, on all ranks or none
+        return
+    for value in (*module._parameters.values(), *module.__dict__.values()):
+        if isinstance(value, nn.Parameter) or is_view_of_flat(value):
+            yield value
+    for child in module.children():
+        yield from _parameters(child)
 
 
 class _Unused(torch.autograd.Function):

@@ -1,0 +1,195 @@
+"""FSDP: no collective is missed, and the gradients are those of one process with the same coins."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+
+import stochastic_depth as sd
+from ranks import gathered, launch
+
+STEPS, ROWS, P, LR, SEED = 30, 3, 0.5, 0.05, 7
+MODES = ["batch", "row", "subset"]
+COINS = ["auto", "shared", "separate"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.gamma * self.linear(x))
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), *[Block() for _ in range(4)]).double()
+
+
+class Masked(nn.Module):
+    """The same network by hand, every branch computed and weighed with coins from ``source``."""
+
+    def __init__(self, mode: str, source: torch.Generator) -> None:
+        super().__init__()
+        self.net, self.mode, self.source = build(), mode, source
+
+    def weights(self) -> Tensor:
+        if self.mode == "subset":
+            k = round(ROWS * (1 - P))
+            rows = torch.randperm(ROWS, generator=self.source)[:k]
+            return torch.zeros(ROWS, 1).index_fill(0, rows, ROWS / k)
+        count = 1 if self.mode == "batch" else ROWS
+        return (torch.rand(count, 1, generator=self.source) >= P) / (1 - P)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *blocks = self.net
+        x = first(x)
+        for block in blocks:
+            x = x + self.weights() * torch.tanh(block.gamma * block.linear(x))
+        return x
+
+
+def batch(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)
+
+
+def expected(mode: str, weights: dict[str, Tensor], step: int, shared: Tensor | None) -> list:
+    """The mean gradient over the ranks, from what one process computes with their coins."""
+    total = [torch.zeros_like(w) for w in weights.values()]
+    for rank in range(dist.get_world_size()):
+        source = torch.Generator().manual_seed(100 * rank + step)
+        if shared is not None:
+            source.set_state(shared)
+        masked = Masked(mode, source)
+        leaves = {f"net.{k}": w.clone().requires_grad_() for k, w in weights.items()}
+        loss = functional_call(masked, leaves, (batch(rank, step),)).square().mean()
+        for t, g in zip(total, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            t += g / dist.get_world_size()
+    return total
+
+
+def shard(model: nn.Sequential, how: str) -> nn.Module:
+    kind, _, option = how.partition(":")
+    if kind == "fsdp1":
+        unit, _, original = option.partition(",")
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({{"block": Block, "inside": nn.Linear}[unit]}),
+            use_orig_params=original == "original",
+            device_id=torch.device("cpu"),
+        )
+    if kind == "block":
+        for block in model[1:]:
+            fully_shard(block, reshard_after_forward=option == "reshard")
+    elif kind == "inside":
+        for block in model[1:]:
+            fully_shard(block.linear)
+    return fully_shard(model)
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """FSDP1's parameters, unsharded."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            yield
+    else:
+        yield
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    with whole(model):
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): (
+                p.full_tensor() if isinstance(p, DTensor) else p
+            )
+            .detach()
+            .clone()
+            for name, p in model.named_parameters()
+        }
+
+
+def train(rank: int, how: str, mode: str, coins: str, after: bool) -> None:
+    options = {"p": P, "schedule": "uniform", "mode": mode, "coins": coins}
+    units_share = mode == "batch" and how != "root"
+    shared = coins == "shared" or (coins == "auto" and units_share)
+    model = build()
+    if after:
+        shard(model, how)
+    sd.apply(model, seed=SEED if shared else None, **options)
+    sharded = model if after else shard(model, how)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=LR)
+    stream = torch.Generator().manual_seed(SEED)
+    masked = Masked(mode, stream)
+    for step in range(STEPS):
+        torch.manual_seed(100 * rank + step)
+        optimizer.zero_grad()
+        sharded(batch(rank, step)).square().mean().backward()
+        state = stream.get_state() if shared else None
+        for _ in range(4):
+            masked.weights()
+        compared = step % 6 == 0  # which takes longer than the step
+        before = weights_of(sharded) if compared else {}
+        optimizer.step()
+        weights = weights_of(sharded) if compared else {}
+        gradients = expected(mode, before, step, state) if compared else []
+        for name, gradient in zip(before, gradients, strict=True):
+            moved = (before[name] - weights[name]) / LR
+            torch.testing.assert_close(moved, gradient, rtol=1e-9, atol=1e-12)
+    weights = weights_of(sharded)
+    flat = torch.cat([w.flatten() for w in weights.values()])
+    assert all(torch.equal(flat, other) for other in gathered(flat))
+    dropped = torch.tensor([float(branch.dropped) for branch in sd.branches(model)])
+    assert dropped.sum() > 0
+    if mode != "subset":  # whose counts are fixed
+        same = all(torch.equal(dropped, other) for other in gathered(dropped))
+        assert same == shared
+    evaluated = sharded.eval()(batch(0, 0))
+    plain = build()
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(evaluated, plain.eval()(batch(0, 0)), rtol=1e-12, atol=1e-14)
+    assert sd.branches(sd.remove(model)) == []
+    torch.testing.assert_close(sharded.train()(batch(0, 0)), evaluated, rtol=1e-12, atol=1e-14)
+
+
+def refuses(how: str, mode: str, coins: str) -> bool:
+    """Whether ranks could wait for each other: FSDP gathers something inside of a branch."""
+    inside = "inside" in how
+    return inside and (mode == "row" or (mode == "batch" and coins == "separate"))
+
+
+def train_all(rank: int, ways: list[str], coins: list[str]) -> None:
+    for i, (how, mode, sharing) in enumerate(
+        (how, mode, sharing) for how in ways for mode in MODES for sharing in coins
+    ):
+        after = i % 2 == 1 and not how.startswith("fsdp1")
+        try:
+            if refuses(how, mode, sharing):
+                with pytest.raises(RuntimeError, match="waits for the other ranks"):
+                    train(rank, how, mode, sharing, after)
+            else:
+                train(rank, how, mode, sharing, after)
+        except BaseException as error:
+            error.add_note(f"{how=}, {mode=}, coins={sharing!r}, {after=}")
+            raise
+
+
+FSDP2 = ["block:reshard", "block:keep", "root", "inside"]
+FSDP1 = [f"fsdp1:{u},{o}" for u in ("block", "inside") for o in ("original", "flat")]
+
+
+def test_fully_shard_on_two_ranks() -> None:
+    launch(train_all, 2, FSDP2, COINS)
+
+
+def test_fsdp1_on_two_ranks() -> None:
+    launch(train_all, 2, FSDP1, COINS)
