@@ -4,6 +4,7 @@ from .detect.handlers import register_handler
 from .functional import residual
 from .layer import StochasticDepth
 from .report import Summary, summary
+from .resume import random_state, set_random_state
 from .surgery import Branch, apply, branches, remove
 from .verify import Verification, verify
 
@@ -14,9 +15,11 @@ __all__ = [
     "Verification",
     "apply",
     "branches",
+    "random_state",
     "register_handler",
     "remove",
     "residual",
+    "set_random_state",
     "summary",
     "verify",
 ]
