@@ -120,18 +120,27 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(interrupted, uninte
     assert mine == theirs
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
-def test_a_damaged_checkpoint_is_refused_by_name(interrupted, damage, capsys):
-    (checkpoint,) = (interrupted / "seed0-with").glob("*.ckpt")
-    content = bytearray(checkpoint.read_bytes())
-    if damage == "flipped":
-        content[len(content) // 2] ^= 1
-    else:
-        del content[len(content) // 2 if damage == "cut" else 0 :]
-    checkpoint.write_bytes(content)
-    assert finetune("--resume", interrupted) == 2
+@pytest.mark.parametrize(
+    ("damage", "spoiled"), [("cut", 1), ("flipped", 1), ("emptied", 1), ("cut", 2)]
+)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
+    interrupted, uninterrupted, damage, spoiled, capsys
+):
+    kept = sorted((interrupted / "seed0-with").glob("*.ckpt"))
+    assert len(kept) == 2
+    for checkpoint in kept[-spoiled:]:
+        content = bytearray(checkpoint.read_bytes())
+        if damage == "flipped":
+            content[len(content) // 2] ^= 1
+        else:
+            del content[len(content) // 2 if damage == "cut" else 0 :]
+        checkpoint.write_bytes(content)
+    assert finetune("--resume", interrupted) == 0
     message = capsys.readouterr().err
-    assert f"the checkpoint {checkpoint} is cut short or corrupted; delete it" in message
+    for checkpoint in kept[-spoiled:]:
+        assert f"the checkpoint {checkpoint} is cut short or corrupted; going on" in message
+    assert message.count("cut short") == spoiled
+    assert_same(weights(interrupted, "seed0-with"), weights(uninterrupted, "seed0-with"))
 
 
 def test_a_finished_run_is_only_reported_again(uninterrupted, monkeypatch):

@@ -1,19 +1,21 @@
-"""DistributedDataParallel on two gloo processes: nothing hangs, nothing drifts."""
+"""DistributedDataParallel on gloo processes: nothing hangs, nothing drifts."""
 
-import datetime
-import os
-import socket
+import itertools
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from ranks import gathered, launch
+from stochastic_depth.coins import Coins
 
 STEPS = 30
-RANKS = 2
+MODES = ["batch", "row", "subset"]
 
 
 class Block(nn.Module):
@@ -36,18 +38,16 @@ def batch(rank: int, step: int) -> Tensor:
     return torch.randn(3, 4, generator=generator, dtype=torch.float64)
 
 
+def same_everywhere(values: Tensor) -> bool:
+    return all(torch.equal(values, others) for others in gathered(values))
+
+
 def local_gradients(model: nn.Module, rank: int, step: int) -> list[Tensor]:
     """What one process computes alone from the coins of ``rank``; zeros where dropped."""
     model.zero_grad()
     torch.manual_seed(100 * rank + step)
     model(batch(rank, step)).square().mean().backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-
-
-def gathered(values: Tensor) -> list[Tensor]:
-    everyone = [torch.empty_like(values) for _ in range(RANKS)]
-    dist.all_gather(everyone, values)
-    return everyone
 
 
 def train(rank: int, mode: str, options: dict, same_coins: bool, accumulate: bool) -> None:
@@ -65,47 +65,179 @@ def train(rank: int, mode: str, options: dict, same_coins: bool, accumulate: boo
         ddp(batch(rank, step)).square().mean().backward()
         if not same_coins and not accumulate:
             alone.load_state_dict(model.state_dict())
-            expected = [local_gradients(alone, r, step) for r in range(RANKS)]
+            expected = [local_gradients(alone, r, step) for r in range(dist.get_world_size())]
             for p, *grads in zip(model.parameters(), *expected, strict=True):
-                torch.testing.assert_close(p.grad, sum(grads) / RANKS, rtol=1e-12, atol=1e-14)
+                torch.testing.assert_close(p.grad, sum(grads) / len(grads), rtol=1e-12, atol=1e-14)
         optimizer.step()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert weights.isfinite().all()
-    assert torch.equal(*gathered(weights))
+    assert same_everywhere(weights)
     dropped = torch.tensor([float(branch.dropped) for branch in sd.branches(model)])
     assert dropped.sum() > 0
     if mode != "subset":  # whose counts are fixed
-        assert torch.equal(*gathered(dropped)) == same_coins
+        assert same_everywhere(dropped) == same_coins
 
 
-def run_all(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    timeout = datetime.timedelta(seconds=60)  # the watchdog: a hang becomes an error
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timeout)
-    for mode in ("batch", "row", "subset"):
-        for options, same_coins, accumulate in (
-            ({}, False, False),
-            ({}, True, False),
-            ({"static_graph": True}, False, False),
-            ({"gradient_as_bucket_view": True}, False, False),
-            ({}, False, True),
-        ):
+def train_all(rank: int, cases: list[tuple[dict, bool, bool]]) -> None:
+    for mode in MODES:
+        for options, same_coins, accumulate in cases:
             try:
                 train(rank, mode, options, same_coins, accumulate)
             except BaseException as error:
                 error.add_note(f"{mode=}, {options=}, {same_coins=}, {accumulate=}")
                 raise
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def test_ddp_without_find_unused_parameters() -> None:
+    # All cases in one group of processes: starting them takes longer than the steps.
+    cases = [
+        ({}, False, False),
+        ({}, True, False),
+        ({"static_graph": True}, False, False),
+        ({"gradient_as_bucket_view": True}, False, False),
+        ({}, False, True),
+    ]
+    launch(train_all, 2, cases)
 
 
-def test_ddp_without_find_unused_parameters():
-    # All cases in one pair of processes: starting them takes longer than the steps.
-    mp.spawn(run_all, (free_port(),), nprocs=RANKS)
+def test_ddp_on_four_ranks() -> None:
+    launch(train_all, 4, [({}, False, False)])
+
+
+# --- one option says whether the coins are shared
+
+
+class Recomputed(nn.Module):
+    def __init__(self, blocks: nn.Sequential, reentrant: bool | None) -> None:
+        super().__init__()
+        self.blocks, self.reentrant = blocks, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *blocks = self.blocks
+        x = first(x)
+        for block in blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def drops(rank: int, mode: str, reentrant: bool | None = None, **options: object) -> Tensor:
+    """What every branch dropped in each of 30 steps of training under DDP; weights are compared."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), *[Block() for _ in range(4)]).double()
+    sd.apply(net, p=0.5, schedule="uniform", mode=mode, **options)
+    model = DistributedDataParallel(Recomputed(net, reentrant), static_graph=reentrant is True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    branches = sd.branches(model)
+    seen = []
+    torch.manual_seed(rank)  # the ranks' other random streams
+    for step in range(STEPS):
+        before = [branch.dropped for branch in branches]
+        optimizer.zero_grad()
+        torch.rand(rank)
+        model(batch(rank, step)).square().mean().backward()
+        optimizer.step()
+        seen.append([b.dropped - d for b, d in zip(branches, before, strict=True)])
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert same_everywhere(weights)
+    return torch.cat([torch.tensor(seen).double().flatten(), weights])
+
+
+def share_and_separate(rank: int, modes: list[str]) -> None:
+    for mode, seed in itertools.product(modes, (None, 7)):
+        shared = drops(rank, mode, coins="shared", seed=seed)
+        separate = drops(rank, mode, coins="separate", seed=seed)
+        auto = drops(rank, mode, seed=seed)
+        count = len(shared) - sum(p.numel() for p in build(mode).parameters())
+        if mode != "subset":
+            assert same_everywhere(shared[:count])
+            others = [x[:count] for r, x in enumerate(gathered(separate)) if r != rank]
+            assert not any(torch.equal(separate[:count], x) for x in others)
+        assert torch.equal(auto, separate)  # nothing is sharded
+        if seed is None:
+            continue
+        # The same number of ranks and the same seeds repeat a run bit for bit.
+        assert torch.equal(shared, drops(rank, mode, coins="shared", seed=seed))
+        assert torch.equal(separate, drops(rank, mode, coins="separate", seed=seed))
+        for reentrant in (True, False):  # which draws tickets from torch's generator
+            for coins, plain in (("shared", shared), ("separate", separate)):
+                again = drops(rank, mode, reentrant, coins=coins, seed=seed)
+                # Exact but for the order in which DDP adds up gradients.
+                torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.zoo)])
+def test_coins_are_shared_or_separate_and_replayed(ranks: int) -> None:
+    launch(share_and_separate, ranks, MODES)
+
+
+def apply_first(rank: int) -> None:
+    for seed in (None, 7):
+        torch.manual_seed(rank)
+        source = Coins(seed, "shared")
+        with mock.patch.object(dist, "is_initialized", return_value=False):  # not yet
+            source.generator(shared=True)
+            own = source.generator(shared=False)
+        together = torch.rand(5, generator=source.generator(shared=True))
+        assert same_everywhere(together)
+        if seed is not None:
+            apart = torch.rand(5, generator=source.generator(shared=False))
+            assert not any(
+                torch.equal(apart, other) for r, other in enumerate(gathered(apart)) if r != rank
+            )
+            assert own is not source.generator(shared=False)
+
+
+def test_a_model_may_toss_coins_before_there_are_other_ranks() -> None:
+    launch(apply_first, 2)
+
+
+# --- a module inside of a branch that waits for the other ranks
+
+
+class OnCPU(nn.SyncBatchNorm):
+    """SyncBatchNorm and DDP with it refuse the CPU; this waits for the other ranks as it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            total = x.detach().mean(0)
+            dist.all_reduce(total)
+            self.running_mean.lerp_(total / dist.get_world_size(), 0.1)
+        return x
+
+
+class Synchronised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), OnCPU(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.linear(x))
+
+
+def synchronise(rank: int) -> None:
+    for mode, coins in itertools.product(MODES, ("auto", "shared", "separate")):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[Synchronised() for _ in range(3)]).double()
+        sd.apply(net, p=0.5, schedule="uniform", mode=mode, coins=coins)
+        torch.manual_seed(rank)
+        if mode == "row" or (mode == "batch" and coins == "separate"):
+            with pytest.raises(RuntimeError, match=r"runs a OnCPU, which waits for the other"):
+                net(batch(rank, 0))
+            continue
+        for step in range(STEPS):
+            net(batch(rank, step)).square().mean().backward()
+        means = torch.cat([block.norm.running_mean for block in net])
+        assert same_everywhere(means)
+        assert means.abs().sum() > 0
+    layer = sd.StochasticDepth(Synchronised(), p=0.5).double()
+    for step in range(STEPS):
+        layer(batch(rank, step))
+    with pytest.raises(RuntimeError, match="StochasticDepth runs a OnCPU"):
+        sd.StochasticDepth(Synchronised(), p=0.5, mode="row").double()(batch(rank, 0))
+
+
+def test_synchronised_statistics_make_the_ranks_agree() -> None:
+    launch(synchronise, 2)

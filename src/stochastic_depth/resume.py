@@ -62,6 +62,13 @@ def set_random_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: the state is that of a model with other branches.
+
+    Example:
+        >>> import io, torch, torchvision, stochastic_depth as sd
+        >>> file = io.BytesIO()
+        >>> torch.save(sd.random_state(sd.apply(torchvision.models.resnet18(), p=0.5)), file)
+        >>> resumed = sd.apply(torchvision.models.resnet18(), p=0.5)
+        >>> sd.set_random_state(resumed, torch.load(io.BytesIO(file.getvalue())))
     """
     coins, named = _coins(model), _named_branches(model)
     saved = [branch["name"] for branch in state["branches"]]

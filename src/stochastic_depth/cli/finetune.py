@@ -3,6 +3,7 @@
 import json
 import logging
 import statistics
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -220,21 +221,26 @@ def read_settings(folder: Path) -> Settings:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, seen to be whole."""
-    found = sorted(folder.glob("epoch=*.ckpt"))
-    if not found:
-        return None
-    try:
-        with zipfile.ZipFile(found[-1]) as archive:
-            whole = archive.testzip() is None
-    except zipfile.BadZipFile:
-        whole = False
-    if not whole:
-        raise CommandError(
-            f"--resume: the checkpoint {found[-1]} is cut short or corrupted; delete it to go on "
-            "from the one before it, or where there is none from the start of that seed"
+    """The newest checkpoint of a run that is whole; None is the start."""
+    for path in sorted(folder.glob("epoch=*.ckpt"), reverse=True):
+        if is_whole(path):
+            return path
+        print(
+            f"stochastic-depth finetune: the checkpoint {path} is cut short or corrupted; going on "
+            "from the one before it, or where there is none from the start of that seed",
+            file=sys.stderr,
         )
-    return found[-1]
+        path.rename(path.with_suffix(".damaged"))  # or the next of this epoch had another name
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every part of a file that torch.save wrote has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 @contextmanager

@@ -117,8 +117,15 @@ class Recorder(L.Callback):
 
 
 def trainer(epochs: int, recorder: Recorder, folder: Path) -> L.Trainer:
-    """A Lightning trainer that keeps the last epoch's checkpoint in ``folder``."""
-    checkpoint = ModelCheckpoint(folder, "{epoch:04d}", save_on_train_epoch_end=True)
+    """A Lightning trainer that keeps the last two epochs' checkpoints in ``folder``."""
+    checkpoint = ModelCheckpoint(
+        folder,
+        "{epoch:04d}",
+        monitor="epoch",
+        mode="max",
+        save_top_k=2,  # should the last one be cut short
+        save_on_train_epoch_end=True,
+    )
     return L.Trainer(
         max_epochs=epochs,
         devices=1,
