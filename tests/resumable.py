@@ -81,7 +81,7 @@ class Block(nn.Module):
 def main(folder: Path, steps: int, mode: str, rank: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    net = nn.Sequential(*[Block() for _ in range(3)])
+    net = nn.Sequential(nn.Linear(8, 8), *[Block() for _ in range(3)])
     # Separate coins from torch's generator, or shared ones from one of the model's own.
     model = sd.apply(net, p=0.5, mode=mode, coins="shared" if mode == "batch" else "separate")
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
