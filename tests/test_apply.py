@@ -228,6 +228,7 @@ FAILURES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"example_inputs": torch.zeros(1, 1)}, ValueError, "example_inputs must be"),
     ({"example_inputs": {"y": torch.zeros(1, 3, 8, 8)}}, ValueError, "example_inputs must be"),
     ({"seed": "one"}, TypeError, "seed must be an integer or None, got 'one'"),
+    ({"coins": "same"}, ValueError, r"coins must be one of \('auto', .* got 'same'"),
 ]
 
 

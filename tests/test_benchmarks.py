@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benchmarks import models, overhead, page, step_time
+from benchmarks import ddp_cost, models, overhead, page, step_time
 
 
 @pytest.fixture
@@ -68,3 +68,10 @@ def test_a_setting_is_a_rate_and_a_schedule() -> None:
     assert step_time.read_setting("linear 0.5") == (0.5, "linear")
     with pytest.raises(ValueError, match="setting must be like"):
         step_time.read_setting("0.5")
+
+
+def test_ddp_cost_compares_with_plain_ddp(monkeypatch, capfd) -> None:
+    run(monkeypatch, ddp_cost, "--rounds", "2", "--width", "4", "--depth", "2")
+    out = capfd.readouterr().out
+    assert out.count("\n| ours, p=") == out.count("\n| find_unused_parameters, p=") == 3
+    assert "\n| plain | " in out

@@ -135,9 +135,10 @@ def test_branches_compiled_by_themselves_equal_eager_with_the_same_coins():
     assert sum(branch.dropped for branch in sd.branches(model)) > 0
 
 
-def test_private_generator_is_refused_in_a_compiled_graph():
+@pytest.mark.parametrize("options", [{"seed": 0}, {"coins": "shared"}])
+def test_private_generator_is_refused_in_a_compiled_graph(options):
     model, x = build(Mlp)
-    fast, _ = compiled(sd.apply(model, p=0.5, seed=0))
+    fast, _ = compiled(sd.apply(model, p=0.5, **options))
     with pytest.raises(Exception, match="generator of your own"):
         fast(x)
 

@@ -95,7 +95,7 @@ class Coins:
             alone = shared or not is_distributed()
             return self.seed if alone else _seed_of_rank(self.seed, distributed.get_rank())
         state = torch.get_rng_state()  # peek: nobody's numbers change
-        seed = [int(torch.randint(1 << 62, ()))]
+        seed = [int(torch.randint(1 << 62, (), device="cpu"))]
         torch.set_rng_state(state)
         if is_distributed():
             distributed.broadcast_object_list(seed, src=0)

@@ -114,7 +114,7 @@ def draw_replayed(
 
 
 def _draw_ticket() -> int:
-    return int(torch.randint(1 << 62, ()))
+    return int(torch.randint(1 << 62, (), device="cpu"))
 
 
 _RECOMPUTES = "gradient checkpointing recomputes a branch during backward with"
