@@ -76,7 +76,7 @@ def measure(
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     sides = build_sides(width, depth)
-    x = torch.randn(256, width)
+    x = torch.randn(256, width, requires_grad=True)  # for a step that drops all
     torch.manual_seed(0 if same else rank)
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
