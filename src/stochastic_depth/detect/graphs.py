@@ -42,7 +42,10 @@ def is_effect(node: fx.Node) -> bool:
 
 def check_absent(extra: Any, expected: Any = None) -> None:
     """Raise where a module returns more than it did when its block was traced."""
-    if extra is not expected and any(x is not None for x in tree_leaves(extra)):
+    leaves = tree_leaves(extra)
+    if extra is expected or all(x is None for x in leaves):
+        return
+    if any(isinstance(x, torch.Tensor) for x in leaves) or extra != expected:
         raise RuntimeError(
             "a block with droppable branches gets something from one of its modules (attention "
             "weights, a cache) that was None when it was called like this before. Call "
