@@ -959,3 +959,60 @@ def test_mvit_s_attention_says_what_size_it_leaves() -> None:
     model = timm.create_model("mvitv2_tiny", img_size=64, num_classes=2)
     sd.apply(model, example_inputs=torch.randn(2, 3, 64, 64))
     assert len(sd.branches(model)) == 2 * 10
+
+
+SPELLINGS: dict[str, tuple[float, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "alpha": (0.5, lambda x, f, g: torch.add(x, f, alpha=0.5)),
+    "minus alpha": (-0.5, lambda x, f, g: torch.sub(x, f, alpha=0.5)),
+    "method": (2.0, lambda x, f, g: x.add(f, alpha=2)),
+    "keywords": (1.0, lambda x, f, g: torch.add(input=x, other=f)),
+    "stack": (1.0, lambda x, f, g: torch.stack([x, f]).sum(0)),
+    "stack the other way": (1.0, lambda x, f, g: torch.sum(torch.stack((f, x), dim=0), dim=0)),
+    "addcmul": (1.0, lambda x, f, g: torch.addcmul(x, g, f)),
+    "addcmul with a value": (0.5, lambda x, f, g: torch.addcmul(x, f, g, value=0.5)),
+}
+
+
+class Spelled(nn.Module):
+    def __init__(self, sum_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.gate, self.sum_of = nn.Linear(8, 8), nn.Parameter(torch.ones(8)), sum_of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum_of(x, self.f(x), self.gate)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_sum_is_found_however_it_is_written(name: str) -> None:
+    factor, sum_of = SPELLINGS[name]
+    model, x = nn.Sequential(Spelled(sum_of), Spelled(sum_of)).double(), batch().double()
+    plain = copy.deepcopy(model)
+    sd.apply(model, schedule=[0.5, 1.0])
+    kept = x + 2 * factor * plain[0].f(x)
+    torch.testing.assert_close(when_any_kept(model, x), kept)
+    assert sd.verify(model, x).passed
+    sd.apply(model, p=KEPT, include="0:*")
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def when_any_kept(model: nn.Module, x: Tensor) -> Tensor:
+    """The output of the first training call in which the first branch is kept."""
+    first = sd.branches(model)[0]
+    while True:
+        before = first.dropped
+        out: Tensor = model(x)
+        if first.dropped == before:
+            return out
+
+
+def test_scaled_sums_with_other_factors_live_in_one_block() -> None:
+    class Two(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.add(x, self.f(x), alpha=0.5)
+            return torch.add(x, self.g(x), alpha=0.25)
+
+    model, x = make(Two), batch()
+    expected = model(x)
+    sd.apply(model, p=KEPT, include=":f")
+    torch.testing.assert_close(model(x), expected)
+    assert not torch.equal(sd.apply(model, p=1.0, include=":g")(x), expected)

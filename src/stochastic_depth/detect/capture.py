@@ -23,6 +23,7 @@ from .examples import Detail, Examples
 from .existing import drop_functions
 from .graphs import check_absent, is_shape, reads_types_only
 from .slices import join_slices
+from .spellings import spell_out_sums
 
 __all__ = [
     "Call",
@@ -177,6 +178,7 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
         raise CaptureError("it draws random numbers that decide what it does")
     if changed:
         raise CaptureError(f"it changes its attribute {changed[0]!r} while it runs")
+    spell_out_sums(graph)
     if tracer.examples is not None:
         examples = tracer.examples
         try:

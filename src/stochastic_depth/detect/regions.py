@@ -243,9 +243,9 @@ class _Finder:
             sides = sum_of(node)
             if sides is None or not all(self.values >> self.index[s] & 1 for s in sides[:2]):
                 continue
-            a, b, sign = sides
-            region = self._region(node, a, b, Sum(_operation(node, swapped=False), sign))
-            if region is None and sign == 1:
+            a, b, factor = sides
+            region = self._region(node, a, b, Sum(_operation(node, swapped=False), factor))
+            if region is None and factor == 1:
                 region = self._region(node, b, a, Sum(_operation(node, swapped=True), 1))
             if region is not None:
                 self.found[node] = region
