@@ -219,7 +219,7 @@ def test_inspect_of_a_model_without_residual_branches(capsys):
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "stochastic_depth.cli.finetune")
+    monkeypatch.delitem(sys.modules, "stochastic_depth.cli.finetune", raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert finetune() == 2
     assert "pip install 'stochastic-depth[cli]'" in capsys.readouterr().err

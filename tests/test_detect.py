@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -409,10 +410,6 @@ class ExistingFunction(Base):
         return x + torchvision_depth(self.f(x), 1.0, "row", self.training)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only functions that were given to torch.fx.wrap, under their own name, are recognised",
-)
 def test_a_drop_function_that_a_block_calls_is_taken_over() -> None:
     model, x = make(ExistingFunction), batch()
     sd.apply(model, p=KEPT)
@@ -848,3 +845,174 @@ def test_row_mode_computes_all_rows_where_an_input_may_not_have_them(other: Tens
     dropped = (out == x).all(1)
     torch.testing.assert_close(out[~dropped], whole[~dropped])
     assert 0 < int(dropped.sum()) < 16
+
+
+# --- shapes of blocks that zoos have
+
+
+class SliceSum(nn.Module):
+    """RexNet: the shortcut has fewer channels than the branch."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self.conv, self.order = nn.Conv2d(3, 5, 1), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        first = out[:, 0:3] + x if self.order else x + out[:, :3]
+        return torch.cat([first, out[:, 3:]], dim=1)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_sum_with_the_first_channels_is_a_sum_with_a_padded_shortcut(order: int) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    model = sd.apply(SliceSum(order), p=1.0, example_inputs=x)
+    assert torch.equal(model(x), F.pad(x, (0, 0, 0, 0, 0, 2)))
+    assert sd.verify(model, x).passed
+
+
+class ShortcutToTheDevice(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.f(x)
+        return out + x.to(out.device)
+
+
+def test_a_shortcut_that_is_moved_to_the_branch_s_device_is_one() -> None:
+    x = batch()
+    model = sd.apply(make(ShortcutToTheDevice), p=1.0, example_inputs=x)
+    assert torch.equal(model(x), x)
+
+
+class DepthwiseShortcut(nn.Module):
+    """GhostNet: the projection is a depthwise and a pointwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.Conv2d(4, 6, 1))
+        self.branch = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.shortcut(x)
+
+
+class ParallelDepthwise(nn.Module):
+    """LCNet before its kernels are folded into one: nobody's shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, k, 1, k // 2, groups=4) for k in (5, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) + self.c(x)
+
+
+def test_depthwise_filters_count_less_than_matrices() -> None:
+    (branch,) = sd.branches(sd.apply(DepthwiseShortcut()))
+    assert (branch.kind, branch.modules) == ("projection", ("branch",))
+    with pytest.raises(ValueError, match="no residual branch"):
+        sd.apply(ParallelDepthwise())
+
+
+class Gain(nn.Conv2d):
+    """NFNet's convolution has a gain of four dimensions beside its weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(4, width, 1)
+        self.gain = nn.Parameter(torch.ones(width, 1, 1, 1))
+
+
+class GainShortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut, self.f, self.g = Gain(4), Gain(4), Gain(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(self.f(x)) + self.shortcut(x)
+
+
+def test_a_gain_for_each_channel_is_no_weight_matrix() -> None:
+    (branch,) = sd.branches(sd.apply(GainShortcut()))
+    assert branch.kind == "projection"
+
+
+class Untraceable(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) if x.sum() > 0 else self.g(x)
+
+
+class UntraceableBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make(Untraceable)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def test_what_cannot_be_traced_inside_of_a_branch_is_no_news() -> None:
+    assert sd.summary(sd.apply(UntraceableBranch())).refused == ()
+    outside = nn.Sequential(make(ShortcutFirst), make(Untraceable))
+    assert [name for name, _ in sd.summary(sd.apply(outside)).refused] == ["1"]
+
+
+def test_mvit_s_attention_says_what_size_it_leaves() -> None:
+    model = timm.create_model("mvitv2_tiny", img_size=64, num_classes=2)
+    sd.apply(model, example_inputs=torch.randn(2, 3, 64, 64))
+    assert len(sd.branches(model)) == 2 * 10
+
+
+SPELLINGS: dict[str, tuple[float, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "alpha": (0.5, lambda x, f, g: torch.add(x, f, alpha=0.5)),
+    "minus alpha": (-0.5, lambda x, f, g: torch.sub(x, f, alpha=0.5)),
+    "method": (2.0, lambda x, f, g: x.add(f, alpha=2)),
+    "keywords": (1.0, lambda x, f, g: torch.add(input=x, other=f)),
+    "stack": (1.0, lambda x, f, g: torch.stack([x, f]).sum(0)),
+    "stack the other way": (1.0, lambda x, f, g: torch.sum(torch.stack((f, x), dim=0), dim=0)),
+    "addcmul": (1.0, lambda x, f, g: torch.addcmul(x, g, f)),
+    "addcmul with a value": (0.5, lambda x, f, g: torch.addcmul(x, f, g, value=0.5)),
+}
+
+
+class Spelled(nn.Module):
+    def __init__(self, sum_of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.gate, self.sum_of = nn.Linear(8, 8), nn.Parameter(torch.ones(8)), sum_of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum_of(x, self.f(x), self.gate)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_sum_is_found_however_it_is_written(name: str) -> None:
+    factor, sum_of = SPELLINGS[name]
+    model, x = nn.Sequential(Spelled(sum_of), Spelled(sum_of)).double(), batch().double()
+    plain = copy.deepcopy(model)
+    sd.apply(model, schedule=[0.5, 1.0])
+    kept = x + 2 * factor * plain[0].f(x)
+    torch.testing.assert_close(when_any_kept(model, x), kept)
+    assert sd.verify(model, x).passed
+    sd.apply(model, p=KEPT, include="0:*")
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def when_any_kept(model: nn.Module, x: Tensor) -> Tensor:
+    """The output of the first training call in which the first branch is kept."""
+    first = sd.branches(model)[0]
+    while True:
+        before = first.dropped
+        out: Tensor = model(x)
+        if first.dropped == before:
+            return out
+
+
+def test_scaled_sums_with_other_factors_live_in_one_block() -> None:
+    class Two(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.add(x, self.f(x), alpha=0.5)
+            return torch.add(x, self.g(x), alpha=0.25)
+
+    model, x = make(Two), batch()
+    expected = model(x)
+    sd.apply(model, p=KEPT, include=":f")
+    torch.testing.assert_close(model(x), expected)
+    assert not torch.equal(sd.apply(model, p=1.0, include=":g")(x), expected)

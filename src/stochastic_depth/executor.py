@@ -78,7 +78,7 @@ class ResidualForward:
         self.states = {state.found.label: state for state in states}
         self.coins = coins
         # A drop module inside a branch is replaced by our coin, also where our rate is 0.
-        self.replaces = any(state.found.existing for state in states)
+        self.replaces = any(state.found.replaces for state in states)
         self._programs = Programs()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,10 +104,21 @@ class ResidualForward:
         self.block.__dict__["forward"] = self
         # DataParallel's replicas copy the __dict__; their forward has to be about themselves.
         self.block.__dict__["_replicate_for_data_parallel"] = self._replicate
+        for drop in self._drops_inside():
+            drop.__dict__["forward"] = _pass_on
 
     def uninstall(self) -> None:
         """Give the block its own forward back."""
         del self.block.__dict__["forward"], self.block.__dict__["_replicate_for_data_parallel"]
+        for drop in self._drops_inside():
+            drop.__dict__.pop("forward", None)
+
+    def _drops_inside(self) -> list[nn.Module]:
+        """The drop modules inside of what the branches run, where no program can leave them out."""
+        founds = [state.found for state in self.states.values()]
+        return [
+            self.block.get_submodule(n) for f in founds for n in f.existing if n not in f.modules
+        ]
 
     def _replicate(self) -> nn.Module:
         replica: nn.Module = type(self.block)._replicate_for_data_parallel(self.block)  # type: ignore[no-untyped-call]
@@ -214,6 +225,10 @@ class ResidualForward:
                 f"dropped: {sorted(new)}. Give apply() example_inputs like those of training.",
                 stacklevel=2,
             )
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    return x
 
 
 def _state(block: nn.Module) -> tuple[Any, ...]:

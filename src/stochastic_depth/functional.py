@@ -52,20 +52,20 @@ class Merge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """``op(shortcut, output)``, which must be ``shortcut + sign * output``.
+    """``op(shortcut, output)``, which must be ``shortcut + factor * output``.
 
     At weight 1 the operation runs exactly as the model wrote it. At other weights the weight
     goes into the addition, which saves a pass over the branch's output.
     """
 
     op: Callable[[Tensor, Tensor], Tensor] = torch.add
-    sign: int = 1
+    factor: float = 1
 
     def __call__(self, shortcut: Tensor, output: Tensor, weight: float) -> Tensor:
         if weight == 1.0:
             merged = self.op(shortcut, output)
         elif shortcut.stride() == output.stride():
-            merged = torch.add(shortcut, output, alpha=self.sign * weight)
+            merged = torch.add(shortcut, output, alpha=self.factor * weight)
         else:  # the operand order decides the layout of the result: keep it
             merged = self.op(shortcut, output * weight)
         if merged.shape != shortcut.shape:
@@ -83,7 +83,7 @@ class Sum:
         shape[dim] = len(rows)
         dtype = torch.promote_types(shortcut.dtype, output.dtype)
         values = output.to(dtype).expand(shape)
-        return add_rows(shortcut.to(dtype), rows, values, self.sign * weight, dim)
+        return add_rows(shortcut.to(dtype), rows, values, self.factor * weight, dim)
 
 
 DroppedGrad = Literal["none", "zero"]

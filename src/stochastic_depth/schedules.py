@@ -43,8 +43,8 @@ def depth_rates(schedule: Schedule, p: float | None, depth: int) -> list[float]:
     if isinstance(schedule, str):
         if schedule not in get_args(Named):
             raise ValueError(
-                f"schedule must be one of {get_args(Named)}, a function (l, L) -> p or a list of "
-                f"{depth} rates, got {schedule!r}"
+                f"schedule must be one of {get_args(Named)}, 'model', a function (l, L) -> p or a "
+                f"list of {depth} rates, got {schedule!r}"
             )
         p = check_p(0.2 if p is None else p)
         if schedule == "linear":

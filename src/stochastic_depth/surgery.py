@@ -12,6 +12,7 @@ from .coins import Coins, check_sharing, is_flattened
 from .detect import Findings, Found, Refused, find_branches, whole_blocks
 from .detect.capture import Call, read_call
 from .detect.examples import outline
+from .detect.existing import existing_rate
 from .executor import BranchState, ResidualForward
 from .functional import check_dropped_grad
 from .sampling import Mode, Scale, check_mode, check_p, check_scale
@@ -142,7 +143,9 @@ def apply(
         p: the rate that ``schedule`` scales, in [0, 1]: the probability to drop, 0.2 if None.
         schedule: how the rate grows with depth: ``"linear"`` (the paper's), ``"linear-timm"``,
             ``"linear-efficientnet"``, ``"uniform"``, a function (l, L) -> p with l = 1..L, or a
-            list; see :func:`stochastic_depth.schedules.depth_rates`. Depth counts the blocks
+            list; see :func:`stochastic_depth.schedules.depth_rates`. ``"model"`` keeps the rates
+            of the DropPath modules that the model already has (0 where a branch has none), and
+            takes no p. Depth counts the blocks
             that are dropped from, in the order of the model's modules; the branches of one
             block share its depth.
         mode: ``"batch"``, one coin for a branch and call; ``"row"``, one for each sample, of
@@ -220,12 +223,15 @@ def apply(
         findings = _whole(model, whole, example_inputs)
         chosen = findings.branches
     names = list(dict.fromkeys(found.block for found in chosen))
-    rates = dict(zip(names, depth_rates(schedule, p, len(names)), strict=True))
+    if schedule == "model":
+        rates = _own_rates(model, chosen, p)
+    else:
+        by_block = dict(zip(names, depth_rates(schedule, p, len(names)), strict=True))
+        rates = [by_block[found.block] for found in chosen]
     if checked_mode != "batch":
         _warn_of_masking(chosen, checked_mode)
     states: dict[str, list[BranchState]] = {name: [] for name in names}
-    for found in chosen:
-        rate = rates[found.block]
+    for found, rate in zip(chosen, rates, strict=True):
         state = BranchState(found, rate, checked_mode, checked_scale, checked_grad)
         states[found.block].append(state)
     remove(model)
@@ -407,6 +413,22 @@ def _matching(model: nn.Module, found: list[Found], patterns: Filter, name: str)
             raise ValueError(f"{name}={pattern!r} matches no branch; there are {known}{more}")
         matched |= hits
     return [f for f in found if f in matched]
+
+
+def _own_rates(model: nn.Module, chosen: list[Found], p: float | None) -> list[float]:
+    """The rates of the branches' DropPath modules."""
+    if p is not None:
+        raise ValueError(f"p={p!r} and schedule='model', which keeps the model's rates: give one")
+    if not any(found.existing for found in chosen):
+        raise ValueError(
+            f"schedule='model' keeps the rates of a model's DropPath modules, but "
+            f"{type(model).__name__} has none in its residual branches; give p"
+        )
+    rates = []
+    for found in chosen:
+        drops = [model.get_submodule(found.block).get_submodule(name) for name in found.existing]
+        rates.append(max((existing_rate(drop) or 0.0 for drop in drops), default=0.0))
+    return rates
 
 
 def _patterns(given: Filter) -> Iterable[Pattern]:

@@ -137,7 +137,8 @@ class _Verifier:
         plain = self._step(self.plain)
         with observe(lambda state, run, inputs: run(*inputs)):
             kept = self._step(self.model)
-        return _compare(plain, kept, exact=True)
+        # Not bit by bit: an addcmul is taken apart, which rounds once more.
+        return _compare(plain, kept, exact=False)
 
     def _all_dropped(self) -> str | None:
         self._set(1.0, "batch")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in SAMPLE], ids=lambda f: f.name)
 def test_a_sample_is_whole(family) -> None:
     model, inputs = build(family)
-    row = measure(family.name, family.model, model, inputs, family.branches, family.reason)
+    row = measure(family.name, family.model, (model, 0.0), inputs, family.branches, family.reason)
     assert (row.verdict, row.found) == ("whole", family.branches), row.note
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from .capture import Call, CaptureError, Trace, static_call
-from .existing import is_drop_call, is_drop_module
+from .existing import existing_rate, is_drop_call, is_drop_module, layerdrop
 from .graphs import may_hold_sums
 from .handlers import further_output
 from .inline import capture_inlined
@@ -40,9 +40,10 @@ class Found:
     label: str
     kind: Kind
     modules: tuple[str, ...]  # relative to the block
-    existing: tuple[str, ...]  # the drop modules among them, which our coin replaces
+    existing: tuple[str, ...]  # the drop modules among and inside them, which our coin replaces
     rows_known: bool  # whether every tensor that enters it certainly has the batch's rows
     batch_dim: int  # of the shortcut
+    replaces: bool = False  # whether it dropped before, by such a module or by a function
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,36 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
         candidates += [_Candidate(name, block, label, region) for label, region in labelled]
         refused += [Refused(_join(name, next(iter(r.modules), "")), r.reason) for r in refusals]
     kept = _settle_nesting(candidates, refused)
+    branches = [c.found() for c in candidates if c in kept]
+    inside = _Inside(branches)
+    refused = [r for r in refused if r.name not in inside]
+    refused += _left_alone(model, branches, wrapped)
     labels: dict[str, set[str]] = defaultdict(set)
     for c in candidates:
         labels[c.name].add(c.label)
-    return Findings([c.found() for c in candidates if c in kept], refused, dict(labels), called)
+    return Findings(branches, refused, dict(labels), called)
+
+
+class _Inside:
+    """The names of what lies inside of branches: what is refused there is dropped with them."""
+
+    def __init__(self, branches: list[Found]) -> None:
+        self.paths = tuple(_join(f.block, m) + "." for f in branches for m in f.modules)
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.".startswith(self.paths)
+
+
+def _left_alone(model: nn.Module, branches: list[Found], wrapped: list[str]) -> Iterator[Refused]:
+    """What drops in the model by itself, and is not taken over."""
+    taken = {_join(found.block, drop) for found in branches for drop in found.existing}
+    for name, module in model.named_modules():
+        drops = is_drop_module(module) and existing_rate(module)
+        if drops and name not in taken and not name.startswith(tuple(wrapped)):
+            yield Refused(name, "it masks what is no residual branch, and goes on doing so")
+        if rate := layerdrop(module):
+            reason = f"its layerdrop of {rate:g} leaves out layers by itself, beside what we drop"
+            yield Refused(name, f"{reason}; set it to 0 in the model's configuration")
 
 
 def whole_blocks(
@@ -184,11 +211,15 @@ _LIGHT = {f"torch.nn.modules.{kind}" for kind in ("activation", "dropout")}
 
 
 def _leaf(module: nn.Module) -> Leaf:
-    weights = sum(p.dim() > 1 for p in module.parameters())
+    # A gain for each channel may have four dimensions, but is no matrix; nor is what a depthwise
+    # convolution does to each.
+    matrices = [p for p in module.parameters() if p.dim() > 1 and p.numel() > max(p.shape)]
+    depthwise = sum(p.dim() > 2 and p.shape[1] == 1 for p in matrices)
     in_place = getattr(module, "inplace", False) is True and next(module.children(), None) is None
     lookup = isinstance(module, nn.Embedding | nn.EmbeddingBag)
     parameters = next(module.parameters(), None) is not None
     light = is_drop_module(module) or (type(module).__module__ in _LIGHT and not parameters)
+    weights = len(matrices) - depthwise, depthwise
     return Leaf(weights, in_place, isinstance(module, nn.Identity), lookup, parameters, light)
 
 
@@ -217,7 +248,12 @@ class _Candidate:
 
     def found(self) -> Found:
         modules = self.region.modules
-        existing = tuple(m for m in modules if is_drop_module(self.block.get_submodule(m)))
+        existing = tuple(
+            f"{m}.{name}" if name else m
+            for m in modules
+            for name, child in self.block.get_submodule(m).named_modules()
+            if is_drop_module(child)
+        )
         return Found(
             self.name,
             self.label,
@@ -226,6 +262,7 @@ class _Candidate:
             existing,
             self.region.rows_known,
             _batch_dim(self.block),
+            bool(existing) or any(is_drop_call(node, self.block) for node in self.region.nodes),
         )
 
 

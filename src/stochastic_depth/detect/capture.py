@@ -9,6 +9,7 @@ types is decided from example values, and the trace says that it depends on them
 import inspect
 import operator
 import random
+import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -19,7 +20,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_structure, tree_unflatten
 
 from .examples import Detail, Examples
+from .existing import drop_functions
 from .graphs import check_absent, is_shape, reads_types_only
+from .slices import join_slices
+from .spellings import spell_out_sums
 
 __all__ = [
     "Call",
@@ -139,10 +143,10 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
         CaptureError: the forward cannot be traced faithfully.
     """
     traced = [module, *map(module.get_submodule, inlined)]
-    forwards = [getattr(type(m), "forward", None) for m in traced]
+    forwards: list[Any] = [getattr(type(m), "forward", None) for m in traced]
     if not all(map(inspect.isfunction, forwards)):
         raise CaptureError("its forward is not a Python function")
-    tracer = _Tracer(module, call, inlined)
+    tracer = _Tracer(module, call, inlined, forwards)
     was_training = module.training
     module.training = training
     states = [namespace for m in traced for namespace in (m.__dict__, m._buffers, m._parameters)]
@@ -174,6 +178,14 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
         raise CaptureError("it draws random numbers that decide what it does")
     if changed:
         raise CaptureError(f"it changes its attribute {changed[0]!r} while it runs")
+    spell_out_sums(graph)
+    if tracer.examples is not None:
+        examples = tracer.examples
+        try:
+            if join_slices(graph, lambda node: torch.Size(examples.of(node).shape)):
+                tracer.detail = Detail.SIZES
+        except Exception as error:
+            raise CaptureError("a shape is not known") from error
     graph.eliminate_dead_code(lambda node: not _is_pure(node))
     given = [node for node in graph.nodes if node.op == "placeholder"]
     objects = {n: t.__name__ for n, t in zip(given, call.types, strict=True) if not _is_value(t)}
@@ -192,6 +204,11 @@ def _is_pure(node: fx.Node) -> bool:
 
 class _Value(fx.Proxy):
     """A traced value. The plain proxy records ``x += y`` as ``x + y``; this one as in place."""
+
+    @property
+    def device(self) -> Any:
+        """The device itself where it is known: x.to(y.device) is no use of y."""
+        return self.tracer.device(self)  # type: ignore[attr-defined]
 
     def __getitem__(self, key: Any) -> Any:
         part = super().__getitem__(key)  # type: ignore[misc]
@@ -242,8 +259,16 @@ class _Tracer(fx.Tracer):
 
     trace_asserts = True
 
-    def __init__(self, module: nn.Module, call: Call, inlined: Collection[str]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Call,
+        inlined: Collection[str],
+        forwards: Collection[Callable[..., Any]],
+    ) -> None:
+        drops = tuple(f for forward in forwards for f in drop_functions(forward))
+        super().__init__(autowrap_functions=drops)
+        self._autowrap_search += [sys.modules[forward.__module__] for forward in forwards]
         self.call = call
         self.inlined = inlined
         self.entered: dict[str, None] = {}
@@ -330,6 +355,18 @@ class _Tracer(fx.Tracer):
                 raise CaptureError(f"{question} ({node.name})")
             self.detail = Detail.SIZES
         return convert(value)
+
+    def device(self, value: fx.Proxy) -> Any:
+        """The device of a value, if it can be told."""
+        if self.examples is not None and value.node.op != "placeholder":
+            try:
+                found = self.examples.of(value.node).device
+            except Exception:  # of any kind: then it is looked up when the program runs
+                found = None
+            if isinstance(found, torch.device):
+                self.detail = max(self.detail, Detail.TYPES)
+                return found
+        return fx.Proxy.__getattr__(value, "device")
 
     def part(self, whole: fx.Node, part: fx.Proxy) -> Any:
         """A part of what a module returns: None itself where it is None, for ``is None``."""

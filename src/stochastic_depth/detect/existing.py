@@ -1,10 +1,12 @@
-"""Stochastic depth that a model already has: DropPath modules and functions."""
+"""Stochastic depth that a model already has: DropPath modules and functions, and layerdrop."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["existing_rate", "is_drop_call", "is_drop_module"]
+__all__ = ["drop_functions", "existing_rate", "is_drop_call", "is_drop_module", "layerdrop"]
 
 _MODULES = {"StochasticDepth", "DropPath"}
 _FUNCTIONS = {"stochastic_depth", "drop_path"}
@@ -27,6 +29,21 @@ def existing_rate(module: nn.Module) -> float | None:
         if isinstance(rate, int | float):
             return float(rate)
     return None
+
+
+def drop_functions(forward: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The functions of that kind that ``forward`` may call: those that its module knows."""
+    known = inspect.unwrap(forward).__globals__.values()
+    return [f for f in known if inspect.isfunction(f) and f.__name__ in _FUNCTIONS]
+
+
+def layerdrop(module: nn.Module) -> float:
+    """The rate at which a module leaves out whole layers by itself, as those of transformers do."""
+    holds_layers = any(isinstance(child, nn.ModuleList) for child in module.children())
+    rate: Any = getattr(module, "layerdrop", None)
+    if rate is None and holds_layers:
+        rate = getattr(getattr(module, "config", None), "layerdrop", None)
+    return float(rate) if isinstance(rate, int | float) else 0.0
 
 
 def is_drop_call(node: fx.Node, root: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .existing import is_drop_module
+from .spellings import ScaledSum
 
 __all__ = ["check_absent", "is_effect", "is_shape", "may_hold_sums", "reads_types_only", "sum_of"]
 
@@ -42,7 +43,10 @@ def is_effect(node: fx.Node) -> bool:
 
 def check_absent(extra: Any, expected: Any = None) -> None:
     """Raise where a module returns more than it did when its block was traced."""
-    if extra is not expected and any(x is not None for x in tree_leaves(extra)):
+    leaves = tree_leaves(extra)
+    if extra is expected or all(x is None for x in leaves):
+        return
+    if any(isinstance(x, torch.Tensor) for x in leaves) or extra != expected:
         raise RuntimeError(
             "a block with droppable branches gets something from one of its modules (attention "
             "weights, a cache) that was None when it was called like this before. Call "
@@ -62,8 +66,8 @@ def reads_types_only(node: fx.Node) -> bool:
     return all(map(reads_types_only, node.all_input_nodes))
 
 
-def sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
-    """The two sides of a sum or difference, and the sign of the second."""
+def sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """The two sides of a sum or difference, and the factor of the second."""
     if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
@@ -73,6 +77,8 @@ def sum_of(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         return a, b, 1
     if node.target in _SUBTRACT:
         return a, b, -1
+    if isinstance(node.target, ScaledSum):
+        return a, b, node.target.factor
     return None
 
 

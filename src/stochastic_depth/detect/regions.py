@@ -3,8 +3,8 @@
 For a sum ``m = add(s, b)`` let ``Anc(v)`` be a value and all it is computed from. The branch is
 what ``b`` needs and ``s`` does not, ``Anc(b) - Anc(s)``; the shortcut's own work is
 ``Anc(s) - Anc(b)``. Where the shortcut has no work of its own, the region is an *identity*
-shortcut; where it has little (at most one layer with a weight matrix, less than the branch) and
-starts from the same value, a *projection*. Everything else is not a residual sum.
+shortcut; where it has little (at most one layer with a weight matrix, and less in a row than the
+branch) and starts from the same value, a *projection*. Everything else is not a residual sum.
 
 Ancestor sets are bit masks in Python integers, which makes this fast.
 """
@@ -39,7 +39,7 @@ Kind = Literal["identity", "projection", "block"]
 class Leaf:
     """What the analysis has to know of a child module."""
 
-    weights: int  # the number of its weight matrices
+    weights: tuple[int, int]  # the number of its weight matrices, and of its depthwise filters
     in_place: bool = False  # it overwrites its input with its result
     identity: bool = False  # it returns its input
     lookup: bool = False  # it looks rows of a table up, by number
@@ -243,9 +243,9 @@ class _Finder:
             sides = sum_of(node)
             if sides is None or not all(self.values >> self.index[s] & 1 for s in sides[:2]):
                 continue
-            a, b, sign = sides
-            region = self._region(node, a, b, Sum(_operation(node, swapped=False), sign))
-            if region is None and sign == 1:
+            a, b, factor = sides
+            region = self._region(node, a, b, Sum(_operation(node, swapped=False), factor))
+            if region is None and factor == 1:
                 region = self._region(node, b, a, Sum(_operation(node, swapped=True), 1))
             if region is not None:
                 self.found[node] = region
@@ -260,10 +260,18 @@ class _Finder:
     def _anc(self, node: fx.Node) -> int:
         return self.ancestors[self.index[node]]
 
-    def _weights(self, mask: int) -> int:
-        """Layers with a weight matrix among the nodes of ``mask``."""
-        nodes = [self.nodes[i] for i in _bits(mask)]
-        return sum(self.leaf(str(n.target)).weights for n in nodes if n.op == "call_module")
+    def _depth(self, mask: int) -> tuple[int, int]:
+        """The weight matrices, and the depthwise filters, one after the other in ``mask``."""
+        depths: dict[fx.Node, tuple[int, int]] = {}
+        for i in _bits(mask):
+            node = self.nodes[i]
+            before = [depths[n] for n in node.all_input_nodes if n in depths]
+            matrices, depthwise = max(before, default=(0, 0))
+            if node.op == "call_module":
+                weights = self.leaf(str(node.target)).weights
+                matrices, depthwise = matrices + weights[0], depthwise + weights[1]
+            depths[node] = matrices, depthwise
+        return max(depths.values(), default=(0, 0))
 
     def _parameters(self, mask: int) -> bool:
         nodes = [self.nodes[i] for i in _bits(mask)]
@@ -300,8 +308,8 @@ class _Finder:
         if kind == "projection":
             if self._looks_up(own):
                 return None  # x_1 and x_2 are embeddings of the same words: no shortcut
-            weights = self._weights(own)
-            if weights > 1 or self._weights(branch) < weights + (weights > 0):
+            depth = self._depth(own)
+            if depth[0] > 1 or (any(depth) and self._depth(branch) <= depth):
                 return None
             if not self._parameters(branch):
                 return None  # two kinds of pooling, say

@@ -25,8 +25,9 @@ def register_handler(kind: type[nn.Module] | str, handler: Handler) -> None:
             imported. Subclasses are not meant.
         handler: called with the module and its arguments by name; tensors are stand-ins that can
             only be passed on. Returns, by position, the further outputs that may be replaced, and
-            by what: None, or one of the arguments. It is also what they are replaced by where the
-            branch is kept. A branch with other further outputs that are used is kept.
+            by what: None, one of the arguments, or a constant that follows from them. It is also
+            what they are replaced by where the branch is kept. A branch with other further
+            outputs that are used is kept.
 
     Raises:
         TypeError: ``kind`` is no module type or name, or ``handler`` is no function.
@@ -67,4 +68,5 @@ def further_output(module: nn.Module, part: fx.Node, length: Callable[[], int]) 
     return outputs[key]  # type: ignore[index]
 
 
-from . import transformers as _transformers  # noqa: E402, F401  # registers the built-in ones
+from . import timm as _timm  # noqa: E402, F401  # registers the built-in ones
+from . import transformers as _transformers  # noqa: E402, F401

@@ -42,3 +42,14 @@ for _model, _class in {
     "switch_transformers": "SwitchTransformersAttention",
 }.items():
     register_handler(f"transformers.models.{_model}.modeling_{_model}.{_class}", _position_bias)
+
+for _class in ("LongT5Attention", "LongT5LocalAttention", "LongT5TransientGlobalAttention"):
+    register_handler(f"transformers.models.longt5.modeling_longt5.{_class}", _position_bias)
+
+
+def _position_bias_last(module: nn.Module, given: Mapping[str, Any]) -> dict[int, Any]:
+    """The same in WavLM, behind weights that its layers ignore."""
+    return {} if given["position_bias"] is None else {1: None, 2: given["position_bias"]}
+
+
+register_handler("transformers.models.wavlm.modeling_wavlm.WavLMAttention", _position_bias_last)

@@ -1,0 +1,111 @@
+"""Stochastic depth that a model brings along: taken over, or reported."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+KEPT = 1e-30  # a rate at which nothing is ever dropped, but everything runs as if it could be
+
+
+class DropPath(nn.Module):
+    """As every code base writes it; here one that shows when it runs."""
+
+    def __init__(self, drop_prob: float = 0.5) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 100 if self.training else x
+
+
+class Mlp(nn.Module):
+    def __init__(self, drop: float = 0.5) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), DropPath(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.linear(x))
+
+
+class Inside(nn.Module):
+    """The drop module is out of sight, in a child of the branch."""
+
+    def __init__(self, drop: float = 0.5) -> None:
+        super().__init__()
+        self.mlp = Mlp(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class Elsewhere(nn.Module):
+    """A drop module on what is no residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.linear = DropPath(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x)
+        return x + self.linear(x)
+
+
+def test_a_drop_module_inside_of_a_branch_is_taken_over_and_comes_back():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Inside(), Inside()), torch.randn(3, 4)
+    plain = copy.deepcopy(model).eval()
+    sd.apply(model, p=KEPT)
+    assert sd.branches(model)[0].existing == ("0.mlp.drop",)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(x), plain(x))
+    assert sd.verify(model, x).passed
+    sd.remove(model)
+    assert "forward" not in vars(model[0].mlp.drop)
+    torch.testing.assert_close(model[0](x), x + 100 * model[0].mlp.linear(x))
+
+
+def test_what_masks_something_else_is_reported():
+    model = sd.apply(nn.Sequential(Elsewhere()), p=0.5)
+    assert ("0.drop", "it masks what is no residual branch, and goes on doing so") in sd.summary(
+        model
+    ).refused
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_layerdrop_is_reported(rate):
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        layerdrop=rate,
+        num_conv_pos_embedding_groups=4,
+        num_conv_pos_embeddings=16,
+    )
+    model = sd.apply(transformers.Wav2Vec2Model(config))
+    told = [name for name, reason in sd.summary(model).refused if "layerdrop of 0.1" in reason]
+    assert told == (["encoder"] if rate else [])
+
+
+def test_schedule_model_keeps_the_rates_of_the_model():
+    model = nn.Sequential(Inside(0.1), Inside(0.0), Inside(0.3))
+    sd.apply(model, schedule="model")
+    assert [branch.p for branch in sd.branches(model)] == [0.1, 0.0, 0.3]
+    vit = timm.create_model("test_vit", drop_path_rate=0.2)
+    rates = [block.drop_path1.drop_prob for block in vit.blocks[1:]]
+    sd.apply(vit, schedule="model")
+    assert [branch.p for branch in sd.branches(vit)][2::2] == rates
+
+
+def test_schedule_model_needs_rates_and_takes_no_other():
+    with pytest.raises(ValueError, match="has none in its residual branches"):
+        sd.apply(timm.create_model("test_vit"), schedule="model")
+    with pytest.raises(ValueError, match=r"p=0\.2 and schedule='model'"):
+        sd.apply(nn.Sequential(Inside()), 0.2, schedule="model")
