@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .detect.programs import Programs
 from .functional import Droppable, DroppedGrad, combine
 from .sampling import Keep, Mode, Scale, decide
 
-__all__ = ["BranchState", "ResidualForward", "observe"]
+__all__ = ["BranchState", "ResidualForward", "installed", "observe", "slot"]
 
 Observer = Callable[["BranchState", Callable[..., Any], tuple[Any, ...]], Any]
 _observer: Observer | None = None
@@ -41,6 +42,21 @@ def observe(observer: Observer) -> Iterator[None]:
         _observer = before
 
 
+def slot(block: nn.Module) -> str:
+    """Where in the ``__dict__`` of ``block`` a forward of its own stands.
+
+    accelerate's hooks (``cpu_offload``, ``dispatch_model``) replace the forward and keep the one
+    before, which they call: ours if it was applied first, and there ours goes if they were.
+    """
+    return "_old_forward" if "_old_forward" in block.__dict__ else "forward"
+
+
+def installed(block: nn.Module) -> "ResidualForward | None":
+    """What stands in for the forward of ``block``, if it is ours."""
+    own = block.__dict__.get(slot(block))
+    return own if isinstance(own, ResidualForward) else None
+
+
 @dataclass
 class BranchState:
     """One residual branch of a model: what was found, how it is dropped, what happened so far."""
@@ -56,7 +72,7 @@ class BranchState:
 
 
 class ResidualForward:
-    """A callable that is put in ``block.__dict__["forward"]``.
+    """A callable that is put in ``block.__dict__["forward"]``, or behind accelerate's hook there.
 
     In evaluation, and where every rate is 0, it calls the forward of the block's class, so the
     result is that of the plain model by construction. Otherwise it runs the block's program, in
@@ -99,13 +115,17 @@ class ResidualForward:
 
     def install(self) -> None:
         """Stand in for the block's forward from now on."""
-        self.block.__dict__["forward"] = self
+        self.block.__dict__[slot(self.block)] = self
         # DataParallel's replicas copy the __dict__; their forward has to be about themselves.
         self.block.__dict__["_replicate_for_data_parallel"] = self._replicate
 
     def uninstall(self) -> None:
         """Give the block its own forward back."""
-        del self.block.__dict__["forward"], self.block.__dict__["_replicate_for_data_parallel"]
+        del self.block.__dict__["_replicate_for_data_parallel"]
+        if slot(self.block) == "forward":
+            del self.block.__dict__["forward"]
+        else:  # accelerate's hook calls what is there
+            self.block.__dict__["_old_forward"] = MethodType(type(self.block).forward, self.block)
 
     def _replicate(self) -> nn.Module:
         replica: nn.Module = type(self.block)._replicate_for_data_parallel(self.block)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from torch import nn
 from .detect import Findings, Found, Refused, find_branches, whole_blocks
 from .detect.capture import Call, read_call
 from .detect.examples import outline
-from .executor import BranchState, ResidualForward
+from .executor import BranchState, ResidualForward, installed, slot
 from .functional import check_dropped_grad
 from .sampling import Mode, Scale, check_mode, check_p, check_scale
 from .schedules import Schedule, depth_rates
@@ -79,6 +79,11 @@ class Branch:
     @p.setter
     def p(self, value: float) -> None:
         self._state.p = check_p(value)
+
+    @property
+    def applied(self) -> bool:
+        """Whether it still stands in its model: not after remove(), nor applying again."""
+        return installed(self._forward.block) is self._forward
 
     @property
     def decided(self) -> int:
@@ -280,8 +285,10 @@ _REPLACED = "something else has replaced the block's forward"
 
 
 def _is_free(block: nn.Module) -> bool:
-    own = block.__dict__.get("forward")
-    return own is None or isinstance(own, ResidualForward)
+    own = block.__dict__.get(slot(block))
+    # accelerate keeps the block's own method
+    of_class = getattr(own, "__func__", None) is type(block).forward
+    return own is None or of_class or isinstance(own, ResidualForward)
 
 
 def _whole(model: nn.Module, patterns: Filter, example_inputs: Any) -> Findings:
@@ -302,8 +309,8 @@ def _whole(model: nn.Module, patterns: Filter, example_inputs: Any) -> Findings:
 
 def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
     for name, block in model.named_modules():
-        forward = block.__dict__.get("forward")
-        if isinstance(forward, ResidualForward):
+        forward = installed(block)
+        if forward is not None:
             yield name, forward
 
 
