@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_unflatten
 
 from .detect import CaptureError, Found, NotResidual, make_program
@@ -175,7 +176,9 @@ class ResidualForward:
 
     def _make_program(self, call: Call, training: bool) -> tuple[Program | None, Detail]:
         try:
-            made = make_program(self.block, call, training, set(self.states))
+            # Checkpointing counts what a forward saves, and a trace is not made again with it.
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                made = make_program(self.block, call, training, set(self.states))
         except (CaptureError, NotResidual) as error:
             self._report(set(self.states), set(), str(error))
             return None, error.detail
@@ -232,6 +235,10 @@ class ResidualForward:
                 f"dropped: {sorted(new)}. Give apply() example_inputs like those of training.",
                 stacklevel=2,
             )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _state(block: nn.Module) -> tuple[Any, ...]:
