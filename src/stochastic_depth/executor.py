@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -176,8 +176,7 @@ class ResidualForward:
 
     def _make_program(self, call: Call, training: bool) -> tuple[Program | None, Detail]:
         try:
-            # Checkpointing counts what a forward saves, and a trace is not made again with it.
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
+            with _own_saved_tensors():
                 made = make_program(self.block, call, training, set(self.states))
         except (CaptureError, NotResidual) as error:
             self._report(set(self.states), set(), str(error))
@@ -235,6 +234,16 @@ class ResidualForward:
                 f"dropped: {sorted(new)}. Give apply() example_inputs like those of training.",
                 stacklevel=2,
             )
+
+
+def _own_saved_tensors() -> AbstractContextManager[None]:
+    """Keep what a trace saves from the hooks for what the model saves.
+
+    Checkpointing counts that, and a trace is not made a second time when it recomputes.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()  # under torch.func, which has none, they cannot be set either
+    return saved_tensors_hooks(_as_it_is, _as_it_is)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
