@@ -140,6 +140,20 @@ def test_a_model_that_was_applied_anew_is_noticed():
         schedule.step()
 
 
+def test_targets_are_the_rates_that_were_set_and_not_those_of_another_schedule():
+    model = build()
+    sd.RateSchedule(model, "late", steps=3)
+    assert rates(model) == [0, 0, 0]
+    copied = copy.deepcopy(model)
+    sd.branches(copied)[0].p = 0.4  # where it had 0.1
+    schedule = sd.RateSchedule(copied, "linear", steps=2)
+    schedule.step()
+    assert rates(copied) == [0.2, *(0.5 * p for p in rates(build())[1:])]
+    sd.branches(copied)[0].p = 0.5
+    schedule.step()
+    assert rates(copied) == [0.5, *rates(build())[1:]]
+
+
 @pytest.mark.parametrize(
     ("course", "steps", "error", "message"),
     [
@@ -164,10 +178,6 @@ def test_bad_arguments_are_refused(course, steps, error, message):
 def test_models_that_have_nothing_to_schedule_are_refused():
     with pytest.raises(ValueError, match="apply it first"):
         sd.RateSchedule(nn.Linear(2, 2), "early", steps=3)
-    model = build()
-    sd.RateSchedule(model, "late", steps=3)
-    with pytest.raises(ValueError, match="rates of all branches are 0"):
-        sd.RateSchedule(model, "late", steps=3)
     schedule = sd.RateSchedule(build(), "late", steps=3)
     state = {**schedule.state_dict(), "targets": [0.1]}
     with pytest.raises(ValueError, match="1 branches, and this one has 3"):

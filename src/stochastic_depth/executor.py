@@ -67,6 +67,7 @@ class BranchState:
     mode: Mode
     scale: Scale
     dropped_grad: DroppedGrad
+    target: float | None = None  # where a RateSchedule leads p, if one does
     compile_options: dict[str, Any] | None = None  # set where the branch is compiled by itself
     decided: int = 0  # calls, or rows where rows are chosen, since applied
     dropped: int = 0

@@ -13,9 +13,9 @@ __all__ = ["RateSchedule"]
 class RateSchedule:
     """Rates of a model's branches over training, driven as a learning rate scheduler is.
 
-    The rates that the branches have when it is made are the targets. It sets those of the first
-    step at once, and with every :meth:`step` those of the next: a factor in [0, 1] times the
-    target, and the target itself, to the bit, where the factor is 1.
+    The rates that were set (by ``apply`` or ``branch.p``) are the targets. It sets those of the
+    first step at once, and with every :meth:`step` those of the next: a factor in [0, 1] times
+    the target, and the target itself, to the bit, where the factor is 1.
 
     Args:
         model: a model with stochastic depth; it may be wrapped (DistributedDataParallel), before
@@ -27,7 +27,7 @@ class RateSchedule:
             function.
 
     Raises:
-        TypeError, ValueError: a bad argument; a model without branches, or with all rates 0.
+        TypeError, ValueError: a bad argument; a model without branches.
 
     Example:
         >>> import torchvision, stochastic_depth as sd
@@ -52,12 +52,6 @@ class RateSchedule:
         self._branches = branches(model)
         if not self._branches:
             raise ValueError("model has no stochastic depth: apply it first (sd.apply)")
-        self._targets = [branch.p for branch in self._branches]
-        if not any(self._targets):
-            raise ValueError(
-                "the rates of all branches are 0, and they are the targets: set them first "
-                "(branch.p or sd.apply), if another RateSchedule has them at 0 now"
-            )
         self._set_rates()
 
     @property
@@ -81,8 +75,8 @@ class RateSchedule:
                 "make another one"
             )
         factor = self.factor
-        for branch, target in zip(self._branches, self._targets, strict=True):
-            branch.p = factor * target
+        for branch in self._branches:
+            branch._state.p, branch._state.target = factor * branch.target, branch.target
 
     def metrics(self) -> dict[str, float]:
         """What to log: the factor, the sum of 1-p, and what was decided and dropped so far.
@@ -100,7 +94,7 @@ class RateSchedule:
         """Steps done, targets and counts; the course is not in it, make the schedule with it."""
         return {
             "steps_done": self.steps_done,
-            "targets": list(self._targets),
+            "targets": [branch.target for branch in self._branches],
             "decided": [branch.decided for branch in self._branches],
             "dropped": [branch.dropped for branch in self._branches],
         }
@@ -118,9 +112,8 @@ class RateSchedule:
                 f"{len(self._branches)}: apply with the same arguments as before"
             )
         self.steps_done = state["steps_done"]
-        self._targets = list(state["targets"])
-        for branch, decided, dropped in zip(
-            self._branches, state["decided"], state["dropped"], strict=True
-        ):
+        columns = (state[key] for key in ("targets", "decided", "dropped"))
+        for branch, target, decided, dropped in zip(self._branches, *columns, strict=True):
+            branch.p = target
             branch._state.decided, branch._state.dropped = decided, dropped
         self._set_rates()

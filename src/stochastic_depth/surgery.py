@@ -34,6 +34,7 @@ class Branch:
         existing: those of them that dropped the branch before (a DropPath) and now do nothing.
         mode, scale: how it is dropped.
         p: probability to drop; may be set at any time.
+        target: the rate that was set last, of which a RateSchedule makes ``p``.
         decided: how many decisions were taken in training since ``apply``: calls, or rows in the
             modes that choose rows.
         dropped: how many of them dropped.
@@ -79,6 +80,12 @@ class Branch:
     @p.setter
     def p(self, value: float) -> None:
         self._state.p = check_p(value)
+        self._state.target = None
+
+    @property
+    def target(self) -> float:
+        """The rate that was set, of which a RateSchedule makes ``p``."""
+        return self._state.p if self._state.target is None else self._state.target
 
     @property
     def applied(self) -> bool:
