@@ -31,7 +31,7 @@ def ensure_applied(model: nn.Module, options: dict[str, Any]) -> None:
 def schedule(
     model: nn.Module, course: Course | None, steps: int | None, all_steps: int
 ) -> RateSchedule:
-    """The rates over training: unchanged where ``course`` is None, by default over ``all_steps``."""
+    """The rates over training, in ``all_steps`` by default; where ``course`` is None they stay."""
     if course is None:
         return RateSchedule(model, _constant)
     return RateSchedule(
