@@ -14,7 +14,7 @@ from task import Network, images, report
 
 
 def main() -> None:
-    accelerator = Accelerator(gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
     torch.manual_seed(0)
     model = sd.apply(Network(), p=0.3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

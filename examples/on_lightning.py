@@ -1,8 +1,8 @@
 """Stochastic depth under Lightning: one callback.
 
-    python examples/on_lightning.py
+    torchrun --nproc-per-node 2 examples/on_lightning.py
 
-starts two processes; on GPUs give the Trainer devices="auto", or start it with torchrun.
+or without torchrun: Lightning then starts the second process itself.
 """
 
 import sys
@@ -28,7 +28,8 @@ class Classifier(L.LightningModule):
         return self.loss
 
     def on_train_start(self) -> None:
-        torch.manual_seed(self.global_rank)  # every rank tosses coins of its own
+        if self.global_step == 0:  # a resumed run goes on with its random state
+            torch.manual_seed(self.global_rank)  # every rank tosses coins of its own
 
     def on_train_end(self) -> None:
         weights = nn.utils.parameters_to_vector(self.model.parameters())

@@ -55,13 +55,9 @@ class StochasticDepthCallback(L.Callback):
             ensure_applied(pl_module, self.options)
             self._model, self._schedule = pl_module, None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._schedule is None:
-            all_steps = int(trainer.estimated_stepping_batches)
-            self._schedule = schedule(pl_module, self.course, self.steps, all_steps)
-        self._optimizer_steps = trainer.global_step
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Before the loader is iterated for the first time, which draws what the next epoch did.
         if self._loaded:
-            self._schedule.load_state_dict(self._loaded["schedule"])
             random = self._loaded["random"]
             if len(random) != trainer.world_size:
                 raise ValueError(
@@ -71,6 +67,14 @@ class StochasticDepthCallback(L.Callback):
             mine = random[trainer.global_rank]
             torch.set_rng_state(mine["default"].cpu())
             set_generator_states(pl_module, [state.cpu() for state in mine["own"]])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._schedule is None:
+            all_steps = int(trainer.estimated_stepping_batches)
+            self._schedule = schedule(pl_module, self.course, self.steps, all_steps)
+        self._optimizer_steps = trainer.global_step
+        if self._loaded:
+            self._schedule.load_state_dict(self._loaded["schedule"])
             self._loaded = {}
 
     def on_train_batch_end(
