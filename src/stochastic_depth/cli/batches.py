@@ -57,18 +57,20 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             return self.prepare(image), label
 
 
-class EpochOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of an epoch, positions and crop seeds, a function of (seed, epoch) and nothing else.
+class EpochOrder(Sampler[tuple[int, int]]):
+    """Positions and crop seeds of an epoch, a function of (seed, epoch) and of nothing else.
 
     So two arms see the same batches whatever else draws random numbers, and a resumed run sees
-    those of the uninterrupted one. All batches are of the same size, and several processes share
-    each of them, so that together they see what one would. Lightning calls `set_epoch`.
+    those of the uninterrupted one. Several devices share each batch, so that together they see
+    what one would; what does not fill a batch is left out. Lightning calls `set_epoch`.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, devices: int) -> None:
+        self.used = count - count % batch_size
         self.count = count
         self.batch_size = batch_size
         self.seed = seed
+        self.devices = devices
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -76,13 +78,13 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count // self.batch_size
+        return self.used // self.devices
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = permutation(self.count, "order", self.seed, self.epoch)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            positions = share(order[start : start + self.batch_size])
-            yield [(p, derive("crop", self.seed, self.epoch, p)) for p in positions]
+        for start in range(0, self.used, self.batch_size):
+            for position in share(order[start : start + self.batch_size]):
+                yield position, derive("crop", self.seed, self.epoch, position)
 
 
 class EachOnce(Sampler[list[int]]):
@@ -119,9 +121,11 @@ def training_batches(
     """Batches to train on, all of the same size, which ``devices`` divides."""
     augmented = AugmentedImages(images, size)
     batch_size = min(batch_size, len(augmented))
+    batch_size -= batch_size % devices
     return DataLoader(
         augmented,
-        batch_sampler=EpochOrder(len(augmented), batch_size - batch_size % devices, seed),
+        batch_size=batch_size // devices,
+        sampler=EpochOrder(len(augmented), batch_size, seed, devices),
         # An iterator draws a seed for its workers: not out of the stream of the coins.
         generator=torch.Generator(),
         num_workers=worker_count(),
