@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,51 @@ def test_the_library_and_the_parser_import_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def finetune_on_two_devices(*options: object, **environment: str) -> int:
+    """In a process of its own, of which Lightning starts another one."""
+    done = subprocess.run(
+        [sys.executable, RUN_COMMAND, "finetune", *map(str, options)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=150,  # the watchdog
+    )
+    assert done.returncode == 0 or environment, done.stderr
+    assert done.stdout.count("Results in") == 1, done.stdout  # the first process alone prints
+    return done.returncode
+
+
+RUN_COMMAND = Path(__file__).parent / "run_command.py"
+TWO = ["--devices", 2, "--strategy", "ddp", "--no-compare", "--mode", "row"]
+
+
+def test_two_devices_see_every_image_once_and_resume(images, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finetune_on_two_devices("--data", images, *TINY, "--p", 0.5, *TWO, "--out", whole)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    (run,) = metrics["runs"]
+    assert metrics["settings"]["devices"] == 2
+    assert len(run["history"]) == 3
+    assert 0 < run["realised_depth"] < 4
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "curves.png",
+        "metrics.json",
+        "seed0-with",
+        "settings.json",
+    ]
+    interrupted = ["--data", images, *TINY, "--p", 0.5, *TWO, "--out", cut]
+    assert finetune_on_two_devices(*interrupted, STOP_AT_EPOCH="2") != 0
+    assert not (cut / "seed0-with" / "result.json").exists()
+    finetune_on_two_devices("--resume", cut)
+    assert_same(weights(cut, "seed0-with"), weights(whole, "seed0-with"))
+    (again,) = json.loads((cut / "metrics.json").read_text())["runs"]
+    run.pop("step_seconds"), again.pop("step_seconds")
+    assert again == run
+
+
+def test_a_batch_is_shared_by_the_devices(images, tmp_path, capsys):
+    options = ["--data", images, *TINY, "--devices", 3, "--out", tmp_path / "run"]
+    assert finetune(*options) == 2
+    assert "--batch-size 8: is shared by all devices" in capsys.readouterr().err

@@ -125,6 +125,46 @@ def test_training_batches_depend_on_seed_and_epoch_alone(animals):
     assert not torch.equal(epoch(0, 1), reference)
 
 
+def on_each_rank(monkeypatch, make) -> list:
+    """What ``make`` returns on each of two processes."""
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        found.append(make())
+    monkeypatch.undo()
+    return found
+
+
+def test_two_devices_share_the_batches_of_one(animals, monkeypatch):
+    images = data.load(str(animals)).train
+
+    def batches(devices: int) -> list:
+        return [images for images, _ in training_batches(images, 16, 8, 0, devices)]
+
+    for whole, *parts in zip(
+        batches(1), *on_each_rank(monkeypatch, lambda: batches(2)), strict=True
+    ):
+        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+
+
+def test_two_devices_evaluate_every_image_once_in_as_many_batches(animals, monkeypatch):
+    images = data.load(str(animals)).train
+    for count in range(2, 12):
+        some = torch.utils.data.Subset(images, range(count))
+        parts = on_each_rank(monkeypatch, lambda some=some: list(evaluation_batches(some, 16, 1)))
+        assert len(parts[0]) == len(parts[1])
+        together = [image for part in parts for batch, _ in part for image in batch]
+        alone = [image for batch, _ in evaluation_batches(some, 16, 1) for image in batch]
+        assert len(together) == count
+        assert sorted(map(sum_of, together)) == sorted(map(sum_of, alone))
+
+
+def sum_of(image: torch.Tensor) -> int:
+    return int(image.long().sum())
+
+
 def test_augmentation_leaves_the_global_generator_alone(animals):
     batches = training_batches(data.load(str(animals)).train, 16, 8, 0)
     image = batches.dataset

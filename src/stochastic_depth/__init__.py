@@ -3,6 +3,7 @@
 from .detect.handlers import register_handler
 from .functional import residual
 from .layer import StochasticDepth
+from .rate_schedule import RateSchedule
 from .report import Summary, summary
 from .resume import random_state, set_random_state
 from .surgery import Branch, apply, branches, remove
@@ -10,6 +11,7 @@ from .verify import Verification, verify
 
 __all__ = [
     "Branch",
+    "RateSchedule",
     "StochasticDepth",
     "Summary",
     "Verification",

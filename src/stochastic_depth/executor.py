@@ -3,14 +3,16 @@
 import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_unflatten
 
 from .coins import Coins
@@ -23,7 +25,7 @@ from .functional import Droppable, DroppedGrad, combine
 from .replay import is_recomputing
 from .sampling import Keep, Mode, Scale, decide
 
-__all__ = ["BranchState", "ResidualForward", "observe"]
+__all__ = ["BranchState", "ResidualForward", "installed", "observe", "slot"]
 
 Observer = Callable[["BranchState", Callable[..., Any], tuple[Any, ...]], Any]
 _observer: Observer | None = None
@@ -43,6 +45,21 @@ def observe(observer: Observer) -> Iterator[None]:
         _observer = before
 
 
+def slot(block: nn.Module) -> str:
+    """Where in the ``__dict__`` of ``block`` a forward of its own stands.
+
+    accelerate's hooks (``cpu_offload``, ``dispatch_model``) replace the forward and keep the one
+    before, which they call: ours if it was applied first, and there ours goes if they were.
+    """
+    return "_old_forward" if "_old_forward" in block.__dict__ else "forward"
+
+
+def installed(block: nn.Module) -> "ResidualForward | None":
+    """What stands in for the forward of ``block``, if it is ours."""
+    own = block.__dict__.get(slot(block))
+    return own if isinstance(own, ResidualForward) else None
+
+
 @dataclass
 class BranchState:
     """One residual branch of a model: what was found, how it is dropped, what happened so far."""
@@ -52,13 +69,14 @@ class BranchState:
     mode: Mode
     scale: Scale
     dropped_grad: DroppedGrad
+    target: float | None = None  # where a RateSchedule leads p, if one does
     compile_options: dict[str, Any] | None = None  # set where the branch is compiled by itself
     decided: int = 0  # calls, or rows where rows are chosen, since applied
     dropped: int = 0
 
 
 class ResidualForward:
-    """A callable that is put in ``block.__dict__["forward"]``.
+    """A callable that is put in ``block.__dict__["forward"]``, or behind accelerate's hook there.
 
     In evaluation, and where every rate is 0, it calls the forward of the block's class, so the
     result is that of the plain model by construction. Otherwise it runs the block's program, in
@@ -101,7 +119,7 @@ class ResidualForward:
 
     def install(self) -> None:
         """Stand in for the block's forward from now on."""
-        self.block.__dict__["forward"] = self
+        self.block.__dict__[slot(self.block)] = self
         # DataParallel's replicas copy the __dict__; their forward has to be about themselves.
         self.block.__dict__["_replicate_for_data_parallel"] = self._replicate
         for drop in self._drops_inside():
@@ -109,7 +127,11 @@ class ResidualForward:
 
     def uninstall(self) -> None:
         """Give the block its own forward back."""
-        del self.block.__dict__["forward"], self.block.__dict__["_replicate_for_data_parallel"]
+        del self.block.__dict__["_replicate_for_data_parallel"]
+        if slot(self.block) == "forward":
+            del self.block.__dict__["forward"]
+        else:  # accelerate's hook calls what is there
+            self.block.__dict__["_old_forward"] = MethodType(type(self.block).forward, self.block)
         for drop in self._drops_inside():
             drop.__dict__.pop("forward", None)
 
@@ -168,7 +190,8 @@ class ResidualForward:
 
     def _make_program(self, call: Call, training: bool) -> tuple[Program | None, Detail]:
         try:
-            made = make_program(self.block, call, training, set(self.states))
+            with _own_saved_tensors():
+                made = make_program(self.block, call, training, set(self.states))
         except (CaptureError, NotResidual) as error:
             self._report(set(self.states), set(), str(error))
             return None, error.detail
@@ -229,6 +252,20 @@ class ResidualForward:
 
 def _pass_on(x: Tensor) -> Tensor:
     return x
+
+
+def _own_saved_tensors() -> AbstractContextManager[None]:
+    """Keep what a trace saves from the hooks for what the model saves.
+
+    Checkpointing counts that, and a trace is not made a second time when it recomputes.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()  # under torch.func, which has none, they cannot be set either
+    return saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _state(block: nn.Module) -> tuple[Any, ...]:

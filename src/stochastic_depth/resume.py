@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .coins import Coins
-from .executor import ResidualForward
+from .executor import installed
 from .layer import StochasticDepth
 from .surgery import branches
 
@@ -92,8 +92,8 @@ def _coins(model: nn.Module) -> list[Coins]:
     """Where the coins of ``model`` come from, each once."""
     found: dict[int, Coins] = {}
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, ResidualForward):
+        forward = installed(module)
+        if forward is not None:
             found.setdefault(id(forward.coins), forward.coins)
         if isinstance(module, StochasticDepth):
             found.setdefault(id(module._coins), module._coins)

@@ -13,7 +13,7 @@ from .detect import Findings, Found, Refused, find_branches, whole_blocks
 from .detect.capture import Call, read_call
 from .detect.examples import outline
 from .detect.existing import existing_rate
-from .executor import BranchState, ResidualForward
+from .executor import BranchState, ResidualForward, installed, slot
 from .functional import check_dropped_grad
 from .sampling import Mode, Scale, check_mode, check_p, check_scale
 from .schedules import Schedule, depth_rates
@@ -36,6 +36,7 @@ class Branch:
         existing: those of them that dropped the branch before (a DropPath) and now do nothing.
         mode, scale: how it is dropped.
         p: probability to drop; may be set at any time.
+        target: the rate that was set last, of which a RateSchedule makes ``p``.
         decided: how many decisions were taken in training since ``apply``: calls, or rows in the
             modes that choose rows.
         dropped: how many of them dropped.
@@ -81,6 +82,17 @@ class Branch:
     @p.setter
     def p(self, value: float) -> None:
         self._state.p = check_p(value)
+        self._state.target = None
+
+    @property
+    def target(self) -> float:
+        """The rate that was set, of which a RateSchedule makes ``p``."""
+        return self._state.p if self._state.target is None else self._state.target
+
+    @property
+    def applied(self) -> bool:
+        """Whether it still stands in its model: not after remove(), nor applying again."""
+        return installed(self._forward.block) is self._forward
 
     @property
     def decided(self) -> int:
@@ -300,8 +312,10 @@ _REPLACED = "something else has replaced the block's forward"
 
 
 def _is_free(block: nn.Module) -> bool:
-    own = block.__dict__.get("forward")
-    return own is None or isinstance(own, ResidualForward)
+    own = block.__dict__.get(slot(block))
+    # accelerate keeps the block's own method
+    of_class = getattr(own, "__func__", None) is type(block).forward
+    return own is None or of_class or isinstance(own, ResidualForward)
 
 
 def _whole(model: nn.Module, patterns: Filter, example_inputs: Any) -> Findings:
@@ -322,8 +336,8 @@ def _whole(model: nn.Module, patterns: Filter, example_inputs: Any) -> Findings:
 
 def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
     for name, block in model.named_modules():
-        forward = block.__dict__.get("forward")
-        if isinstance(forward, ResidualForward):
+        forward = installed(block)
+        if forward is not None:
             yield name, forward
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .coins import Coins
-from .executor import BranchState, ResidualForward, observe
+from .executor import BranchState, installed, observe
 from .sampling import Mode, decide
 from .surgery import branches, call_model, remove
 
@@ -100,9 +100,7 @@ class _Verifier:
         self.plain = remove(copy.deepcopy(model))
         self.branches = branches(self.model)
         self.forwards = [
-            forward
-            for m in self.model.modules()
-            if isinstance(forward := m.__dict__.get("forward"), ResidualForward)
+            forward for m in self.model.modules() if (forward := installed(m)) is not None
         ]
 
     def run(self) -> Iterator[Check]:

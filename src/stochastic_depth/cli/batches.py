@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .seeds import derive, permutation
@@ -61,12 +61,16 @@ class EpochOrder(Sampler[tuple[int, int]]):
     """Positions and crop seeds of an epoch, a function of (seed, epoch) and of nothing else.
 
     So two arms see the same batches whatever else draws random numbers, and a resumed run sees
-    those of the uninterrupted one. Lightning calls `set_epoch`.
+    those of the uninterrupted one. Several devices share each batch, so that together they see
+    what one would; what does not fill a batch is left out. Lightning calls `set_epoch`.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, devices: int) -> None:
+        self.used = count - count % batch_size
         self.count = count
+        self.batch_size = batch_size
         self.seed = seed
+        self.devices = devices
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,34 +78,65 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count
+        return self.used // self.devices
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        positions = permutation(self.count, "order", self.seed, self.epoch)
-        return (
-            (position, derive("crop", self.seed, self.epoch, position)) for position in positions
-        )
+        order = permutation(self.count, "order", self.seed, self.epoch)
+        for start in range(0, self.used, self.batch_size):
+            for position in share(order[start : start + self.batch_size]):
+                yield position, derive("crop", self.seed, self.epoch, position)
+
+
+class EachOnce(Sampler[list[int]]):
+    """Batches of about the same size with every position once, shared by several processes.
+
+    All processes have the same number of batches, as they may wait for each other in each.
+    """
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        self.count = count
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for positions in torch.arange(self.count).tensor_split(len(self)):
+            yield share(positions.tolist())
+
+
+T = TypeVar("T")
+
+
+def share(positions: list[T]) -> list[T]:
+    """The part of a batch that this process computes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return positions
+    return positions[distributed.get_rank() :: distributed.get_world_size()]
 
 
 def training_batches(
-    images: Dataset[Any], size: int, batch_size: int, seed: int
+    images: Dataset[Any], size: int, batch_size: int, seed: int, devices: int = 1
 ) -> DataLoader[Any]:
-    """Batches to train on, all of the same size."""
+    """Batches to train on, all of the same size, which ``devices`` divides."""
     augmented = AugmentedImages(images, size)
+    batch_size = min(batch_size, len(augmented))
+    batch_size -= batch_size % devices
     return DataLoader(
         augmented,
-        batch_size=min(batch_size, len(augmented)),
-        sampler=EpochOrder(len(augmented), seed),
+        batch_size=batch_size // devices,
+        sampler=EpochOrder(len(augmented), batch_size, seed, devices),
         # An iterator draws a seed for its workers: not out of the stream of the coins.
         generator=torch.Generator(),
         num_workers=worker_count(),
-        drop_last=True,
     )
 
 
 def evaluation_batches(images: Dataset[Any], size: int, batch_size: int) -> DataLoader[Any]:
     """Batches to evaluate on; without gradients there is room for larger ones."""
-    return DataLoader(Images(images, size), batch_size=4 * batch_size, num_workers=worker_count())
+    prepared = Images(images, size)
+    order = EachOnce(len(prepared), 4 * batch_size)
+    return DataLoader(prepared, batch_sampler=order, num_workers=worker_count())
 
 
 def worker_count() -> int:

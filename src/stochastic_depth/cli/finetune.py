@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import statistics
 import sys
 import warnings
@@ -44,6 +45,8 @@ class Settings:
     compare: bool = True
     seeds: int = 3
     quick: bool = False
+    devices: int = 1
+    strategy: str = "auto"
 
     @classmethod
     def from_options(cls, **given: Any) -> "Settings":
@@ -59,16 +62,22 @@ def finetune(*, out: Path | None = None, resume: Path | None = None, **given: An
     """Run, or go on with, every arm of every seed, and leave all that came out in a folder."""
     if resume is None:
         settings = Settings.from_options(**given)
-        folder = out or Path("runs", datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+        folder = out or new_folder()
     else:
         if options := given.keys() | ({"out"} if out else set()):
             named = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(options))
             raise CommandError(f"--resume {resume}: goes on with its own settings; drop {named}")
         settings, folder = read_settings(resume), resume
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if settings.batch_size % settings.devices:
+        raise CommandError(
+            f"--batch-size {settings.batch_size}: is shared by all devices, so it must be a "
+            f"multiple of --devices {settings.devices}"
+        )
+    first = is_first_process()
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not first)
     with quiet():
         task = Task(settings)
-        if resume is None:
+        if resume is None and first:
             create_folder(folder, settings)
         console.print(task.describe())
         console.print(
@@ -81,7 +90,24 @@ def finetune(*, out: Path | None = None, resume: Path | None = None, **given: An
                 result = task.run(seed, arm, folder / f"seed{seed}-{arm}")
                 console.print(result.line())
                 results.append(result)
-    write_report(results, asdict(settings), list(task.splits.skipped), folder, console)
+    if first:
+        write_report(results, asdict(settings), list(task.splits.skipped), folder, console)
+
+
+def is_first_process() -> bool:
+    """Whether this is not one of the processes that Lightning or torchrun started beside it."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def new_folder() -> Path:
+    """A folder named after the time: the first process's time, which the others inherit."""
+    if not is_first_process() and FOLDER not in os.environ:
+        raise CommandError("--out: is needed where torchrun starts the processes")
+    name = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    return Path(os.environ.setdefault(FOLDER, str(Path("runs", name))))
+
+
+FOLDER = "STOCHASTIC_DEPTH_FOLDER"
 
 
 def arms(compare: bool, seed: int) -> tuple[str, ...]:
@@ -154,10 +180,12 @@ class Task:
         branches = self.apply(network.model) if arm == WITH else []
         classifier = Classifier(network, settings.lr, seed)
         recorder = Recorder(branches, self.summary.depth)
-        fitting = trainer(settings.epochs, recorder, folder)
+        fitting = trainer(settings.epochs, recorder, folder, settings.devices, settings.strategy)
         fitting.fit(
             classifier,
-            training_batches(self.splits.train, self.image_size, settings.batch_size, seed),
+            training_batches(
+                self.splits.train, self.image_size, settings.batch_size, seed, settings.devices
+            ),
             evaluation_batches(self.splits.val, self.image_size, settings.batch_size),
             ckpt_path=last_checkpoint(folder),
         )
@@ -166,7 +194,8 @@ class Task:
             evaluation_batches(self.splits.test, self.image_size, settings.batch_size),
             verbose=False,
         )
-        torch.save(classifier.model.state_dict(), folder / "model.pt")
+        if is_first_process():
+            torch.save(classifier.model.state_dict(), folder / "model.pt")
         result = Result(
             seed=seed,
             arm=arm,
@@ -177,7 +206,8 @@ class Task:
             realised_depth=statistics.fmean(row["realised_depth"] for row in recorder.history),
             history=recorder.history,
         )
-        write_json(done, asdict(result))
+        if is_first_process():
+            write_json(done, asdict(result))
         return result
 
 

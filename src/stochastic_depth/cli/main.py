@@ -71,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
     add_depth_options(finetune)
     training = finetune.add_argument_group("training")
     training.add_argument("--epochs", type=positive, help="default: 4")
-    training.add_argument("--batch-size", type=positive, help="default: 32")
+    training.add_argument(
+        "--batch-size", type=positive, help="of all devices together (default: 32)"
+    )
     training.add_argument("--lr", type=float, help="peak learning rate of AdamW (default: 0.001)")
     training.add_argument(
         "--compare",
@@ -86,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
         "--quick",
         action="store_true",
         help="a first look: one seed, two epochs, at most 1,000 images of each split",
+    )
+    training.add_argument(
+        "--devices", type=positive, help="how many GPUs, or processes on the CPU (default: 1)"
+    )
+    training.add_argument(
+        "--strategy",
+        choices=("auto", "ddp"),
+        help="Lightning's, for several devices (default: auto, which is ddp for them)",
     )
     output = finetune.add_argument_group("output")
     output.add_argument("--out", type=Path, help="folder to create (default: runs/<date and time>)")

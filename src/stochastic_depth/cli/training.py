@@ -41,13 +41,16 @@ class Classifier(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # What is drawn in an epoch depends on the seed and the epoch alone, so a resumed run
-        # repeats the uninterrupted one without a saved random state.
-        torch.manual_seed(derive("epoch", self.seed, self.current_epoch))
+        # repeats the uninterrupted one without a saved random state. Each process has coins of
+        # its own.
+        rank = (self.global_rank,) if self.global_rank else ()
+        torch.manual_seed(derive("epoch", self.seed, self.current_epoch, *rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         loss = cross_entropy(self(images), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        count = len(labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
@@ -60,8 +63,10 @@ class Classifier(L.LightningModule):
         images, labels = batch
         logits = self(images)
         error = (logits.argmax(1) != labels).float().mean()
-        self.log(f"{split}_error", error, prog_bar=True, batch_size=len(labels))
-        self.log(f"{split}_loss", cross_entropy(logits, labels), batch_size=len(labels))
+        count = len(labels)
+        self.log(f"{split}_error", error, prog_bar=True, batch_size=count, sync_dist=True)
+        loss = cross_entropy(logits, labels)
+        self.log(f"{split}_loss", loss, batch_size=count, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), self.lr)
@@ -102,10 +107,14 @@ class Recorder(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics["realised_depth"] = self.depth - sum(
+        realised = self.depth - sum(
             (branch.dropped - dropped) / max(branch.decided - decided, 1)
             for branch, (decided, dropped) in zip(self.branches, self.counts, strict=True)
         )
+        metrics["realised_depth"] = realised
+        if trainer.world_size > 1:
+            everywhere = trainer.strategy.reduce(torch.tensor(realised, device=module.device))
+            metrics["realised_depth"] = float(everywhere)
         self.history.append(metrics)
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +125,9 @@ class Recorder(L.Callback):
         self.history = state["history"]
 
 
-def trainer(epochs: int, recorder: Recorder, folder: Path) -> L.Trainer:
+def trainer(
+    epochs: int, recorder: Recorder, folder: Path, devices: int, strategy: str
+) -> L.Trainer:
     """A Lightning trainer that keeps the last two epochs' checkpoints in ``folder``."""
     checkpoint = ModelCheckpoint(
         folder,
@@ -128,7 +139,9 @@ def trainer(epochs: int, recorder: Recorder, folder: Path) -> L.Trainer:
     )
     return L.Trainer(
         max_epochs=epochs,
-        devices=1,
+        devices=devices,
+        strategy=strategy,
+        use_distributed_sampler=False,  # the batches are shared already
         callbacks=[recorder, checkpoint, RichProgressBar()],
         logger=False,
         enable_model_summary=False,

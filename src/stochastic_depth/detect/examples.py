@@ -189,10 +189,10 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
     Replaced forwards (ours, for one) are out of the way meanwhile.
     """
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+        raise TypeError("it would run a hook on fake tensors")
     saved = []
     for m in module.modules():
-        if m._forward_hooks or m._forward_pre_hooks:
-            raise TypeError("it would run a hook on fake tensors")
         saved.append((m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)))
         m.__dict__.pop("forward", None)
     try:

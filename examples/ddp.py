@@ -1,0 +1,53 @@
+"""Stochastic depth under DistributedDataParallel.
+
+    torchrun --nproc-per-node 2 examples/ddp.py
+
+On CPUs with gloo, on GPUs with nccl: the script is the same.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+import stochastic_depth as sd
+from task import Network, images, report
+
+EPOCHS = 3
+
+
+def main() -> None:
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank = dist.get_rank()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+
+    torch.manual_seed(0)
+    model = sd.apply(Network(), p=0.3).to(device)
+    ddp = DistributedDataParallel(model)  # find_unused_parameters is not needed
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-3)
+    data = images()
+    sampler = DistributedSampler(data)
+    batches = DataLoader(data, batch_size=16, sampler=sampler)
+    rates = sd.RateSchedule(model, "linear", steps=len(batches))  # a warm-up of one epoch
+
+    torch.manual_seed(rank)  # every rank tosses coins of its own
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        for x, labels in batches:
+            optimizer.zero_grad()
+            loss = cross_entropy(ddp(x.to(device)), labels.to(device))
+            loss.backward()
+            optimizer.step()
+            rates.step()
+
+    report(rank, loss, nn.utils.parameters_to_vector(model.parameters()), model)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Detector and executor against the interpreter, on random networks."""
+
+import copy
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+from .interpreter import Interpreter, droppable
+from .networks import WIDTH, Network, build, networks
+
+MODES = st.sampled_from(["batch", "row", "subset"])
+ROWS = 4
+P = 0.3
+
+
+def toss(mode: str):
+    """The coins as they are documented, from torch's default generator."""
+
+    def coins(rows: int) -> tuple[Tensor, float]:
+        if mode == "batch":
+            return (torch.rand(1) >= P).expand(rows), 1 / (1 - P)
+        if mode == "row":
+            return torch.rand(rows) >= P, 1 / (1 - P)
+        k = round(rows * (1 - P))
+        kept = torch.zeros(rows, dtype=torch.bool)
+        kept[torch.randperm(rows)[:k]] = True
+        return kept, rows / k
+
+    return coins
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, other = torch.randn(2, ROWS, WIDTH, dtype=torch.float64, generator=generator)
+    return x, other
+
+
+def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (output.tanh().sum() if output.requires_grad else output.sum().requires_grad_()).backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # float64 rounding, of sums in another order
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9)
+
+
+def count_rows(model: nn.Module) -> Counter[str]:
+    """Filled with the rows that each linear layer computes."""
+    rows: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: rows.update({name: len(args[0])})
+            )
+    return rows
+
+
+def check(network: Network, mode: str, seed: int) -> None:
+    if mode != "batch" and network.train_norm:
+        network = Network(network.blocks, network.order, network.long_skip, train_norm=False)
+    x, other = inputs()
+    plain = build(network)
+    expected = droppable(network)
+    model = copy.deepcopy(plain)
+    keys = list(model.state_dict())
+    if not expected:
+        with pytest.raises(ValueError, match="no residual branch"):
+            sd.apply(model)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rows that cannot be told apart
+        sd.apply(model, p=P, schedule="uniform", mode=mode)
+        assert len(sd.branches(model)) == len(expected), sd.branches(model)
+        assert list(model.state_dict()) == keys
+
+        with torch.no_grad():
+            ours, theirs = copy.deepcopy(model).eval(), copy.deepcopy(plain).eval()
+            assert torch.equal(ours(x, other), theirs(x, other))
+
+        twin = copy.deepcopy(model)
+        rows = count_rows(twin)  # hooks on leaves
+        torch.manual_seed(seed)
+        output = twin(x, other)
+        reference = copy.deepcopy(plain)
+        interpreter = Interpreter(network, reference, expected, toss(mode), mode != "batch")
+        torch.manual_seed(seed)
+        wanted = interpreter.run(x, other)
+        assert_same({"output": output.detach()}, {"output": wanted.detach()})
+        assert rows == interpreter.rows
+        assert_same(gradients(twin, output), gradients(reference, wanted))
+        assert_same(dict(twin.named_buffers()), dict(reference.named_buffers()))
+
+        for branch in sd.branches(model):
+            branch.p = 0.0
+        kept, reference = copy.deepcopy(model), copy.deepcopy(plain)
+        outputs = kept(x, other), reference(x, other)
+        assert torch.equal(*outputs)
+        ours, theirs = gradients(kept, outputs[0]), gradients(reference, outputs[1])
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+        for branch in sd.branches(model):
+            branch.p = 1.0
+        reference = copy.deepcopy(plain)
+        nothing = Interpreter(
+            network, reference, expected, lambda n: (torch.zeros(n, dtype=torch.bool), 0.0), True
+        )
+        wanted = nothing.run(x, other)
+        rows = count_rows(model)
+        assert_same({"output": model(x, other).detach()}, {"output": wanted.detach()})
+        assert rows == nothing.rows
+
+        sd.remove(model)
+        assert sd.branches(model) == []
+        assert torch.equal(model.eval()(x, other), plain.eval()(x, other))
+
+
+COMMON = settings(
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+)
+
+
+@settings(COMMON, derandomize=True, max_examples=300)
+@given(networks(), MODES, st.integers(0, 1000))
+def test_generated_networks_do_what_the_interpreter_does(network, mode, seed) -> None:
+    check(network, mode, seed)
+
+
+@pytest.mark.zoo
+@pytest.mark.timeout(3600)
+@settings(COMMON, max_examples=10_000, database=None)
+@given(networks(), MODES, st.integers(0, 1000))
+def test_ten_thousand_generated_networks(network, mode, seed) -> None:
+    check(network, mode, seed)
