@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_unflatten
 
 from .coins import Coins
 from .detect import CaptureError, Found, NotResidual, make_program
-from .detect.capture import Call, computing_modes, read_call
+from .detect.capture import Call, computing_modes, read_call, settings_of
 from .detect.examples import Detail
 from .detect.program import Program
 from .detect.programs import Programs
@@ -186,7 +186,17 @@ class ResidualForward:
             call, values = read_call(args, kwargs)
             return self._make_program(call.like(values), self.block.training)
 
-        return self._programs.get(key, _state(self.block), values, make), values
+        state = (*settings_of(self.block), *computing_modes())
+        program = self._programs.get(key, state, values, make)
+        if program is not None and self._outdated(program):
+            self._programs = Programs()
+            program = self._programs.get(key, state, values, make)
+        return program, values
+
+    def _outdated(self, program: Program) -> bool:
+        """Whether a module that the program does not call has been replaced or set otherwise."""
+        modules = [(self.block.get_submodule(name), was) for name, was in program.inlined.items()]
+        return any(settings_of(module) != was for module, was in modules)
 
     def _make_program(self, call: Call, training: bool) -> tuple[Program | None, Detail]:
         try:
@@ -259,6 +269,8 @@ def _own_saved_tensors() -> AbstractContextManager[None]:
 
     Checkpointing counts that, and a trace is not made a second time when it recomputes.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return nullcontext()  # under torch.func, which has none, they cannot be set either
     return saved_tensors_hooks(_as_it_is, _as_it_is)
@@ -266,12 +278,6 @@ def _own_saved_tensors() -> AbstractContextManager[None]:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _state(block: nn.Module) -> tuple[Any, ...]:
-    """What a trace of ``block`` may depend on beside its arguments."""
-    settings = [x for x in block.__dict__.values() if isinstance(x, bool | int | float | str)]
-    return (*settings, *computing_modes())
 
 
 @dataclass(frozen=True)

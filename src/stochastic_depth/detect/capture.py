@@ -34,6 +34,7 @@ __all__ = [
     "is_plain",
     "no_fast_path",
     "read_call",
+    "settings_of",
     "static_call",
 ]
 
@@ -55,13 +56,14 @@ class CaptureError(Exception):
 class Trace:
     """A traced forward, and what of the form of its tensors it holds for.
 
-    ``inlined`` names the descendants whose own forward is a part of the graph.
+    ``inlined`` names the descendants whose own forward is a part of the graph, with what the
+    trace depends on in them (:func:`settings_of`).
     """
 
     graph: fx.Graph
     detail: Detail
     examples: Examples | None
-    inlined: tuple[str, ...]
+    inlined: dict[str, tuple[Any, ...]]
     objects: dict[fx.Node, str]  # arguments that are neither tensors nor constants, by their type
 
 
@@ -147,8 +149,10 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
     if not all(map(inspect.isfunction, forwards)):
         raise CaptureError("its forward is not a Python function")
     tracer = _Tracer(module, call, inlined, forwards)
+    alike = [m for m in module.modules() if m.training == module.training]
     was_training = module.training
-    module.training = training
+    for m in alike:
+        m.training = training
     states = [namespace for m in traced for namespace in (m.__dict__, m._buffers, m._parameters)]
     saved = [dict(namespace) for namespace in states]
     random_state = torch.get_rng_state()
@@ -173,7 +177,9 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
                 changed += [k for k, v in namespace.items() if original.get(k, _NEW) is not v]
                 namespace.clear()
                 namespace.update(original)
-            module.training = was_training
+            inlined_settings = {n: settings_of(module.get_submodule(n)) for n in tracer.entered}
+            for m in alike:
+                m.training = was_training
     if drew:
         raise CaptureError("it draws random numbers that decide what it does")
     if changed:
@@ -189,7 +195,7 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
     graph.eliminate_dead_code(lambda node: not _is_pure(node))
     given = [node for node in graph.nodes if node.op == "placeholder"]
     objects = {n: t.__name__ for n, t in zip(given, call.types, strict=True) if not _is_value(t)}
-    return Trace(graph, tracer.detail, tracer.examples, tuple(tracer.entered), objects)
+    return Trace(graph, tracer.detail, tracer.examples, inlined_settings, objects)
 
 
 def _first_line(error: Exception) -> str:
@@ -431,6 +437,12 @@ def _starts_in_place(m: nn.Module) -> bool:
         and first is not None
         and (getattr(first, "inplace", False) is True or _starts_in_place(first))
     )
+
+
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a trace through ``module`` may depend on beside its arguments."""
+    settings = [x for x in module.__dict__.values() if isinstance(x, bool | int | float | str)]
+    return type(module), *module._modules, *settings
 
 
 def computing_modes() -> tuple[Any, ...]:

@@ -38,14 +38,14 @@ class Program:
 
     ``run(block, call_branch, *values)`` is the forward's result; where a region was, it calls
     ``call_branch(i, shortcut, *inputs)`` for the branch ``branches[i]``. It holds for calls whose
-    tensors are alike as far as ``detail`` says, and while no module of ``inlined``, which it does
-    not call, has hooks.
+    tensors are alike as far as ``detail`` says, and while the modules of ``inlined``, which it does
+    not call, have no hooks and the settings that are noted there.
     """
 
     run: Callable[..., Any]
     branches: tuple[Branch, ...]
     detail: Detail
-    inlined: tuple[str, ...]
+    inlined: dict[str, tuple[Any, ...]]
 
 
 def build_program(

@@ -80,7 +80,7 @@ def whole_program(block: nn.Module, call: Call) -> Program:
         modules=tuple(name for name, _ in block.named_children()),
         parameters=tuple(name for name, _ in block.named_parameters(recurse=False)),
     )
-    return Program(run, (branch,), Detail.NOTHING, ())
+    return Program(run, (branch,), Detail.NOTHING, {})
 
 
 @dataclass(frozen=True)
