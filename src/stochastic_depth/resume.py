@@ -11,7 +11,7 @@ from .executor import installed
 from .layer import StochasticDepth
 from .surgery import branches
 
-__all__ = ["random_state", "set_random_state"]
+__all__ = ["coins_of", "random_state", "set_random_state"]
 
 
 def random_state(model: nn.Module) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def random_state(model: nn.Module) -> dict[str, Any]:
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "coins": [coins.state() for coins in _coins(model)],
+        "coins": [coins.state() for coins in coins_of(model)],
         "branches": [
             {"name": name, "p": branch.p, "decided": branch.decided, "dropped": branch.dropped}
             for name, branch in _named_branches(model)
@@ -70,7 +70,7 @@ def set_random_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         >>> resumed = sd.apply(torchvision.models.resnet18(), p=0.5)
         >>> sd.set_random_state(resumed, torch.load(io.BytesIO(file.getvalue())))
     """
-    coins, named = _coins(model), _named_branches(model)
+    coins, named = coins_of(model), _named_branches(model)
     saved = [branch["name"] for branch in state["branches"]]
     if saved != [name for name, _ in named] or len(state["coins"]) != len(coins):
         raise ValueError(
@@ -88,7 +88,7 @@ def set_random_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         branch._state.decided, branch._state.dropped = values["decided"], values["dropped"]
 
 
-def _coins(model: nn.Module) -> list[Coins]:
+def coins_of(model: nn.Module) -> list[Coins]:
     """Where the coins of ``model`` come from, each once."""
     found: dict[int, Coins] = {}
     for module in model.modules():

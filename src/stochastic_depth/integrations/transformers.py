@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..rate_schedule import RateSchedule
-from ..resume import random_state, set_random_state
+from ..resume import coins_of
 from ..schedules import Course
 from .common import (
     ensure_applied,
@@ -88,8 +88,9 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
             {name: torch.tensor(state, dtype=torch.uint8) for name, state in states.items()}
             for states in saved["attributes"]["coins"]
         ]
-        # The Trainer restores torch's generators itself.
-        set_random_state(self._model, random_state(self._model) | {"coins": coins})
+        # The Trainer restores torch's generators itself, and the schedule the rates and counts.
+        for source, states in zip(coins_of(self._model), coins, strict=True):
+            source.set_state(states)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._schedule is not None:
@@ -110,7 +111,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
                 "schedule": self._schedule.state_dict(),
                 "coins": [
                     {name: generator.tolist() for name, generator in states.items()}
-                    for states in random_state(self._model)["coins"]
+                    for states in (source.state() for source in coins_of(self._model))
                 ],
             }
         return {"args": {}, "attributes": attributes}
