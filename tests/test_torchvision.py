@@ -138,12 +138,15 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
 def training_output(model: nn.Module, x: Tensor) -> Tensor:
     """The output in training; running statistics and the random state stay as they were."""
     before = running_statistics(model)
-    model.train()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    # With gradients enabled, without which coins of a generator of their own are recorded for
+    # checkpointing, which takes numbers from the default generator, and thereby from dropout.
+    model.train().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         output = model(x)
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
+    model.requires_grad_()
     return output
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .networks import MERGES, Block, Layer, Network, Statement
 
 Path = tuple[str, int, int]  # the block's name, the statement's index, which of its branches
-Toss = Callable[[int], tuple[Tensor, float]]  # the kept rows as a mask, and their weight
+Toss = Callable[[str, int], tuple[Tensor, float]]  # the kept rows as a mask, and their weight
 
 
 def droppable(network: Network) -> set[Path]:
@@ -59,18 +59,25 @@ class Interpreter:
         network: the description.
         model: a plain module built from it.
         dropped: the branches that coins are tossed for.
-        toss: tosses them.
+        toss: tosses one, given the name of the block and the number of rows.
         select: whether dropped rows are not computed where rows can be told apart.
+        other_known: whether they can where the second input enters the branch.
 
     Attributes:
         rows: how many rows each linear layer has to compute, by name.
     """
 
     def __init__(
-        self, network: Network, model: nn.Module, dropped: set[Path], toss: Toss, select: bool
+        self,
+        network: Network,
+        model: nn.Module,
+        dropped: set[Path],
+        toss: Toss,
+        select: bool,
+        other_known: bool,
     ) -> None:
         self.network, self.model, self.dropped, self.toss = network, model, dropped, toss
-        self.select = select
+        self.select, self.other_known = select, other_known
         self.rows: Counter[str] = Counter()
         self.kept: Tensor | None = None  # the rows that count where we are; None is all
 
@@ -151,10 +158,10 @@ class Interpreter:
         start = shortcut if start is None else start
         if path not in self.dropped:
             return shortcut + factor * branch(start)
-        mask, weight = self.toss(len(start))
+        mask, weight = self.toss(path[0], len(start))
         if not mask.any():
             return shortcut
-        self.kept = mask if self.select and known else None
+        self.kept = mask if self.select and (known or self.other_known) else None
         output = branch(start)
         self.kept = None
         masked = torch.where(mask.view(-1, 1), output, torch.zeros_like(output))
@@ -174,6 +181,8 @@ class Interpreter:
                     x = x * getattr(self._module(name), f"scale{layer.index}")
                 case "other":
                     x = x * other
+                case "doubled":
+                    x = x * 2.0
                 case "nested":
                     assert layer.block is not None
                     x = self._block(path, layer.block, x, other)

@@ -17,7 +17,8 @@ ALPHA = 0.5
 class Layer:
     """One step of a branch. ``index`` names its module (or parameter) in the block."""
 
-    kind: str  # linear, tanh, relu, scale, bn, other (times the second input), nested
+    # linear, tanh, relu, scale, bn, other (times the second input), doubled (in place), nested
+    kind: str
     index: int = 0
     block: "Block | None" = None
 
@@ -89,13 +90,16 @@ class Handed(nn.Module):
 
 @st.composite
 def _layers(draw: st.DrawFn, depth: int, ids: Iterator[int], known: list[int], other: bool):
-    kinds = ["linear", "linear", "tanh", "relu", "scale", "bn", "shared"]
+    kinds = ["linear", "linear", "tanh", "relu", "scale", "bn", "shared", "doubled"]
     kinds += ["other"] * other + ["nested"] * (depth > 0)
     layers = []
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=3)):
         if kind == "nested":
             block = draw(_blocks(depth - 1, other))
             layers.append(Layer(kind, next(ids), block))
+        elif kind == "doubled":  # what a linear layer returns, which nobody else sees
+            layers += [Layer("linear", next(ids)), Layer(kind)]
+            known.append(layers[-2].index)
         elif kind == "shared":
             if known:
                 layers.append(Layer("linear", draw(st.sampled_from(known))))
@@ -210,6 +214,8 @@ def _code(s: Statement) -> list[str]:
                     lines.append(f"{name} = torch.{layer.kind}({name})")
                 case "scale":
                     lines.append(f"{name} = {name} * {path}")
+                case "doubled":
+                    lines.append(f"{name} *= 2.0")
                 case "other":
                     lines.append(f"{name} = {name} * other")
                 case "nested":

@@ -16,19 +16,25 @@ from .interpreter import Interpreter, droppable
 from .networks import WIDTH, Network, build, networks
 
 MODES = st.sampled_from(["batch", "row", "subset"])
-ROWS = 4
-P = 0.3
+ROWS = st.sampled_from([3, WIDTH, 7])
+RATES = (0.1, 0.3, 0.6)
+
+
+def rate_of(block: str) -> float:
+    """Blocks have different rates."""
+    return RATES[sum(map(ord, block)) % len(RATES)]
 
 
 def toss(mode: str):
     """The coins as they are documented, from torch's default generator."""
 
-    def coins(rows: int) -> tuple[Tensor, float]:
+    def coins(block: str, rows: int) -> tuple[Tensor, float]:
+        p = rate_of(block)
         if mode == "batch":
-            return (torch.rand(1) >= P).expand(rows), 1 / (1 - P)
+            return (torch.rand(1) >= p).expand(rows), 1 / (1 - p)
         if mode == "row":
-            return torch.rand(rows) >= P, 1 / (1 - P)
-        k = round(rows * (1 - P))
+            return torch.rand(rows) >= p, 1 / (1 - p)
+        k = round(rows * (1 - p))
         kept = torch.zeros(rows, dtype=torch.bool)
         kept[torch.randperm(rows)[:k]] = True
         return kept, rows / k
@@ -36,9 +42,9 @@ def toss(mode: str):
     return coins
 
 
-def inputs() -> tuple[Tensor, Tensor]:
+def inputs(rows: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x, other = torch.randn(2, ROWS, WIDTH, dtype=torch.float64, generator=generator)
+    x, other = torch.randn(2, rows, WIDTH, dtype=torch.float64, generator=generator)
     return x, other
 
 
@@ -58,6 +64,11 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9)
 
 
+def none_kept(block: str, rows: int) -> tuple[Tensor, float]:
+    """The coins at p = 1."""
+    return torch.zeros(rows, dtype=torch.bool), 0.0
+
+
 def count_rows(model: nn.Module) -> Counter[str]:
     """Filled with the rows that each linear layer computes."""
     rows: Counter[str] = Counter()
@@ -69,10 +80,10 @@ def count_rows(model: nn.Module) -> Counter[str]:
     return rows
 
 
-def check(network: Network, mode: str, seed: int) -> None:
+def check(network: Network, mode: str, seed: int, rows: int, examples: bool) -> None:
     if mode != "batch" and network.train_norm:
         network = Network(network.blocks, network.order, network.long_skip, train_norm=False)
-    x, other = inputs()
+    x, other = inputs(rows)
     plain = build(network)
     expected = droppable(network)
     model = copy.deepcopy(plain)
@@ -83,8 +94,11 @@ def check(network: Network, mode: str, seed: int) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rows that cannot be told apart
-        sd.apply(model, p=P, schedule="uniform", mode=mode)
-        assert len(sd.branches(model)) == len(expected), sd.branches(model)
+        sd.apply(model, mode=mode, example_inputs=(x, other) if examples else None)
+        blocks = Counter(branch.name.split(":")[0] for branch in sd.branches(model))
+        assert blocks == Counter(block for block, _, _ in expected)
+        for branch in sd.branches(model):
+            branch.p = rate_of(branch.name.split(":")[0])
         assert list(model.state_dict()) == keys
 
         with torch.no_grad():
@@ -92,15 +106,15 @@ def check(network: Network, mode: str, seed: int) -> None:
             assert torch.equal(ours(x, other), theirs(x, other))
 
         twin = copy.deepcopy(model)
-        rows = count_rows(twin)  # hooks on leaves
+        counted = count_rows(twin)
         torch.manual_seed(seed)
         output = twin(x, other)
         reference = copy.deepcopy(plain)
-        interpreter = Interpreter(network, reference, expected, toss(mode), mode != "batch")
+        interpreter = Interpreter(network, reference, expected, toss(mode), mode != "batch", False)
         torch.manual_seed(seed)
         wanted = interpreter.run(x, other)
         assert_same({"output": output.detach()}, {"output": wanted.detach()})
-        assert rows == interpreter.rows
+        assert counted == interpreter.rows
         assert_same(gradients(twin, output), gradients(reference, wanted))
         assert_same(dict(twin.named_buffers()), dict(reference.named_buffers()))
 
@@ -115,13 +129,13 @@ def check(network: Network, mode: str, seed: int) -> None:
         for branch in sd.branches(model):
             branch.p = 1.0
         reference = copy.deepcopy(plain)
-        nothing = Interpreter(
-            network, reference, expected, lambda n: (torch.zeros(n, dtype=torch.bool), 0.0), True
-        )
+        nothing = Interpreter(network, reference, expected, none_kept, True, True)
         wanted = nothing.run(x, other)
-        rows = count_rows(model)
-        assert_same({"output": model(x, other).detach()}, {"output": wanted.detach()})
-        assert rows == nothing.rows
+        counted = count_rows(model)
+        output = model(x, other)
+        assert_same({"output": output.detach()}, {"output": wanted.detach()})
+        assert counted == nothing.rows
+        assert_same(gradients(model, output), gradients(reference, wanted))
 
         sd.remove(model)
         assert sd.branches(model) == []
@@ -137,14 +151,14 @@ COMMON = settings(
 
 
 @settings(COMMON, derandomize=True, max_examples=300)
-@given(networks(), MODES, st.integers(0, 1000))
-def test_generated_networks_do_what_the_interpreter_does(network, mode, seed) -> None:
-    check(network, mode, seed)
+@given(networks(), MODES, st.integers(0, 1000), ROWS, st.booleans())
+def test_generated_networks_do_what_the_interpreter_does(network, mode, seed, rows, examples):
+    check(network, mode, seed, rows, examples)
 
 
 @pytest.mark.zoo
 @pytest.mark.timeout(3600)
 @settings(COMMON, max_examples=10_000, database=None)
-@given(networks(), MODES, st.integers(0, 1000))
-def test_ten_thousand_generated_networks(network, mode, seed) -> None:
-    check(network, mode, seed)
+@given(networks(), MODES, st.integers(0, 1000), ROWS, st.booleans())
+def test_ten_thousand_generated_networks(network, mode, seed, rows, examples):
+    check(network, mode, seed, rows, examples)

@@ -274,7 +274,8 @@ class _Tracer(fx.Tracer):
     ) -> None:
         drops = tuple(f for forward in forwards for f in drop_functions(forward))
         super().__init__(autowrap_functions=drops)
-        self._autowrap_search += [sys.modules[forward.__module__] for forward in forwards]
+        modules = (sys.modules.get(forward.__module__) for forward in forwards)
+        self._autowrap_search += [module for module in modules if module is not None]
         self.call = call
         self.inlined = inlined
         self.entered: dict[str, None] = {}
