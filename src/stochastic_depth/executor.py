@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_unflatten
 
 from .coins import Coins
 from .detect import CaptureError, Found, NotResidual, make_program
+from .detect.batches import rows_agree
 from .detect.capture import Call, computing_modes, read_call, settings_of
 from .detect.examples import Detail
 from .detect.program import Program
@@ -90,11 +91,14 @@ class ResidualForward:
         states: list[BranchState],
         known: set[str],
         coins: Coins,
+        call: Call,
     ) -> None:
         self.block = block
         self.known = known  # the labels of all residual sums that were seen when applied
         self.states = {state.found.label: state for state in states}
         self.coins = coins
+        # By the key of a call, in which dimensions its values have the rows of the batch.
+        self.row_dims = {call.key: call.row_dims}
         # A drop module inside a branch is replaced by our coin, also where our rate is 0.
         self.replaces = any(state.found.replaces for state in states)
         self._programs = Programs()
@@ -199,6 +203,7 @@ class ResidualForward:
         return any(settings_of(module) != was for module, was in modules)
 
     def _make_program(self, call: Call, training: bool) -> tuple[Program | None, Detail]:
+        call = replace(call, row_dims=self.row_dims.get(call.key))
         try:
             with _own_saved_tensors():
                 made = make_program(self.block, call, training, set(self.states))
@@ -235,16 +240,20 @@ class ResidualForward:
             branch.label
             for branch in program.branches
             for state in [self.states[branch.label]]
-            if state.mode != "batch" and state.found.rows_known and not branch.rows_known
+            if state.mode != "batch" and state.found.rows_known and branch.rows is None
         ]
         if masked:
-            name = next(iter(self.states.values())).found.block
-            warnings.warn(
-                f"stochastic depth: {name!r} ({type(self.block).__name__}), called with these "
-                "arguments: it cannot be told which of the tensors that enter these branches have "
-                f"the batch's rows, so all are computed and the dropped left out: {masked}",
-                stacklevel=2,
-            )
+            self.warn_of_masking(masked)
+
+    def warn_of_masking(self, labels: list[str]) -> None:
+        """Say that the rows of these branches cannot be told apart."""
+        name = next(iter(self.states.values())).found.block
+        warnings.warn(
+            f"stochastic depth: {name!r} ({type(self.block).__name__}), called with these "
+            "arguments: it cannot be told which of the tensors that enter these branches have "
+            f"the batch's rows, so all are computed and the dropped left out: {labels}",
+            stacklevel=2,
+        )
 
     def _report(self, missing: set[str], new: set[str], reason: str) -> None:
         name = next(iter(self.states.values())).found.block
@@ -296,7 +305,8 @@ class _Runner:
 
         if _observer is not None:
             return branch.sum(shortcut, _observer(state, run, inputs), 1.0)
-        rows = 1 if state.mode == "batch" else shortcut.shape[state.found.batch_dim]
+        dim = state.found.batch_dim
+        rows = 1 if state.mode == "batch" else shortcut.shape[dim]
 
         def modules() -> list[nn.Module]:
             return [block.get_submodule(name) for name in branch.modules]
@@ -317,13 +327,19 @@ class _Runner:
             # Not in a compiled graph, nor when checkpointing computes it a second time.
             state.decided += rows
             state.dropped += rows - _kept_rows(keep, rows)
+        select = False
+        if keep.rows is not None and branch.rows is not None:
+            select = rows_agree(inputs, branch.rows, rows, dim)
+            if not (select or compiling):
+                self.forward.warn_of_masking([branch.label])
         droppable = Droppable(
             run=run,
             merge=branch.sum,
             modules=modules,
             parameters=lambda: [attrgetter(name)(block) for name in branch.parameters],
-            batch_dim=state.found.batch_dim,
-            select=branch.rows_known,
+            batch_dim=dim,
+            input_dims=branch.rows or (),
+            select=select,
             dropped_grad=state.dropped_grad,
             name=name,
         )

@@ -107,6 +107,7 @@ class Droppable:
         merge: how its output joins the shortcut.
         modules: asked for the modules that it runs.
         batch_dim: the dimension of the rows.
+        input_dims: the same of each input, None where it has none; empty: as the shortcut's.
         parameters: asked for the parameters that it reads beside those of its modules.
         select: False where the rows of the inputs cannot be told apart: the branch then runs on
             all of them and the dropped rows of its output are left out.
@@ -119,6 +120,7 @@ class Droppable:
     modules: Callable[[], Iterable[nn.Module]] = tuple
     parameters: Callable[[], Iterable[Tensor]] = tuple
     batch_dim: int = 0
+    input_dims: tuple[int | None, ...] = ()
     select: bool = True
     dropped_grad: DroppedGrad = "none"
     name: str = "the branch"
@@ -138,11 +140,12 @@ def combine(shortcut: Any, inputs: tuple[Any, ...], keep: Keep, branch: Droppabl
     elif len(rows) == 1 and any(map(_pools_rows, branch.modules())):
         # Batch statistics of one row are poor or undefined. A second row goes along, and only
         # for them: which rows are kept, and so the expectation, stays as it was drawn.
-        batch = _first_tensor(inputs).shape[dim]
+        batch = _first_tensor(shortcut).shape[dim]
         pair = torch.cat([rows, (rows + 1) % batch])[: min(batch, 2)]
-        output = _take(branch.run(*_take(inputs, pair, dim)), torch.zeros_like(rows), dim)
+        output = branch.run(*_take_inputs(inputs, pair, branch))
+        output = _take(output, torch.zeros_like(rows), dim)
     else:
-        shortcut, taken = _split(shortcut, inputs, rows, dim)
+        shortcut, taken = _split(shortcut, inputs, rows, branch)
         output = branch.run(*taken)
     return branch.merge.rows(shortcut, output, keep.weight, rows, dim)
 
@@ -270,13 +273,23 @@ class _Unused(torch.autograd.Function):
         return grad, *(torch.zeros_like(p) for p in ctx.parameters)
 
 
-def _split(shortcut: Any, inputs: tuple[Any, ...], rows: Tensor, dim: int) -> tuple[Any, Any]:
+def _split(
+    shortcut: Any, inputs: tuple[Any, ...], rows: Tensor, branch: Droppable
+) -> tuple[Any, tuple[Any, ...]]:
     """The shortcut, and the rows of the inputs, of which it may be one."""
     is_input = isinstance(shortcut, Tensor) and any(x is shortcut for x in inputs)
     if not is_input or torch.compiler.is_compiling():  # which saves by itself
-        return shortcut, _take(inputs, rows, dim)
-    taken, whole = split_rows(shortcut, rows, dim)
-    return whole, tuple(taken if x is shortcut else _take(x, rows, dim) for x in inputs)
+        return shortcut, _take_inputs(inputs, rows, branch)
+    taken, whole = split_rows(shortcut, rows, branch.batch_dim)
+    others = _take_inputs(tuple(None if x is shortcut else x for x in inputs), rows, branch)
+    return whole, tuple(taken if x is shortcut else y for x, y in zip(inputs, others, strict=True))
+
+
+def _take_inputs(inputs: tuple[Any, ...], rows: Tensor, branch: Droppable) -> tuple[Any, ...]:
+    dims = branch.input_dims or (branch.batch_dim,) * len(inputs)
+    return tuple(
+        x if dim is None else _take(x, rows, dim) for x, dim in zip(inputs, dims, strict=True)
+    )
 
 
 def _take(values: Any, rows: Tensor, dim: int) -> Any:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .calls import run_example
 from .detect.capture import no_fast_path
 from .executor import BranchState, observe
 from .sampling import subset_size
-from .surgery import Branch, branch_name, branches, detect, run_example
+from .surgery import Branch, branch_name, branches, detect
 
 __all__ = ["Row", "Summary", "summary"]
 

@@ -1,17 +1,15 @@
 """The whole-model verbs: apply, remove, branches."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
+from .calls import watch_calls
 from .coins import Coins, check_sharing, is_flattened
 from .detect import Findings, Found, Refused, find_branches, whole_blocks
-from .detect.capture import Call, read_call
-from .detect.examples import outline
 from .detect.existing import existing_rate
 from .executor import BranchState, ResidualForward, installed, slot
 from .functional import check_dropped_grad
@@ -249,9 +247,10 @@ def apply(
     remove(model)
     for name in names:
         block = model.get_submodule(name)
-        forward = ResidualForward(block, states[name], findings.labels[name], source)
+        call, labels = findings.calls[name], findings.labels[name]
+        forward = ResidualForward(block, states[name], labels, source, call)
         if whole is None:
-            forward.prepare(findings.calls[name])
+            forward.prepare(call)
         forward.install()
     return model
 
@@ -295,7 +294,7 @@ def branches(model: nn.Module) -> list[Branch]:
 
 def detect(model: nn.Module, example_inputs: Any = None) -> Findings:
     """The residual branches that ``apply`` can drop, and what it refuses."""
-    calls = None if example_inputs is None else _watch_calls(model, example_inputs)
+    calls = None if example_inputs is None else watch_calls(model, example_inputs)
     findings = find_branches(model, calls)
     free: list[Found] = []
     refused = list(findings.refused)
@@ -330,7 +329,7 @@ def _whole(model: nn.Module, patterns: Filter, example_inputs: Any) -> Findings:
     for name in names:
         if not _is_free(named[name]):
             raise ValueError(f"whole names {name!r}, but {_REPLACED}")
-    calls = None if example_inputs is None else _watch_calls(model, example_inputs)
+    calls = None if example_inputs is None else watch_calls(model, example_inputs)
     return whole_blocks(model, [name for name in named if name in names], calls)
 
 
@@ -339,57 +338,6 @@ def _forwards(model: nn.Module) -> Iterator[tuple[str, ResidualForward]]:
         forward = installed(block)
         if forward is not None:
             yield name, forward
-
-
-def call_model(model: nn.Module, example_inputs: Any) -> Any:
-    """``model`` of a tensor, a tuple of arguments or a dict of keywords."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-def run_example(model: nn.Module, example_inputs: Any) -> None:
-    """Call ``model`` on ``example_inputs`` in evaluation, without gradients or random effects.
-
-    Raises:
-        ValueError: the model fails on them.
-    """
-    modes = {m: m.training for m in model.modules()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.eval()
-            call_model(model, example_inputs)
-    except Exception as error:
-        raise ValueError(
-            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
-            f"or a dict of keywords), but calling it failed: {error}"
-        ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _watch_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
-    """How each module is called, by name, when the model runs on ``example_inputs``."""
-    calls: dict[str, Call] = {}
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
-                call, values = read_call(args, kwargs)
-                calls[name] = call.like(map(outline, values))
-
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    handles = [watch(name, module) for name, module in model.named_modules()]
-    try:
-        run_example(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _choose(model: nn.Module, findings: Findings, include: Filter, exclude: Filter) -> list[Found]:

@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .calls import call_model
 from .coins import Coins
 from .executor import BranchState, installed, observe
 from .sampling import Mode, decide
-from .surgery import branches, call_model, remove
+from .surgery import branches, remove
 
 __all__ = ["Check", "Verification", "verify"]
 

@@ -87,6 +87,7 @@ class Interpreter:
                 value = self._block(f"blocks.{i}", self.network.blocks[i], value, other)
             return value
 
+        x = x * other
         if not self.network.long_skip:
             return blocks(x)
         if ("", 0, 0) in self.dropped:

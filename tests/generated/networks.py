@@ -151,7 +151,8 @@ def networks(draw: st.DrawFn) -> Network:
 def build(network: Network) -> nn.Module:
     """The network as a module, its weights random and the same each time."""
     torch.manual_seed(0)
-    lines = ["start = x"] if network.long_skip else []
+    # The second input is always used, so that nothing works with another number of its rows.
+    lines = ["x = x * other", *["start = x"] * network.long_skip]
     for i in network.order:
         lines += [f"x = {_call(network.blocks[i], f'self.blocks[{i}]', 'x')}"]
     lines += ["x = start + x"] if network.long_skip else []

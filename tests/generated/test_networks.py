@@ -110,7 +110,9 @@ def check(network: Network, mode: str, seed: int, rows: int, examples: bool) -> 
         torch.manual_seed(seed)
         output = twin(x, other)
         reference = copy.deepcopy(plain)
-        interpreter = Interpreter(network, reference, expected, toss(mode), mode != "batch", False)
+        interpreter = Interpreter(
+            network, reference, expected, toss(mode), mode != "batch", examples
+        )
         torch.manual_seed(seed)
         wanted = interpreter.run(x, other)
         assert_same({"output": output.detach()}, {"output": wanted.detach()})

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from .batches import Rows, batch_dim
 from .capture import Call, CaptureError, Trace, static_call
 from .existing import existing_rate, is_drop_call, is_drop_module, layerdrop
 from .graphs import may_hold_sums
@@ -18,7 +19,7 @@ from .handlers import further_output
 from .inline import capture_inlined
 from .program import Program, build_program
 from .regions import Kind, Leaf, NotResidual, Refusal, Region, find_regions
-from .whole import WHOLE, rows_known, whole_program
+from .whole import WHOLE, whole_program, whole_rows
 
 __all__ = [
     "CaptureError",
@@ -89,7 +90,8 @@ def find_branches(model: nn.Module, calls: Mapping[str, Call] | None = None) -> 
             continue
         try:
             call = called[name] = (calls or {}).get(name) or static_call(block)
-            labelled, refusals = _analyse(block, capture_inlined(block, call, training=True))
+            trace = capture_inlined(block, call, training=True)
+            labelled, refusals = _analyse(block, call, trace)
         except (CaptureError, NotResidual) as error:
             refused.append(Refused(name, str(error)))
             continue
@@ -144,8 +146,8 @@ def whole_blocks(
         block = model.get_submodule(name)
         call = called[name] = (calls or {}).get(name) or static_call(block)
         children = tuple(child for child, _ in block.named_children())
-        dim = _batch_dim(block)
-        found.append(Found(name, WHOLE, "block", children, (), rows_known(call), dim))
+        known = whole_rows(block, call) is not None
+        found.append(Found(name, WHOLE, "block", children, (), known, batch_dim(block)))
     return Findings(found, [], {name: {WHOLE} for name in called}, called)
 
 
@@ -173,16 +175,22 @@ def make_program(block: nn.Module, call: Call, training: bool, labels: set[str])
     if WHOLE in labels:
         return Made(whole_program(block, call), {WHOLE}, {})
     trace = capture_inlined(block, call, training)
-    labelled, refusals = _analyse(block, trace)
+    labelled, refusals = _analyse(block, call, trace)
     chosen = [(label, region) for label, region in labelled if label in labels]
     program = build_program(trace, chosen, lambda node: is_drop_call(node, block))
     refused = {_largest(block, r.modules): r.reason for r in refusals}
     return Made(program, {label for label, _ in labelled}, refused)
 
 
-def _analyse(block: nn.Module, trace: Trace) -> tuple[list[tuple[str, Region]], list[Refusal]]:
+def _analyse(
+    block: nn.Module, call: Call, trace: Trace
+) -> tuple[list[tuple[str, Region]], list[Refusal]]:
+    known: dict[str, Any] = {"batch_dim": batch_dim(block)}
+    if trace.examples is not None:
+        known["example"] = trace.examples.of
+        if call.row_dims is not None:
+            known["rows"] = Rows(block, call, trace.examples).of
     try:
-        known: Any = {} if trace.examples is None else {"example": trace.examples.of}
         regions, refusals = find_regions(
             trace.graph,
             lambda path: _leaf(block.get_submodule(path)),
@@ -260,16 +268,10 @@ class _Candidate:
             self.region.kind,
             modules,
             existing,
-            self.region.rows_known,
-            _batch_dim(self.block),
+            self.region.rows is not None,
+            batch_dim(self.block),
             bool(existing) or any(is_drop_call(node, self.block) for node in self.region.nodes),
         )
-
-
-def _batch_dim(block: nn.Module) -> int:
-    """The dimension of the rows: 0, or 1 where a layer in the block takes the time first."""
-    layers = nn.MultiheadAttention | nn.RNNBase
-    return int(any(isinstance(m, layers) and not m.batch_first for m in block.modules()))
 
 
 def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set[_Candidate]:

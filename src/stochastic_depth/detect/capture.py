@@ -73,7 +73,8 @@ class Call:
 
     ``constants`` holds every leaf of (args, kwargs), None standing in for the values.
     ``key`` is equal for calls that one trace serves, where it does not depend on more.
-    ``examples`` are such values; None where none are known.
+    ``examples`` are such values, and ``row_dims`` the dimensions in which they have the rows of
+    the batch (:mod:`.batches`); None where this is not known.
     """
 
     structure: TreeSpec
@@ -82,6 +83,7 @@ class Call:
     types: tuple[type, ...]  # of the values: Tensor, object where it is not known, or another
     key: Hashable
     examples: tuple[Any, ...] | None = field(default=None, compare=False)
+    row_dims: tuple[int | None, ...] | None = None
 
     def like(self, values: Iterable[Any]) -> "Call":
         """The same call with ``values`` as its examples."""
@@ -160,6 +162,8 @@ def capture(module: nn.Module, call: Call, training: bool, inlined: Collection[s
     changed: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(no_fast_path())
+        for name in ("_canonical_mask", "_none_or_dtype"):  # of torch's transformer layers
+            stack.enter_context(tracer.records(torch.nn.functional, name))
         for forward in forwards:
             stack.enter_context(tracer.isinstance_knows_values(forward))
         try:
@@ -275,7 +279,7 @@ class _Tracer(fx.Tracer):
         drops = tuple(f for forward in forwards for f in drop_functions(forward))
         super().__init__(autowrap_functions=drops)
         modules = (sys.modules.get(forward.__module__) for forward in forwards)
-        self._autowrap_search += [module for module in modules if module is not None]
+        self._autowrap_search += filter(None, modules)
         self.call = call
         self.inlined = inlined
         self.entered: dict[str, None] = {}
@@ -429,6 +433,22 @@ class _Tracer(fx.Tracer):
         finally:
             if not shadowed:
                 del namespace["isinstance"]
+
+    @contextmanager
+    def records(self, namespace: Any, name: str) -> Iterator[None]:
+        """Record calls of a function that insists on tensors."""
+        function = getattr(namespace, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        setattr(namespace, name, recorded)
+        try:
+            yield
+        finally:
+            setattr(namespace, name, function)
 
 
 def _starts_in_place(m: nn.Module) -> bool:

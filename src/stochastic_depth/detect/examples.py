@@ -7,9 +7,10 @@ alike, as far as :class:`Detail` says.
 
 import enum
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Detail", "Examples", "describe", "fake_values", "no_side_effects", "outline"]
+__all__ = ["Detail", "Examples", "Outline", "describe", "fake_values", "no_side_effects", "outline"]
 
 
 class Detail(enum.IntEnum):
@@ -41,10 +42,10 @@ def describe(values: Sequence[Any], detail: Detail) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class _Outline:
+class Outline:
     """The form of a tensor."""
 
-    size: torch.Size
+    shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -52,19 +53,29 @@ class _Outline:
 
     def tensor(self) -> Tensor:
         return torch.empty_strided(
-            self.size,
+            self.shape,
             self.stride,
             dtype=self.dtype,
             device=self.device,
             requires_grad=self.requires_grad,
         )
 
+    def with_one_more(self, dim: int) -> "Outline":
+        """The same with one row more along ``dim``, dense where it was."""
+        shape, strides, step = list(self.shape), [0] * len(self.shape), 1
+        shape[dim] += 1
+        for d in sorted(range(len(shape)), key=lambda d: self.stride[d]):
+            if self.stride[d] != 0:
+                strides[d] = step
+                step *= shape[d]
+        return replace(self, shape=torch.Size(shape), stride=tuple(strides))
+
 
 def outline(value: Any) -> Any:
     """What :class:`Examples` needs of a value, to keep without its data."""
     if not isinstance(value, Tensor):
         return value
-    return _Outline(value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+    return Outline(value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
 
 
 class Examples:
@@ -123,7 +134,7 @@ class Examples:
 def _fake(mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
     with mode:
         outlines = map(outline, values)
-        return [x.tensor() if isinstance(x, _Outline) else x for x in outlines]
+        return [x.tensor() if isinstance(x, Outline) else x for x in outlines]
 
 
 @contextmanager
@@ -185,16 +196,19 @@ def _not_traced() -> Iterator[None]:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` without a trace of it: no fake tensor may stay behind in its attributes.
+    """Run ``module`` without a trace of it, on fake tensors that are enabled.
 
-    Replaced forwards (ours, for one) are out of the way meanwhile.
+    None may stay behind in its attributes, and no buffer may be counted up. Hooks and replaced
+    forwards (ours, for one) are out of the way meanwhile.
     """
-    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
-        raise TypeError("it would run a hook on fake tensors")
     saved = []
     for m in module.modules():
         saved.append((m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)))
         m.__dict__.pop("forward", None)
+        m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
+        m._buffers.update(
+            {k: x if x is None else outline(x).tensor() for k, x in m._buffers.items()}
+        )
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ class Branch:
     label: str
     run: Callable[..., Any]
     sum: Merge
-    rows_known: bool
+    rows: tuple[int | None, ...] | None  # the dimension of each input's rows; None: not known
     modules: tuple[str, ...]  # of the block, that it runs
     parameters: tuple[str, ...]  # of the block, that it reads by itself
 
@@ -97,7 +97,7 @@ def _fill_in(constants: dict[fx.Node, Any]) -> None:
 def _branch(label: str, region: Region, graph: fx.Graph) -> Branch:
     parameters = tuple(str(node.target) for node in graph.nodes if node.op == "get_attr")
     run = _compile(graph, label)
-    return Branch(label, run, region.sum, region.rows_known, region.modules, parameters)
+    return Branch(label, run, region.sum, region.rows, region.modules, parameters)
 
 
 def _branch_graph(region: Region, bypassed: Callable[[fx.Node], bool]) -> fx.Graph:

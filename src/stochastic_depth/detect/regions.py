@@ -56,7 +56,7 @@ class Region:
     output: fx.Node
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
-    rows_known: bool  # whether every input certainly has the shortcut's rows
+    rows: tuple[int | None, ...] | None  # the dimension of each input's rows; None: not known
     kind: Kind
     sum: Sum
     # What else the branch returns (attention weights, say), as a node outside of it, and what it
@@ -123,6 +123,8 @@ def find_regions(
     example: Callable[[fx.Node], Any] = lambda node: None,
     objects: Mapping[fx.Node, str] = MappingProxyType({}),
     declared: Callable[[fx.Node], Any] = lambda node: dict[fx.Node, Any]()[node],
+    rows: Callable[[fx.Node], int | None] = lambda node: dict[fx.Node, None]()[node],
+    batch_dim: int = 0,
 ) -> tuple[list[Region], list[Refusal]]:
     """The residual regions of ``graph`` in the order of their sums, inner ones included.
 
@@ -139,12 +141,15 @@ def find_regions(
             given one may change it (a key-value cache), so it cannot be dropped.
         declared: what a handler puts in place of a part of what a module returns; raises a
             LookupError where none does.
+        rows: in which dimension a node has the rows of the batch, None where it has none; raises
+            an Exception where that is not known.
+        batch_dim: the same of the shortcuts.
 
     Raises:
         NotResidual: nothing in the graph can be dropped; the message is the reason.
     """
     overwritten = _thread_in_place(graph, leaf)
-    return _Finder(graph, leaf, example, objects, declared, overwritten).run()
+    return _Finder(graph, leaf, example, objects, declared, rows, batch_dim, overwritten).run()
 
 
 def _thread_in_place(graph: fx.Graph, leaf: Callable[[str], Leaf]) -> dict[fx.Node, fx.Node]:
@@ -213,12 +218,16 @@ class _Finder:
         example: Callable[[fx.Node], Any],
         objects: Mapping[fx.Node, str],
         declared: Callable[[fx.Node], Any],
+        rows: Callable[[fx.Node], int | None],
+        batch_dim: int,
         overwritten: dict[fx.Node, fx.Node],
     ) -> None:
         self.leaf = leaf
         self.example = example
         self.objects = objects
         self.declared = declared
+        self.rows = rows
+        self.batch_dim = batch_dim
         self.overwritten = overwritten
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -286,7 +295,7 @@ class _Finder:
     ) -> Region | None:
         # What the block is given enters a branch, and is never computed by one.
         branch = self._anc(output) & ~self._anc(shortcut) & ~self.given
-        own = self._anc(shortcut) & ~self._anc(output)
+        own = self._anc(shortcut) & ~self._anc(output) & ~self.given
         if not self._anc(shortcut) & self.given or not branch >> self.index[output] & 1:
             return None
         # x + f(x) + g(x): the second branch reads the trunk x of the shortcut x + f(x).
@@ -350,15 +359,17 @@ class _Finder:
                 return None
             trunk = list(start)
         nodes = tuple(self.nodes[i] for i in _bits(kept))
-        known = set(inputs) <= set(trunk)
-        if not known and not self._same_shape(shortcut, merge):
-            return None  # attention scores and their mask, say
+        rows: tuple[int | None, ...] | None = (self.batch_dim,) * len(inputs)
+        if not set(inputs) <= set(trunk):
+            if not self._same_shape(shortcut, merge):
+                return None  # attention scores and their mask, say
+            rows = self._rows(inputs, trunk, merge)
         returned, replaced = (
             tuple((n, v) for n, v in parts.items() if n.all_input_nodes[0] in nodes)
             for parts in (extras, declared)
         )
         return Region(
-            merge, shortcut, output, nodes, inputs, known, kind, as_sum, returned, replaced
+            merge, shortcut, output, nodes, inputs, rows, kind, as_sum, returned, replaced
         )
 
     def _same_shape(self, shortcut: fx.Node, merge: fx.Node) -> bool:
@@ -366,6 +377,18 @@ class _Finder:
             return bool(self.example(shortcut).shape == self.example(merge).shape)
         except Exception:  # of any kind: then it is not known
             return True
+
+    def _rows(
+        self, inputs: tuple[fx.Node, ...], trunk: list[fx.Node], merge: fx.Node
+    ) -> tuple[int | None, ...] | None:
+        """In which dimension each input has the rows; None where that is not certain."""
+        try:
+            # That of the sum too: where the trace holds for one number of rows, it is no other.
+            if any(self.rows(node) != self.batch_dim for node in (*trunk, merge)):
+                return None
+            return tuple(map(self.rows, inputs))
+        except Exception:  # of any kind: then it is not known
+            return None
 
     def _others(self, branch: int) -> Iterator[fx.Node]:
         """Parts outside of the branch of what its modules return, where anything reads them."""

@@ -16,19 +16,34 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..around import AROUND, describe
+from .batches import UNKNOWN, batch_dim
 from .capture import Call, is_plain
 from .examples import Detail, fake_values, no_side_effects
 from .program import Branch, Program
 from .regions import NotResidual
 
-__all__ = ["WHOLE", "rows_known", "whole_program"]
+__all__ = ["WHOLE", "whole_program", "whole_rows"]
 
 WHOLE = "(whole)"  # the label of a branch that is its block; no child can be called so
 
 
-def rows_known(call: Call) -> bool:
-    """Whether the block is certainly given nothing with the batch's rows but its shortcut."""
-    return sum(issubclass(t, Tensor) or t is object for t in call.types) == 1
+def whole_rows(block: nn.Module, call: Call) -> tuple[int | None, ...] | None:
+    """In which dimension the shortcut and the further values have the batch's rows.
+
+    None where that is not known.
+    """
+    dim = batch_dim(block)
+    if len(call.types) == 1:
+        return (dim,)
+    main = _first_tensor(call)
+    if main is None or call.row_dims is None or call.row_dims[main] != dim:
+        return None
+    dims = (dim, *call.row_dims[:main], *call.row_dims[main + 1 :])
+    return None if UNKNOWN in dims else dims
+
+
+def _first_tensor(call: Call) -> int | None:
+    return next((i for i, kind in enumerate(call.types) if issubclass(kind, Tensor)), None)
 
 
 def whole_program(block: nn.Module, call: Call) -> Program:
@@ -46,14 +61,13 @@ def whole_program(block: nn.Module, call: Call) -> Program:
             "a block that is dropped as a whole has to be seen once: call the model once in "
             "training before you compile it"
         )
-    main = next((i for i, kind in enumerate(call.types) if issubclass(kind, Tensor)), None)
+    main = _first_tensor(call)
     if main is None:
         raise NotResidual("it is called without a tensor, so it has no shortcut")
     returned = _look(block, call, main)
 
-    def run_branch(block: nn.Module, x: Tensor, others: _Values | None = None) -> Any:
-        values = [x] if others is None else list(others.values)
-        values[main] = x
+    def run_branch(block: nn.Module, x: Tensor, *others: Any) -> Any:
+        values = [*others[:main], x, *others[main:]]
         leaves, structure = tree_flatten(_forward(block, call, values))
         expected = returned.leaves(values, leaves[returned.output])
         if structure != returned.structure or any(
@@ -68,26 +82,18 @@ def whole_program(block: nn.Module, call: Call) -> Program:
 
     def run(block: nn.Module, call_branch: Callable[..., Any], *values: Any) -> Any:
         x = values[main]
-        others = () if len(values) == 1 else (_Values(values),)
-        output = call_branch(0, x, x, *others)
+        output = call_branch(0, x, x, *values[:main], *values[main + 1 :])
         return tree_unflatten(returned.leaves(values, output), returned.structure)
 
     branch = Branch(
         label=WHOLE,
         run=run_branch,
         sum=AROUND,
-        rows_known=rows_known(call),
+        rows=whole_rows(block, call),
         modules=tuple(name for name, _ in block.named_children()),
         parameters=tuple(name for name, _ in block.named_parameters(recurse=False)),
     )
     return Program(run, (branch,), Detail.NOTHING, {})
-
-
-@dataclass(frozen=True)
-class _Values:
-    """The values of a call, hidden from what takes the rows of tensors."""
-
-    values: Sequence[Any]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""How the modules of a model are called, from a call of the model on example inputs."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .detect.batches import batch_dim, row_dims
+from .detect.capture import Call, read_call
+from .detect.examples import outline
+
+__all__ = ["call_model", "run_example", "watch_calls"]
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """``model`` of a tensor, a tuple of arguments or a dict of keywords."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def run_example(model: nn.Module, example_inputs: Any) -> None:
+    """Call ``model`` on ``example_inputs`` in evaluation, without gradients or random effects.
+
+    Raises:
+        ValueError: the model fails on them.
+    """
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()
+            call_model(model, example_inputs)
+    except Exception as error:
+        raise ValueError(
+            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
+            f"or a dict of keywords), but calling it failed: {error}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def watch_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
+    """How each module is called, by name, when ``model`` runs on ``example_inputs``.
+
+    Where modules are given several tensors, the model runs again with one row more, which shows
+    which of them have the batch's rows.
+
+    Raises:
+        ValueError: the model fails on ``example_inputs``.
+    """
+    calls = _watch(model, example_inputs)
+    dims = {name: batch_dim(model.get_submodule(name)) for name in calls}
+    for dim in sorted(set(dims.values()) | {0}):
+        open_ones = [n for n, call in calls.items() if not _is_settled(call, dims[n])]
+        larger = _watch_larger(model, example_inputs, dim) if open_ones else {}
+        for name in open_ones:
+            if name in larger and larger[name].key == calls[name].key:
+                given, more = calls[name].examples, larger[name].examples
+                calls[name] = replace(calls[name], row_dims=row_dims(given or (), more or ()))
+    return calls
+
+
+def _watch(model: nn.Module, inputs: Any) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                call, values = read_call(args, kwargs)
+                calls[name] = call.like(map(outline, values))
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [watch(name, module) for name, module in model.named_modules()]
+    try:
+        run_example(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_settled(call: Call, dim: int) -> bool:
+    """Whether there is nothing to ask, or the first tensor has its rows where it should."""
+    tensors = [i for i, kind in enumerate(call.types) if issubclass(kind, Tensor)]
+    if len(tensors) < 2:
+        return True
+    return call.row_dims is not None and call.row_dims[tensors[0]] == dim
+
+
+def _watch_larger(model: nn.Module, example_inputs: Any, dim: int) -> dict[str, Call]:
+    """The calls with one row more; none where it is not certain which tensors have rows.
+
+    All that have the size of the first tensor's ``dim`` there (or in dimension 0) are taken to be
+    batched. The model has to run with one row more in all of them, and to fail where one is left
+    as it was: else what merely has that size could be taken for a part of the batch.
+    """
+    given = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+    leaves, structure = tree_flatten(given)
+    tensors = [(i, x) for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+    if not tensors or tensors[0][1].dim() <= dim:
+        return {}
+    rows = tensors[0][1].shape[dim]
+    batched = {i: d for i, x in tensors for d in [_find(x, rows, dim)] if d is not None}
+
+    def larger(but: int | None = None) -> Any:
+        more = [
+            _with_one_more(x, batched[i]) if i in batched and i != but else x
+            for i, x in enumerate(leaves)
+        ]
+        return tree_unflatten(more, structure)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            calls = _watch(model, larger())
+            if any(_runs(model, larger(but=i)) for i in list(batched)[1:]):
+                return {}
+    except ValueError:
+        return {}
+    return calls
+
+
+def _find(x: Tensor, rows: int, dim: int) -> int | None:
+    """In which dimension ``x`` has ``rows`` rows: ``dim``, 0, or in none."""
+    return next((d for d in (dim, 0) if x.dim() > d and x.shape[d] == rows), None)
+
+
+def _with_one_more(x: Tensor, dim: int) -> Tensor:
+    return torch.cat([x, x.narrow(dim, 0, 1)], dim)
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    try:
+        run_example(model, inputs)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,196 @@
+"""Which tensors that enter a branch have the batch's rows, and are selected with it."""
+
+import copy
+import pickle
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+import stochastic_depth as sd
+
+B, T, S, WIDTH = 4, 6, 7, 16
+MASKED = "it cannot be told which of the tensors"
+
+
+def count_rows(model: nn.Module, dim: int = 0) -> dict[str, Counter[int]]:
+    """Filled with how many rows each linear layer is given, in how many calls."""
+    rows: dict[str, Counter[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            rows[name] = Counter()
+            module.register_forward_hook(
+                lambda _, args, __, seen=rows[name]: seen.update([args[0].shape[dim]])
+            )
+    return rows
+
+
+def assert_rows_are_selected(model: nn.Module, inputs: dict[str, Any], dim: int = 0) -> None:
+    """In subset mode at p = 0.5, every linear layer in a branch sees half of the rows."""
+    sd.apply(model, p=0.5, schedule="uniform", mode="subset", seed=0, example_inputs=inputs)
+    assert sd.verify(model, inputs).passed
+    blocks = {branch.name.split(":")[0] for branch in sd.branches(model)}
+    rows = count_rows(model.train(), dim)
+    model(**inputs)
+    inside = {n: seen for n, seen in rows.items() if seen and n.startswith(tuple(blocks))}
+    assert inside
+    assert all(set(seen) == {B // 2} for seen in inside.values()), inside
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_decoder_s_memory_and_masks(batch_first: bool, norm_first: bool) -> None:
+    layer = nn.TransformerDecoderLayer(
+        WIDTH, 2, 32, dropout=0.0, batch_first=batch_first, norm_first=norm_first
+    )
+    target, memory = torch.randn(B, T, WIDTH), torch.randn(B, S, WIDTH)
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[1, 3:] = True
+    inputs = {
+        "tgt": target if batch_first else target.transpose(0, 1),
+        "memory": memory if batch_first else memory.transpose(0, 1),
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(T),
+        "memory_key_padding_mask": padding,
+    }
+    assert_rows_are_selected(layer, inputs, dim=0 if batch_first else 1)
+
+
+def config(kind: type) -> Any:
+    return kind(
+        vocab_size=50, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, use_cache=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: BertModel(config(BertConfig)), lambda: LlamaModel(config(LlamaConfig))],
+    ids=["bert", "llama"],
+)
+def test_a_language_model_s_padding_mask_and_positions(build) -> None:
+    mask = torch.ones(B, T, dtype=torch.long)
+    mask[2, 3:] = 0
+    inputs = {"input_ids": torch.randint(0, 50, (B, T)), "attention_mask": mask}
+    assert_rows_are_selected(build(), inputs)
+
+
+def test_whole_blocks_with_masks() -> None:
+    model = BertModel(config(BertConfig)).train()
+    inputs = {
+        "input_ids": torch.randint(0, 50, (B, T)),
+        "attention_mask": torch.ones(B, T, dtype=torch.long).tril(2),
+    }
+    sd.apply(model, p=0.5, mode="subset", whole="encoder.layer.[01]", example_inputs=inputs)
+    assert sd.verify(model, inputs).passed
+    sd.branches(model)[0].p = sd.branches(model)[1].p = 0.5
+    rows = count_rows(model)
+    model(**inputs)
+    inside = [seen for name, seen in rows.items() if name.startswith("encoder.layer")]
+    assert all(seen == Counter([B // 2]) for seen in inside)
+
+
+class Attending(nn.Module):
+    """x + attention(x, bias), where a bias may be for all samples or one for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + self.out((q @ k.transpose(1, 2) + bias).softmax(-1) @ v)
+
+
+def applied(bias: Tensor, rows: int = B) -> nn.Module:
+    x = torch.randn(rows, T, WIDTH)
+    return sd.apply(Attending(), p=0.5, schedule="uniform", mode="subset", example_inputs=(x, bias))
+
+
+def assert_masked(model: nn.Module, rows: int, bias: Tensor) -> None:
+    """All rows are computed, with a warning, and the result is right."""
+    x, seen = torch.randn(rows, T, WIDTH), count_rows(model)
+    with pytest.warns(UserWarning, match=MASKED):
+        output = model(x, bias)
+    assert set(seen["out"]) == {rows}
+    branch = sd.remove(copy.deepcopy(model))(x, bias) - x
+    weights = ((output - x) / branch).detach().mean((1, 2)).round(decimals=3)
+    assert sorted(weights.tolist()) == [0.0] * (rows - rows // 2) + [rows / (rows // 2)] * (
+        rows // 2
+    )
+
+
+def test_a_mask_for_all_samples_stays_whole() -> None:
+    model = applied(torch.zeros(T, T))
+    seen = count_rows(model)
+    model(torch.randn(B, T, WIDTH), torch.randn(T, T))
+    model(torch.randn(2 * B, T, WIDTH), torch.randn(T, T))
+    assert seen["out"] == Counter([B // 2, B])
+
+
+def test_where_a_mask_for_all_has_the_size_of_the_batch_nothing_is_guessed() -> None:
+    assert_masked(applied(torch.zeros(T, T)), rows=T, bias=torch.randn(T, T))
+
+
+def test_examples_with_as_many_rows_as_positions_say_nothing_of_a_square_mask() -> None:
+    with pytest.warns(UserWarning, match=f"mode='subset'. {MASKED}"):
+        applied(torch.zeros(T, T), rows=T)
+
+
+def test_a_mask_that_is_never_read_says_nothing_either() -> None:
+    class Ignoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+            return x + self.f(x * table[index])
+
+    # The table has as many rows as the batch by chance: with more of them it works too.
+    inputs = torch.randn(B, WIDTH), torch.randn(B, WIDTH), torch.zeros(B, dtype=torch.long)
+    with pytest.warns(UserWarning, match=MASKED):
+        sd.apply(Ignoring(), p=0.5, mode="row", example_inputs=inputs)
+
+
+def test_one_row_cannot_be_told_from_what_is_broadcast() -> None:
+    with pytest.warns(UserWarning, match=MASKED):
+        applied(torch.zeros(1, T, T), rows=1)
+
+
+def test_a_bias_for_each_sample_where_one_for_all_was_shown() -> None:
+    assert_masked(applied(torch.zeros(1, T, T)), rows=B, bias=torch.randn(B, T, T))
+
+
+def test_copies_and_pickles_know_the_rows_too() -> None:
+    model = applied(torch.zeros(B, T, T))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        seen = count_rows(twin)
+        twin(torch.randn(B, T, WIDTH), torch.randn(B, T, T))
+        assert seen["out"] == Counter([B // 2])
+
+
+def test_without_examples_a_further_tensor_is_masked_and_one_is_not() -> None:
+    with pytest.warns(UserWarning, match=MASKED):
+        sd.apply(Attending(), p=0.5, mode="row")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.apply(nn.TransformerEncoderLayer(WIDTH, 2, batch_first=True), p=0.5, mode="row")
+
+
+def test_looking_at_examples_counts_nothing_up() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + self.f(x * y)
+
+    model, x = Block(), torch.randn(B, WIDTH)
+    before = copy.deepcopy(model.state_dict())
+    sd.apply(model, p=1.0, mode="row", example_inputs=(x, x))
+    model(x, x)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
