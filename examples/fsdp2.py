@@ -37,8 +37,7 @@ def main() -> None:
     sampler = DistributedSampler(data)
     batches = DataLoader(data, batch_size=16, sampler=sampler)
 
-    # PLACE TO ADAPT: with apply(..., coins="auto") batch mode shares the coins here by itself.
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same coins on all ranks; in batch mode this goes by itself
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for x, labels in batches:

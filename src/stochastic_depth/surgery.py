@@ -174,8 +174,9 @@ def apply(
             forwards that cannot be traced. With scale ``"train"`` a kept block's change of its
             input is divided by 1-p; LayerDrop has ``"none"``.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict
-            of keywords. The model runs on them once, in evaluation, to see how its blocks are
-            called; needed only where residual branches depend on optional arguments.
+            of keywords. The model runs on them in evaluation, to see how its blocks are called
+            and which tensors have the batch's rows; needed where residual branches depend on
+            optional arguments, and to select rows of more than one tensor (a mask, say).
         seed: draw the coins from a generator of the model's own, seeded with this, instead of
             torch's default one. Cannot be used inside torch.compile.
         coins: in a process group, ``"shared"`` tosses the same coins on all ranks, whatever else
