@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,11 +71,14 @@ def build_sides(width: int, depth: int) -> dict[str, nn.Module]:
     return sides
 
 
-def measure(
-    rank: int, ranks: int, store: str, width: int, depth: int, rounds: int, same: bool
-) -> None:
+def run(rank: int, ranks: int, store: str, *args: Any) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    measure(rank, *args)
+    dist.destroy_process_group()  # when DDP is freed: after it, gloo may wait for ever
+
+
+def measure(rank: int, width: int, depth: int, rounds: int, same: bool) -> None:
     sides = build_sides(width, depth)
     x = torch.randn(256, width, requires_grad=True)  # for a step that drops all
     torch.manual_seed(0 if same else rank)
@@ -93,7 +97,6 @@ def measure(
                 times[name].append(time.perf_counter() - start)
     if rank == 0:
         report(times)
-    dist.destroy_process_group()
 
 
 def report(times: dict[str, list[float]]) -> None:
@@ -121,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
         given = (args.ranks, store, args.width, args.depth, args.rounds, args.same_coins)
-        mp.spawn(measure, given, nprocs=args.ranks)
+        mp.spawn(run, given, nprocs=args.ranks)
 
 
 if __name__ == "__main__":

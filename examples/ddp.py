@@ -25,7 +25,12 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    train(rank, device)
+    # Behind a function's end: where DDP is freed after the group, gloo may wait for ever.
+    dist.destroy_process_group()
 
+
+def train(rank: int, device: torch.device) -> None:
     torch.manual_seed(0)
     model = sd.apply(Network(), p=0.3).to(device)
     ddp = DistributedDataParallel(model)  # find_unused_parameters is not needed
@@ -46,7 +51,6 @@ def main() -> None:
             rates.step()
 
     report(rank, loss, nn.utils.parameters_to_vector(model.parameters()), model)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

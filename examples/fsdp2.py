@@ -25,6 +25,11 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    train(rank, device)
+    dist.destroy_process_group()
+
+
+def train(rank: int, device: torch.device) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
     torch.manual_seed(0)
@@ -48,7 +53,6 @@ def main() -> None:
 
     weights = torch.cat([p.full_tensor().flatten() for p in model.parameters()])
     report(rank, loss, weights, model)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

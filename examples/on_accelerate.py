@@ -36,6 +36,8 @@ def main() -> None:
 
     weights = nn.utils.parameters_to_vector(model.parameters())
     report(accelerator.process_index, loss, weights, model)
+    # Freed after the process group, DDP on CPUs may wait for ever, whatever the model is.
+    prepared, optimizer, batches = accelerator.free_memory(prepared, optimizer, batches)
     accelerator.end_training()
 
 

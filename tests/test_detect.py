@@ -1016,3 +1016,28 @@ def test_scaled_sums_with_other_factors_live_in_one_block() -> None:
     sd.apply(model, p=KEPT, include=":f")
     torch.testing.assert_close(model(x), expected)
     assert not torch.equal(sd.apply(model, p=1.0, include=":g")(x), expected)
+
+
+class Rearranging(nn.Module):
+    """The shortcut puts two values together; the branch is computed from both."""
+
+    def __init__(self, gate: bool) -> None:
+        super().__init__()
+        self.f, self.gate = nn.Linear(8, 8), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.tanh(), x.sin()
+        both = torch.cat((a.sigmoid() * b, b), 1) if self.gate else torch.cat((a, b), 1)
+        return both + self.f(torch.cat((b, a), 1))
+
+
+def test_a_shortcut_may_rearrange_what_the_branch_starts_from() -> None:
+    model, x = Rearranging(gate=False), torch.randn(3, 4)
+    assert [b.kind for b in sd.branches(sd.apply(model, p=1.0))] == ["projection"]
+    assert torch.equal(model(x), torch.cat((x.tanh(), x.sin()), 1))
+    assert sd.verify(model, x).passed
+
+
+def test_a_shortcut_that_mixes_values_is_none() -> None:
+    with pytest.raises(ValueError, match="no residual branch"):
+        sd.apply(Rearranging(gate=True))

@@ -4,7 +4,8 @@ For a sum ``m = add(s, b)`` let ``Anc(v)`` be a value and all it is computed fro
 what ``b`` needs and ``s`` does not, ``Anc(b) - Anc(s)``; the shortcut's own work is
 ``Anc(s) - Anc(b)``. Where the shortcut has no work of its own, the region is an *identity*
 shortcut; where it has little (at most one layer with a weight matrix, and less in a row than the
-branch) and starts from the same value, a *projection*. Everything else is not a residual sum.
+branch) and starts from the same value, or rearranges several (``cat``), a *projection*. Everything
+else is not a residual sum.
 
 Ancestor sets are bit masks in Python integers, which makes this fast.
 """
@@ -355,8 +356,10 @@ class _Finder:
             return None
         if kind == "projection":
             start = self._entries(own)
-            if len(start) != 1 or not set(start) <= set(inputs):
+            if not start or not set(start) <= set(inputs):
                 return None
+            if len(start) > 1 and not all(_rearranges(self.nodes[i]) for i in _bits(own)):
+                return None  # two values are mixed: a gate, say
             trunk = list(start)
         nodes = tuple(self.nodes[i] for i in _bits(kept))
         rows: tuple[int | None, ...] | None = (self.batch_dim,) * len(inputs)
@@ -461,6 +464,10 @@ class _Finder:
             n.op == "get_attr" or (n.op == "call_module" and not self.leaf(str(n.target)).light)
             for n in nodes
         )
+
+
+def _rearranges(node: fx.Node) -> bool:
+    return _is_view(node) or node.target in (torch.cat, torch.concat, torch.concatenate)
 
 
 def _operation(node: fx.Node, swapped: bool) -> Callable[..., torch.Tensor]:
