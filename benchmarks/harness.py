@@ -19,23 +19,30 @@ from stochastic_depth.executor import BranchState, observe
 class Side:
     """A model that is trained on one fixed batch.
 
-    ``shares`` is what each branch's own time is of the plain step, by name.
+    ``shares`` is what each branch's own time is of the plain step, by name; ``dtype`` is that of
+    autocast.
     """
 
     model: nn.Module
     x: Tensor
     shares: dict[str, float] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.model.train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
 
     def step(self) -> None:
-        output = self.model(self.x)
+        with self.autocast():
+            output = self.model(self.x)
         loss = output.float().square().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+
+    def autocast(self) -> torch.autocast:
+        low = self.dtype is not torch.float32
+        return torch.autocast(self.x.device.type, self.dtype if low else None, enabled=low)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """How many decisions each branch took so far, and how many of them dropped."""
@@ -106,13 +113,13 @@ def branch_shares(side: Side, repeats: int = 7) -> dict[str, float]:
 
     for _ in range(repeats + 1):
         step = seconds(side.step, side.x.device)
-        with observe(time_branch):
+        with observe(time_branch), side.autocast():
             side.model(side.x)
     side.optimizer.zero_grad()
     return {name: statistics.median(times[1:]) for name, times in shares.items()}
 
 
-def peak_mebibytes(side: Side, steps: int = 4) -> float:
+def peak_mebibytes(side: Side, steps: int = 2) -> float:
     """The most memory that a training step holds beside model, optimizer and batch.
 
     Mean of some steps, since what is dropped is random.

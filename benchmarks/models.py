@@ -116,23 +116,34 @@ def vit(name: str, size: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure, and its batch on a CPU."""
+    """A model to measure, its batch on a CPU, and the larger one on a GPU."""
 
     build: Callable[[], nn.Module]
     batch: tuple[int, ...]
     channels_last: bool = False
+    gpu_batch: tuple[int, ...] | None = None
 
 
 SUBJECTS = {
-    "resnet50": Subject(torchvision.models.resnet50, (32, 3, 96, 96)),
+    "resnet50": Subject(torchvision.models.resnet50, (32, 3, 96, 96), gpu_batch=(256, 3, 224, 224)),
     "resnet110-cifar": Subject(lambda: cifar_resnet(110), (64, 3, 32, 32)),
     "resnet18": Subject(torchvision.models.resnet18, (32, 3, 96, 96)),
     "resnet18-channels-last": Subject(torchvision.models.resnet18, (32, 3, 96, 96), True),
-    "resnet50-channels-last": Subject(torchvision.models.resnet50, (32, 3, 96, 96), True),
+    "resnet50-channels-last": Subject(
+        torchvision.models.resnet50, (32, 3, 96, 96), True, (256, 3, 224, 224)
+    ),
     "vit-s": Subject(lambda: vit("vit_small_patch16_224", 160), (16, 3, 160, 160)),
     "convnext-atto": Subject(lambda: timm.create_model("convnext_atto"), (32, 3, 128, 128)),
     "llama": Subject(lambda: llama(12, 384, 6), (16, 128, 384)),
+    "vit-b": Subject(
+        lambda: vit("vit_base_patch16_224", 224), (8, 3, 224, 224), gpu_batch=(256, 3, 224, 224)
+    ),
+    "vit-l": Subject(
+        lambda: vit("vit_large_patch16_224", 224), (4, 3, 224, 224), gpu_batch=(128, 3, 224, 224)
+    ),
 }
+ON_CPU = [name for name in SUBJECTS if name not in ("vit-b", "vit-l")]
+ON_GPU = ["resnet50", "resnet50-channels-last", "vit-b", "vit-l"]
 
 
 def build(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
@@ -141,4 +152,7 @@ def build(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     layout = torch.channels_last if subject.channels_last else torch.preserve_format
     model = subject.build().to(device, memory_format=layout)
-    return model, torch.randn(subject.batch, device=device).clone(memory_format=layout)
+    batch = subject.batch
+    if device.type == "cuda" and subject.gpu_batch is not None:
+        batch = subject.gpu_batch
+    return model, torch.randn(batch, device=device).clone(memory_format=layout)

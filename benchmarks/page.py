@@ -73,8 +73,7 @@ def main() -> None:
     for where, results in load().items():
         parts.append(f"## {where}\n")
         shown = [r for r in results if r.setting in SETTINGS]
-        sides = [s for s in [*MODES, *PEERS] if any(s in r.times for r in shown)]
-        parts += [table(shown, sides) + "\n", plot(where, results)]
+        parts += [table(shown) + "\n", plot(where, results)]
     (DOCS / "benchmarks.md").write_text("\n".join(filter(None, parts)))
 
 

@@ -3,11 +3,15 @@
     python -m benchmarks.step_time                     # the two models of issue and front page
     python -m benchmarks.step_time --full --save       # every model, mode and peer: for the page
     python -m benchmarks.step_time vit-s --modes row subset --peers DINOv2
+    python -m benchmarks.step_time --full --save --device cuda --dtype bfloat16 --compiled   # a GPU
 
 All sides run interleaved in one process. Times are ratios to the plain model in the same round,
 mean and standard error over the rounds. The bound is what is left of the plain step when each
 branch's own time (forward and backward) goes with its probability to drop. How close we come to it
 is measured step by step, against the bound for what that step dropped: median over the rounds.
+
+``--compiled`` adds the plain model and ours under torch.compile: the whole model in subset mode,
+branch by branch in the others.
 """
 
 import argparse
@@ -19,13 +23,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import stochastic_depth as sd
 from stochastic_depth.sampling import Mode
 
 from .harness import Side, branch_shares, interleave, machine, peak_mebibytes, spread
-from .models import SUBJECTS, TokenBlock, build
+from .models import ON_CPU, ON_GPU, SUBJECTS, TokenBlock, build
 from .peers import ON_TOKENS, PEERS, rates_of
 
 RESULTS = Path(__file__).parent / "results" / "step_time.json"
@@ -45,42 +50,64 @@ class Result:
     memory: dict[str, float] = field(default_factory=dict)
 
 
+def compiled(model: nn.Module, mode: str) -> nn.Module:
+    """``model`` in the way of compiling that its mode allows."""
+    if mode in ("plain", "subset"):
+        return torch.compile(model)
+    for branch in sd.branches(model):
+        branch.compile(dynamic=mode == "row")
+    return model
+
+
 def measure(
-    name: str, settings: list[str], modes: list[str], peers: list[str], rounds: int, device: str
+    name: str,
+    settings: list[str],
+    modes: list[str],
+    peers: list[str],
+    rounds: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiling: bool = False,
 ) -> list[Result]:
     """Measure one model at each setting."""
     plain, x = build(name, torch.device(device))
     plain.train()
     on_tokens = any(isinstance(m, TokenBlock) for m in plain.modules())
     peers = [peer for peer in peers if on_tokens or peer not in ON_TOKENS]
-    shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0), x))
+    shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0), x, dtype=dtype))
     results = []
     for setting in settings:
         p, schedule = read_setting(setting)
-        sides = {"plain": Side(plain, x)}
+        sides = {"plain": Side(plain, x, dtype=dtype)}
         for mode in modes:
             ours = sd.apply(copy.deepcopy(plain), p=p, schedule=schedule, mode=mode)
-            sides[mode] = Side(ours, x, shares)
+            sides[mode] = Side(ours, x, shares, dtype)
+        for mode in ["plain", *modes] if compiling else []:
+            side = Side(copy.deepcopy(sides[mode].model), x, dtype=dtype)
+            side.model = compiled(side.model, mode)
+            sides[f"{mode}, compiled"] = side
         for peer in peers if p > 0 else []:
             model = copy.deepcopy(plain)
             PEERS[peer](model, rates_of(ours))
-            sides[peer] = Side(model, x)
+            sides[peer] = Side(model, x, dtype=dtype)
         times, bounds = interleave(sides, rounds)
         saved = sum(branch.p * shares[branch.name] for branch in sd.branches(ours))
         result = Result(name, setting, statistics.median(times["plain"]), 1 - saved)
         memory = {side: peak_mebibytes(sides[side]) for side in sides}
-        for side in [*modes, *peers]:
-            if side in sides:
-                ratios = zip(times[side], times["plain"], strict=True)
-                result.times[side] = [ours / plain for ours, plain in ratios]
-                result.memory[side] = memory[side] / memory["plain"]
-                result.bounds[side] = bounds[side]
+        for side in sides.keys() - {"plain"}:
+            ratios = zip(times[side], times["plain"], strict=True)
+            result.times[side] = [ours / plain for ours, plain in ratios]
+            result.memory[side] = memory[side] / memory["plain"]
+            result.bounds[side] = bounds[side]
         results.append(result)
     return results
 
 
-def table(results: list[Result], columns: list[str]) -> str:
+def table(results: list[Result]) -> str:
     """A Markdown table: time; memory; for ours, time as a multiple of the bound."""
+    measured = {side for r in results for side in r.times}
+    known = [*get_args(Mode), *(f"{mode}, compiled" for mode in ("plain", *get_args(Mode))), *PEERS]
+    columns = [side for side in known if side in measured]
     lines = ["| model | plain | setting | bound | " + " | ".join(columns) + " |"]
     lines.append("|---" * (4 + len(columns)) + "|")
     for r in results:
@@ -142,22 +169,29 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--compiled", action="store_true", help="measure torch.compile too")
     parser.add_argument("--save", action="store_true", help=f"keep the results in {RESULTS.name}")
     args = parser.parse_args()
     unknown = sorted(set(args.models) - set(SUBJECTS))
     if unknown:
         parser.error(f"unknown models {unknown}; there are {sorted(SUBJECTS)}")
-    models = args.models or (list(SUBJECTS) if args.full else ["resnet50", "resnet110-cifar"])
+    every = ON_CPU if args.device == "cpu" else ON_GPU
+    models = args.models or (every if args.full else ["resnet50", "resnet110-cifar"])
     settings = args.settings or [s for s in SETTINGS if args.full or s != "p=0.2"]
     modes = args.modes or (list(get_args(Mode)) if args.full else ["batch"])
     peers = (
         args.peers if args.peers is not None else (list(PEERS) if args.full else ["torchvision"])
     )
+    dtype = getattr(torch, args.dtype)
     where = machine(torch.device(args.device))
+    where += "" if dtype is torch.float32 else f", {args.dtype} autocast"
     print(where, flush=True)
     for name in models:
-        results = measure(name, settings, modes, peers, args.rounds, args.device)
-        print(table(results, [*modes, *peers]), flush=True)
+        results = measure(
+            name, settings, modes, peers, args.rounds, args.device, dtype, args.compiled
+        )
+        print(table(results), flush=True)
         if args.save:
             save(where, results)
 

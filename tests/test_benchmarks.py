@@ -1,8 +1,10 @@
 """The benchmarks run and write their page; what they measure is not tested."""
 
 import json
+from functools import partial
 
 import pytest
+import torch
 from benchmarks import ddp_cost, models, overhead, page, step_time
 
 
@@ -14,6 +16,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     }
     for module in (models, step_time):
         monkeypatch.setattr(module, "SUBJECTS", subjects)
+    monkeypatch.setattr(step_time, "ON_CPU", list(subjects))
     monkeypatch.setattr(step_time, "RESULTS", tmp_path / "results" / "step_time.json")
     monkeypatch.setattr(page, "DOCS", tmp_path)
     (tmp_path / "images").mkdir()
@@ -54,6 +57,18 @@ def test_step_time_measures_every_side_and_the_page_shows_it(
     assert text.count("| small |") == 4
     assert "time_against_p.png" in text
     assert (tmp_path / "images" / "time_against_p.png").exists()
+
+
+# Dynamo looks at the .grad of what enters a branch.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_step_time_measures_in_bfloat16_and_compiled(small, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(step_time.torch, "compile", partial(torch.compile, backend="eager"))
+    given = ["tokens", "--settings", "p=0.5", "--rounds", "2", "--dtype", "bfloat16", "--compiled"]
+    run(monkeypatch, step_time, *given, "--modes", "batch", "subset")
+    out = capsys.readouterr().out
+    assert "bfloat16 autocast" in out
+    for side in ("plain", "batch", "subset"):
+        assert f"| {side}, compiled |" in out
 
 
 def test_overhead_compares_with_a_second_plain_model(monkeypatch, capsys) -> None:
