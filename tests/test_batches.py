@@ -155,6 +155,25 @@ def test_a_mask_that_is_never_read_says_nothing_either() -> None:
         sd.apply(Ignoring(), p=0.5, mode="row", example_inputs=inputs)
 
 
+def test_rows_that_the_model_mixes_are_not_selected() -> None:
+    class Tiling(nn.Module):
+        """timm's GCViT: the queries are repeated in another order than the windows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, query: Tensor) -> Tensor:
+            windows = x.flatten(0, 1)
+            mixed = windows * query.repeat(len(windows) // len(query), 1)
+            return x + self.out(mixed).view_as(x)
+
+    inputs = torch.randn(B, T, WIDTH), torch.randn(B, WIDTH)
+    with pytest.warns(UserWarning, match=MASKED):
+        model = sd.apply(Tiling(), p=0.5, mode="row", example_inputs=inputs)
+    assert sd.verify(model, inputs).passed
+
+
 def test_one_row_cannot_be_told_from_what_is_broadcast() -> None:
     with pytest.warns(UserWarning, match=MASKED):
         applied(torch.zeros(1, T, T), rows=1)

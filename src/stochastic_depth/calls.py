@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .detect.batches import batch_dim, row_dims
 from .detect.capture import Call, read_call
@@ -50,12 +50,12 @@ def watch_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
     """How each module is called, by name, when ``model`` runs on ``example_inputs``.
 
     Where modules are given several tensors, the model runs again with one row more, which shows
-    which of them have the batch's rows.
+    which of them have the batch's rows, and whether these stay apart.
 
     Raises:
         ValueError: the model fails on ``example_inputs``.
     """
-    calls = _watch(model, example_inputs)
+    calls, _ = _watch(model, example_inputs)
     dims = {name: batch_dim(model.get_submodule(name)) for name in calls}
     for dim in sorted(set(dims.values()) | {0}):
         open_ones = [n for n, call in calls.items() if not _is_settled(call, dims[n])]
@@ -67,16 +67,23 @@ def watch_calls(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
     return calls
 
 
-def _watch(model: nn.Module, inputs: Any) -> dict[str, Call]:
+def _watch(
+    model: nn.Module, inputs: Any, rows: int | None = None
+) -> tuple[dict[str, Call], dict[str, list["_Sample"]]]:
+    """How each module is called first, and samples of what it is given and returns."""
     calls: dict[str, Call] = {}
+    samples: dict[str, list[_Sample]] = {}
 
     def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if name not in calls:
                 call, values = read_call(args, kwargs)
                 calls[name] = call.like(map(outline, values))
+                if rows is not None:
+                    tensors = [x for x in tree_leaves((values, output)) if isinstance(x, Tensor)]
+                    samples[name] = [_Sample.of(x, rows) for x in tensors]
 
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     handles = [watch(name, module) for name, module in model.named_modules()]
     try:
@@ -84,7 +91,7 @@ def _watch(model: nn.Module, inputs: Any) -> dict[str, Call]:
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, samples
 
 
 def _is_settled(call: Call, dim: int) -> bool:
@@ -96,11 +103,12 @@ def _is_settled(call: Call, dim: int) -> bool:
 
 
 def _watch_larger(model: nn.Module, example_inputs: Any, dim: int) -> dict[str, Call]:
-    """The calls with one row more; none where it is not certain which tensors have rows.
+    """The calls with one row more, of modules in which rows stay apart.
 
-    All that have the size of the first tensor's ``dim`` there (or in dimension 0) are taken to be
-    batched. The model has to run with one row more in all of them, and to fail where one is left
-    as it was: else what merely has that size could be taken for a part of the batch.
+    None where it is not certain which tensors have rows. All that have the size of the first
+    tensor's ``dim`` there (or in dimension 0) are taken to be batched. The model has to run with
+    one row more in all of them, and to fail where one is left as it was: else what merely has that
+    size could be taken for a part of the batch.
     """
     given = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
     leaves, structure = tree_flatten(given)
@@ -120,12 +128,15 @@ def _watch_larger(model: nn.Module, example_inputs: Any, dim: int) -> dict[str, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            calls = _watch(model, larger())
+            calls, after = _watch(model, larger(), rows + 1)
             if any(_runs(model, larger(but=i)) for i in list(batched)[1:]):
                 return {}
+            _, before = _watch(model, given, rows)
     except ValueError:
         return {}
-    return calls
+    mixing = {name for name in calls if not _are_alike(before.get(name, []), after[name])}
+    mixing = {prefix for name in mixing for prefix in _enclosing(name)}
+    return {name: call for name, call in calls.items() if name not in mixing}
 
 
 def _find(x: Tensor, rows: int, dim: int) -> int | None:
@@ -135,6 +146,53 @@ def _find(x: Tensor, rows: int, dim: int) -> int | None:
 
 def _with_one_more(x: Tensor, dim: int) -> Tensor:
     return torch.cat([x, x.narrow(dim, 0, 1)], dim)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some numbers of each row of a tensor, by the dimension in which the rows may be."""
+
+    shape: torch.Size
+    rows: dict[int, Tensor]
+
+    @staticmethod
+    def of(x: Tensor, rows: int) -> "_Sample":
+        taken = {}
+        for d in range(min(2, x.dim())):
+            if x.numel() > 0 and x.shape[d] % rows == 0:  # as many rows, or each cut in pieces
+                each = x.detach().movedim(d, 0).reshape(rows, -1)
+                each = each[:, :: max(1, each.shape[1] // 64)]
+                taken[d] = each.abs().float() if x.is_complex() else each.float()
+        return _Sample(x.shape, taken)
+
+    def is_like(self, larger: "_Sample") -> bool:
+        """Whether the rows have the same numbers beside one row more.
+
+        To a tenth of their mean size: what another batch size rounds is less, another row is more.
+        """
+        if self.shape == larger.shape:
+            return True  # no rows
+        if len(self.shape) != len(larger.shape):
+            return False
+        apart = [d for d, size in enumerate(self.shape) if size != larger.shape[d]]
+        if len(apart) != 1:
+            return False
+        a, b = self.rows.get(apart[0]), larger.rows.get(apart[0])
+        if a is None or b is None or a.shape[1] != b.shape[1]:
+            return False
+        a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
+        tolerance = 0.1 * a.abs().mean(1, keepdim=True)
+        return bool(((a - b[: len(a)]).abs() <= tolerance).all())
+
+
+def _are_alike(before: list[_Sample], after: list[_Sample]) -> bool:
+    return len(before) == len(after) and all(map(_Sample.is_like, before, after))
+
+
+def _enclosing(name: str) -> list[str]:
+    """``name`` and the names of the modules around it."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:

@@ -1,7 +1,7 @@
 """``verify``: prove on a user's own model what our tests prove on ours."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +110,9 @@ class _Verifier:
         kept = self._to_rounding(_Verifier._all_kept)
         yield Check("with every branch kept, the plain model's training step", kept)
         yield Check("at p = 1, no layer of a branch runs", self._all_dropped())
-        batch = self._to_rounding(lambda verifier: verifier._coins("batch"))
+        batch = self._coins("batch")
         yield Check(f"with one coin a call, branches weighed by 0 or {1 / (1 - _RATE):g}", batch)
-        row = self._to_rounding(lambda verifier: verifier._coins("row"))
-        yield Check("with a coin a row, all rows computed and masked", row)
+        yield Check("with a coin a row, all rows computed and masked", self._coins("row"))
 
     def _train(self) -> None:
         for model in (self.model, self.plain):
@@ -176,13 +175,17 @@ class _Verifier:
         return f"{', '.join(ran)} ran" if ran else None
 
     def _coins(self, mode: Mode) -> str | None:
-        failure = self._coins_of(mode, [branch.name for branch in self.branches])
+        def fails(*names: str) -> str | None:
+            return self._to_rounding(lambda verifier: verifier._coins_of(mode, names))
+
+        names = [branch.name for branch in self.branches]
+        failure = fails(*names)
         if failure is None:
             return None
-        culprits = [b.name for b in self.branches if self._coins_of(mode, [b.name]) is not None]
+        culprits = [name for name in names if fails(name) is not None]
         return f"{failure} (branches: {', '.join(culprits) or 'only together'})"
 
-    def _coins_of(self, mode: Mode, names: list[str]) -> str | None:
+    def _coins_of(self, mode: Mode, names: Sequence[str]) -> str | None:
         for seed in range(3):
             self._set(_RATE, mode, names)
             coins = Coins(seed, "shared")
@@ -197,7 +200,7 @@ class _Verifier:
                 return failure
         return None
 
-    def _set(self, p: float, mode: Mode, names: list[str] | None = None) -> None:
+    def _set(self, p: float, mode: Mode, names: Sequence[str] | None = None) -> None:
         for branch in self.branches:
             branch.p = p if names is None or branch.name in names else 0.0
         for forward in self.forwards:
