@@ -1,6 +1,7 @@
 """DistributedDataParallel on gloo processes: nothing hangs, nothing drifts."""
 
 import itertools
+import warnings
 from unittest import mock
 
 import pytest
@@ -102,6 +103,30 @@ def test_ddp_without_find_unused_parameters() -> None:
 
 def test_ddp_on_four_ranks() -> None:
     launch(train_all, 4, [({}, False, False)])
+
+
+def shard_the_optimizer(rank: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit.script
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    for mode in MODES:
+        model, twin = build(mode), build(mode)
+        wrapped, whole = DistributedDataParallel(model), DistributedDataParallel(twin)
+        sharded = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+        plain = torch.optim.AdamW(twin.parameters(), lr=0.01)
+        for step in range(STEPS):
+            for ddp, optimizer in ((wrapped, sharded), (whole, plain)):
+                optimizer.zero_grad()
+                torch.manual_seed(100 * rank + step)
+                ddp(batch(rank, step)).square().mean().backward()
+                optimizer.step()
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+            assert same_everywhere(ours.detach())
+
+
+def test_an_optimizer_whose_state_is_sharded() -> None:
+    launch(shard_the_optimizer, 2)
 
 
 # --- one option says whether the coins are shared
