@@ -74,18 +74,29 @@ def _watch(
     calls: dict[str, Call] = {}
     samples: dict[str, list[_Sample]] = {}
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name not in calls:
-                call, values = read_call(args, kwargs)
-                calls[name] = call.like(map(outline, values))
-                if rows is not None:
-                    tensors = [x for x in tree_leaves((values, output)) if isinstance(x, Tensor)]
-                    samples[name] = [_Sample.of(x, rows) for x in tensors]
+    def read(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name not in calls:
+            call, values = read_call(args, kwargs)
+            calls[name] = call.like(map(outline, values))
 
-        return module.register_forward_hook(hook, with_kwargs=True)
+    def take(name: str, values: Any, rows: int) -> None:
+        if name not in samples:
+            tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+            samples[name] = [_Sample.of(x, rows) for x in tensors]
 
-    handles = [watch(name, module) for name, module in model.named_modules()]
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: read(name, args, kwargs), with_kwargs=True
+            )
+        )
+        if rows is not None:
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, *values, name=name: take(name, values, rows), with_kwargs=True
+                )
+            )
     try:
         run_example(model, inputs)
     finally:
@@ -134,7 +145,7 @@ def _watch_larger(model: nn.Module, example_inputs: Any, dim: int) -> dict[str, 
             _, before = _watch(model, given, rows)
     except ValueError:
         return {}
-    mixing = {name for name in calls if not _are_alike(before.get(name, []), after[name])}
+    mixing = {name for name in after if not _are_alike(before.get(name, []), after[name])}
     mixing = {prefix for name in mixing for prefix in _enclosing(name)}
     return {name: call for name, call in calls.items() if name not in mixing}
 
