@@ -132,9 +132,9 @@ SUBJECTS = {
     "resnet50-channels-last": Subject(
         torchvision.models.resnet50, (32, 3, 96, 96), True, (256, 3, 224, 224)
     ),
-    "vit-s": Subject(lambda: vit("vit_small_patch16_224", 160), (16, 3, 160, 160)),
+    "vit-s": Subject(lambda: vit("vit_small_patch16_224", 160), (8, 3, 160, 160)),
     "convnext-atto": Subject(lambda: timm.create_model("convnext_atto"), (32, 3, 128, 128)),
-    "llama": Subject(lambda: llama(12, 384, 6), (16, 128, 384)),
+    "llama": Subject(lambda: llama(12, 384, 6), (8, 128, 384)),
     "vit-b": Subject(
         lambda: vit("vit_base_patch16_224", 224), (8, 3, 224, 224), gpu_batch=(256, 3, 224, 224)
     ),
