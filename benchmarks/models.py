@@ -3,15 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
-
-from stochastic_depth.cli.torchvision_ops import ensure_torchvision
-
-ensure_torchvision()
-
-import timm  # noqa: E402
-import torchvision  # noqa: E402
 
 
 class CifarBlock(nn.Module):

@@ -12,9 +12,9 @@ import copy
 import statistics
 
 import torch
+from torchvision.models import resnet50
 
 import stochastic_depth as sd
-from stochastic_depth.cli.torchvision_ops import ensure_torchvision
 
 from .harness import Side, interleave, machine, spread
 
@@ -25,9 +25,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    ensure_torchvision()
-    from torchvision.models import resnet50
-
     device = torch.device(args.device)
     model = resnet50().to(device)
     x = torch.randn(2, 3, 32, 32, device=device)
