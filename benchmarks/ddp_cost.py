@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
 
-from .harness import machine
+from .harness import machine, turn
 
 RATES = (0.0, 0.1, 0.5)
 
@@ -85,8 +85,7 @@ def measure(rank: int, width: int, depth: int, rounds: int, same: bool) -> None:
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(-3, rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:  # nobody is always first
+        for name in turn(names, i):
             model = sides[name]
             model.zero_grad(set_to_none=True)
             dist.barrier()

@@ -67,6 +67,12 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def turn(names: list[str], i: int) -> list[str]:
+    """The sides in the order of round ``i``: nobody is always first."""
+    shift = i % len(names)
+    return names[shift:] + names[:shift]
+
+
 def interleave(
     sides: dict[str, Side], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -79,8 +85,7 @@ def interleave(
     bounds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(-2, rounds):
-        shift = i % len(names)
-        for name in names[shift:] + names[:shift]:  # nobody is always first
+        for name in turn(names, i):
             side = sides[name]
             before = side.counts()
             taken = seconds(side.step, side.x.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .detect import prefixes
 from .detect.batches import batch_dim, row_dims
 from .detect.capture import Call, read_call
 from .detect.examples import outline
@@ -146,7 +147,7 @@ def _watch_larger(model: nn.Module, example_inputs: Any, dim: int) -> dict[str, 
     except ValueError:
         return {}
     mixing = {name for name in after if not _are_alike(before.get(name, []), after[name])}
-    mixing = {prefix for name in mixing for prefix in _enclosing(name)}
+    mixing = {prefix for name in mixing for prefix in prefixes(name)}
     return {name: call for name, call in calls.items() if name not in mixing}
 
 
@@ -198,12 +199,6 @@ class _Sample:
 
 def _are_alike(before: list[_Sample], after: list[_Sample]) -> bool:
     return len(before) == len(after) and all(map(_Sample.is_like, before, after))
-
-
-def _enclosing(name: str) -> list[str]:
-    """``name`` and the names of the modules around it."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:

@@ -23,7 +23,7 @@ from .detect.examples import Detail
 from .detect.program import Program
 from .detect.programs import Programs
 from .functional import Droppable, DroppedGrad, combine
-from .replay import is_recomputing
+from .replay import is_recomputing, saves_through_hooks
 from .sampling import Keep, Mode, Scale, decide
 
 __all__ = ["BranchState", "ResidualForward", "installed", "observe", "slot"]
@@ -278,9 +278,7 @@ def _own_saved_tensors() -> AbstractContextManager[None]:
 
     Checkpointing counts that, and a trace is not made a second time when it recomputes.
     """
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if torch.compiler.is_compiling() or not saves_through_hooks():
         return nullcontext()  # under torch.func, which has none, they cannot be set either
     return saved_tensors_hooks(_as_it_is, _as_it_is)
 

@@ -19,12 +19,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-__all__ = ["draw_replayed", "is_recomputing", "may_be_recomputed"]
+__all__ = ["draw_replayed", "is_recomputing", "may_be_recomputed", "saves_through_hooks"]
 
 _MOST_DRAWS = 1 << 14  # on record for one generator; forwards between a forward and its backward
 _MOST_NUMBERS = 1 << 22  # in all of them, 16 MiB
 
-# Of saved tensors; a torch that cannot tell records all.
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
@@ -33,12 +32,17 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def saves_through_hooks() -> bool:
+    """Whether there are hooks on what autograd saves; a torch that cannot tell has some."""
+    return _hooks(False) is not None
+
+
 def may_be_recomputed() -> bool:
     """Whether a backward pass runs this forward, or may run it again.
 
     Checkpointing computes a forward without gradients, or with hooks on what autograd saves.
     """
-    return not torch.is_grad_enabled() or _hooks(False) is not None or is_recomputing()
+    return not torch.is_grad_enabled() or saves_through_hooks() or is_recomputing()
 
 
 class _Record:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..coins import is_distributed
 from .seeds import derive, permutation
 
 
@@ -110,7 +111,7 @@ T = TypeVar("T")
 
 def share(positions: list[T]) -> list[T]:
     """The part of a batch that this process computes."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return positions
     return positions[distributed.get_rank() :: distributed.get_world_size()]
 

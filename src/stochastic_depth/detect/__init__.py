@@ -29,6 +29,7 @@ __all__ = [
     "Refused",
     "find_branches",
     "make_program",
+    "prefixes",
     "whole_blocks",
 ]
 
@@ -293,10 +294,10 @@ def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set
             continue
         for c in inner:
             kept.remove(c)
-            for prefix in _prefixes(c.name):
+            for prefix in prefixes(c.name):
                 below[prefix].discard(c)
         kept.add(outer)
-        for prefix in _prefixes(outer.name):
+        for prefix in prefixes(outer.name):
             below[prefix].add(outer)
     return kept
 
@@ -305,7 +306,8 @@ def _path(name: str) -> list[str]:
     return name.split(".") if name else []
 
 
-def _prefixes(name: str) -> Iterator[str]:
+def prefixes(name: str) -> Iterator[str]:
+    """The names of the modules around the one of this name, and its own."""
     path = _path(name)
     return (".".join(path[:i]) for i in range(len(path) + 1))
 

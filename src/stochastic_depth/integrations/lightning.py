@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..coins import is_distributed
 from ..rate_schedule import RateSchedule
 from ..resume import random_state, set_random_state
 from ..schedules import Course
@@ -106,9 +107,8 @@ class StochasticDepthCallback(L.Callback):
 
 def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The ``state`` of each rank; Lightning saves checkpoints on all of them together."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return [state]
-    states: list[dict[str, Any]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(states, state)
+    states: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
     return states
