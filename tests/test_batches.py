@@ -174,6 +174,15 @@ def test_rows_that_the_model_mixes_are_not_selected() -> None:
     assert sd.verify(model, inputs).passed
 
 
+def test_on_the_meta_device_there_are_no_values_that_show_whether_rows_mix() -> None:
+    with torch.device("meta"):
+        model = nn.TransformerDecoderLayer(WIDTH, 2, 32, batch_first=True)
+        inputs = torch.randn(B, T, WIDTH), torch.randn(B, S, WIDTH)
+        with pytest.warns(UserWarning, match=MASKED):
+            sd.apply(model, p=0.5, mode="row", example_inputs=inputs)
+    assert len(sd.branches(model)) == 3
+
+
 def test_one_row_cannot_be_told_from_what_is_broadcast() -> None:
     with pytest.warns(UserWarning, match=MASKED):
         applied(torch.zeros(1, T, T), rows=1)

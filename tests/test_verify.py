@@ -52,6 +52,12 @@ def test_a_model_without_stochastic_depth_is_an_error() -> None:
         sd.verify(model(), torch.randn(4, D))
 
 
+def test_a_model_without_values_is_an_error() -> None:
+    net = sd.apply(model(), p=0.3).to("meta")
+    with pytest.raises(ValueError, match="Sequential is on the meta device"):
+        sd.verify(net, torch.randn(4, D))
+
+
 def test_a_wrong_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     net = sd.apply(model(), p=0.3)
     right = executor.decide

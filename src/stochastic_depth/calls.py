@@ -171,7 +171,9 @@ class _Sample:
     def of(x: Tensor, rows: int) -> "_Sample":
         taken = {}
         for d in range(min(2, x.dim())):
-            if x.numel() > 0 and x.shape[d] % rows == 0:  # as many rows, or each cut in pieces
+            if x.is_meta or x.numel() == 0:  # no numbers to compare
+                continue
+            if x.shape[d] % rows == 0:  # as many rows, or each cut in pieces
                 each = x.detach().movedim(d, 0).reshape(rows, -1)
                 each = each[:, :: max(1, each.shape[1] // 64)]
                 taken[d] = each.abs().float() if x.is_complex() else each.float()

@@ -70,7 +70,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
             or a dict of keywords, with at least two different rows.
 
     Raises:
-        ValueError: the model has no stochastic depth, or fails on ``example_inputs``.
+        ValueError: the model has no stochastic depth, has no values (on the meta device), or fails
+            on ``example_inputs``.
 
     Example:
         >>> import torch, stochastic_depth as sd
@@ -83,6 +84,11 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
         raise ValueError(
             f"{type(model).__name__} has no stochastic depth to verify; call "
             "stochastic_depth.apply(model) first"
+        )
+    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, so there are no values to compare; "
+            "verify it when it is filled, or a small model of the same kind"
         )
     return Verification(tuple(_Verifier(model, example_inputs).run()))
 
