@@ -468,6 +468,26 @@ def test_a_long_skip_gives_way_to_the_branches_that_it_spans() -> None:
     assert torch.equal(model(x), x + x)
 
 
+class StackThatItsModelDrops(Stack):
+    """csatv2 of timm: a small transformer weighs what a branch computes, and is a part of it."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_path = TorchvisionDepth(rate, "row") if rate else nn.Identity()
+
+    def forward(self, x):
+        return x + self.drop_path(self.blocks(x))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_branch_that_its_model_drops_is_no_long_skip(rate: float) -> None:
+    model = sd.apply(StackThatItsModelDrops(rate), p=1.0, schedule="uniform")
+    assert [branch.name for branch in sd.branches(model)] == [":blocks"]
+    x = batch()
+    assert torch.equal(model(x), x)
+    assert sd.verify(model, x).passed
+
+
 def test_a_branch_inside_a_branch_is_a_part_of_it() -> None:
     model = sd.apply(OneBlockInside(), p=1.0, schedule="uniform")
     assert [branch.name for branch in sd.branches(model)] == [":inner"]
@@ -624,6 +644,14 @@ class ReturnsTheBranchToo(Base):
         return x + y, y
 
 
+class ProjectsAndReturnsAPartOfTheBranchToo(Base):
+    """timm's DPN: what the last layer reads also goes into a concatenation."""
+
+    def forward(self, x):
+        y = self.norm(self.f(x))
+        return self.start(x) + self.g(y), y
+
+
 class OverwritesAPart(Base):
     def forward(self, x):
         h = self.start(x)
@@ -647,6 +675,7 @@ REFUSED = [
     (KeepsAnIntermediateValue, "changes its attribute 'last'"),
     (MakesAConstant, "constant tensor"),
     (ReturnsTheBranchToo, "also used outside"),
+    (ProjectsAndReturnsAPartOfTheBranchToo, "also used outside"),
     (OverwritesAPart, "overwrites a part"),
 ]
 

@@ -279,7 +279,8 @@ def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set
     """Keep the outermost of nested regions, unless it spans several residual sums itself.
 
     x + f(x) inside a branch is a part of that branch; but a sum around a stack of residual
-    blocks is a long skip, and the blocks are the branches.
+    blocks is a long skip, and the blocks are the branches. Where the model drops the outer one by
+    itself, its author has decided: that is the branch.
     """
     below: dict[str, set[_Candidate]] = defaultdict(set)  # by the name of every enclosing module
     kept: set[_Candidate] = set()
@@ -288,7 +289,8 @@ def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set
         inner = {c for c in below[outer.name] if c.region.merge in outer.region.nodes}
         for path in outer.region.modules:
             inner |= below[_join(outer.name, path)]
-        if sum(c.region.kind == "identity" for c in inner) >= 2:
+        several = sum(c.region.kind == "identity" for c in inner) >= 2
+        if several and not _is_dropped_by_model(outer, inner):
             reason = f"a long skip around {len(inner)} residual branches, which are dropped instead"
             refused.append(Refused(f"{outer.name}:{outer.label}", reason))
             continue
@@ -300,6 +302,16 @@ def _settle_nesting(candidates: list[_Candidate], refused: list[Refused]) -> set
         for prefix in prefixes(outer.name):
             below[prefix].add(outer)
     return kept
+
+
+def _is_dropped_by_model(outer: _Candidate, inner: set[_Candidate]) -> bool:
+    """Whether there is a drop module or function in ``outer`` that is none of the ``inner``'s.
+
+    Where its rate is 0, timm puts an Identity there, by the same name.
+    """
+    nodes = set(outer.region.nodes).difference(*(c.region.nodes for c in inner))
+    named = (n for n in nodes if n.op == "call_module" and "drop_path" in str(n.target))
+    return any(named) or any(is_drop_call(n, outer.block) for n in nodes)
 
 
 def _path(name: str) -> list[str]:

@@ -357,6 +357,8 @@ class _Finder:
         if kind == "projection":
             start = self._entries(own)
             if not start or not set(start) <= set(inputs):
+                if set(start) <= set(self._entries(branch)):
+                    self._refuse(branch, "what the branch computes is also used outside of it")
                 return None
             if len(start) > 1 and not all(_rearranges(self.nodes[i]) for i in _bits(own)):
                 return None  # two values are mixed: a gate, say
