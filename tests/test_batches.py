@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -222,3 +224,43 @@ def test_looking_at_examples_counts_nothing_up() -> None:
     sd.apply(model, p=1.0, mode="row", example_inputs=(x, x))
     model(x, x)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+PEAK = """
+import resource, torch, stochastic_depth as sd
+from torch import nn
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(64, 64)
+
+    def forward(self, x, bias):
+        return x + self.f(x + bias)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(16))
+
+    def forward(self, x, bias):
+        for block in self.blocks:
+            x = block(x, bias)
+        return x
+
+inputs = torch.randn(4, 20000, 64), torch.randn(4, 1, 64)  # 20 MiB a block
+model = Model()
+with torch.no_grad():
+    model(*inputs)
+before = peak()
+sd.apply(model, mode="row", example_inputs=inputs)
+print(peak() - before)
+"""
+
+
+def test_looking_at_examples_keeps_none_of_their_values() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # MiB; all blocks' outputs are 320
