@@ -9,123 +9,37 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from benchmarks.harness import machine
-from torch import nn
 
 import stochastic_depth as sd
 from stochastic_depth.cli.torchvision_ops import ensure_torchvision
-from stochastic_depth.surgery import detect
 
 from . import transformers_models
+from .measure import Row, measure, timed
+from .registered import by_file, timm_registered_zoo
 from .timm_models import MODELS as TIMM
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+VERDICTS = ("whole", "partial", "none", "uncounted", "wrong")
 LARGEST = "aimv2_3b_patch14_224"
 HEAD = """# What is found in which model
 
 Written by `python -m tests.zoo`. *Whole*: every residual branch that is expected is found, and
 `sd.verify` passes. *Partial*: some are not found. *None*: nothing is found, and `sd.apply` says so.
-*Wrong*: something fails `sd.verify`. Expected numbers come from the model's own DropPath modules
-(those that a training step runs), from the layer count of its configuration, or are kept by hand,
-with the reason. Seconds are those of building the model and of `sd.apply` (detection included), on
-one busy core of the machine that is named. Models are built with random weights; those of
-transformers are small.
+*Wrong*: something fails `sd.verify`, or raises an error that is none of ours. Expected numbers come
+from the model's own DropPath modules (those that a training step runs), from the layer count of its
+configuration, or are kept by hand, with the reason. Seconds are those of building the model and of
+`sd.apply` (detection included), on one busy core of the machine that is named. Models are built
+with random weights; those of transformers are small.
+
+Registered are all architectures that timm knows, a row for each of its files. They are built
+without values (on the meta device), so `sd.verify` cannot be part of it. *Uncounted*: branches are
+found, but neither DropPath modules nor classes of blocks say how many there should be.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    family: str
-    model: str
-    found: int
-    expected: str
-    verdict: str
-    note: str
-    build_seconds: float
-    apply_seconds: float
-
-    def __str__(self) -> str:
-        note = self.note.replace("|", "/").replace("\n", " ")
-        return (
-            f"| {self.family} | {self.model} | {self.found} | {self.expected} | {self.verdict} | "
-            f"{note} | {self.build_seconds:.1f} | {self.apply_seconds:.1f} |"
-        )
-
-
-Built = tuple[nn.Module, float]
-
-
-def timed(build: Callable[[], nn.Module]) -> Built:
-    """A model, and the seconds that building it took."""
-    start = time.perf_counter()
-    return build(), time.perf_counter() - start
-
-
-def measure(
-    family: str, name: str, built: Built, inputs: Any, expected: int | None, source: str
-) -> Row:
-    """Apply to a model, verify it, and compare what was found with what was expected."""
-    model, build_seconds = built
-    drops = _drops_that_run(model, inputs)
-    start = time.perf_counter()
-    try:
-        sd.apply(model, example_inputs=inputs)
-    except ValueError as error:
-        seconds = time.perf_counter() - start
-        verdict = "whole" if expected == 0 else "none"
-        note = "" if expected == 0 else _reasons(model, inputs) or str(error)[:80]
-        told = f"{expected} ({source})"
-        return Row(family, name, 0, told, verdict, note, build_seconds, seconds)
-    seconds = time.perf_counter() - start
-    found = sd.branches(model)
-    taken = {drop for branch in found for drop in branch.existing}
-    result = sd.verify(model, inputs)
-    failed = "; ".join(f"{c.name}: {c.failure}" for c in result.checks if c.failure)
-    missing = sorted(drops - taken)
-    if expected is None:
-        told, whole = f"{len(drops)} DropPath", bool(drops) and not missing
-    else:
-        told, whole = f"{expected} ({source})", len(found) >= expected
-    verdict = "wrong" if failed else "whole" if whole else "partial"
-    note = failed or (
-        "" if whole else f"{', '.join(missing[:2])} {_reasons(sd.remove(model), inputs)}"
-    )
-    return Row(family, name, len(found), told, verdict, note, build_seconds, seconds)
-
-
-def _drops_that_run(model: nn.Module, inputs: Any) -> set[str]:
-    ran: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith(("DropPath", "StochasticDepth"))
-    ]
-    model.train()
-    _batch_norm_aside(model)
-    with torch.no_grad():
-        model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    for handle in handles:
-        handle.remove()
-    return ran
-
-
-def _batch_norm_aside(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
-def _reasons(model: nn.Module, inputs: Any) -> str:
-    reasons = dict.fromkeys(r.reason for r in detect(model, inputs).refused)
-    return "; ".join(list(reasons)[:2])
 
 
 def torchvision_zoo(only: str | None) -> Iterator[Row]:
@@ -214,13 +128,14 @@ def largest_zoo(only: str | None) -> Iterator[Row]:
 
 
 def _where(zoo: str) -> str:
-    package = "timm" if zoo == "largest" else zoo
+    package = "timm" if zoo in ("timm-registered", "largest") else zoo
     return f"{package} {version(package)} on {machine(torch.device('cpu'))}."
 
 
 ZOOS: dict[str, Callable[[str | None], Iterator[Row]]] = {
     "torchvision": torchvision_zoo,
     "timm": timm_zoo,
+    "timm-registered": timm_registered_zoo,
     "transformers": transformers_zoo,
     "largest": largest_zoo,
 }
@@ -231,16 +146,16 @@ def write(name: str, rows: list[Row]) -> None:
     text = PAGE.read_text() if PAGE.exists() else HEAD
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     counts = ", ".join(
-        f"{sum(row.verdict == verdict for row in rows)} {verdict}"
-        for verdict in ("whole", "partial", "none", "wrong")
+        f"{sum(row.verdict == verdict for row in rows)} {verdict}" for verdict in VERDICTS
     )
+    table = by_file(rows) if name == "timm-registered" else rows
     lines = [
         "",
         f"{len(rows)} models: {counts}. {_where(name)}",
         "",
         "| family | model | found | expected | verdict | note | build, s | apply, s |",
         "|---|---|---|---|---|---|---|---|",
-        *map(str, rows),
+        *map(str, table),
     ]
     sections[name] = "\n".join(lines) + "\n"
     PAGE.write_text(HEAD + "".join(f"\n## {n}\n{sections[n]}" for n in ZOOS if n in sections))

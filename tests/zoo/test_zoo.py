@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 
-from .__main__ import ZOOS, Row, measure
+from .__main__ import ZOOS
+from .measure import Row, measure
 from .transformers_models import FAMILIES, build
 
 SAMPLE = {

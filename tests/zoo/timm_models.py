@@ -1,9 +1,10 @@
-"""The smallest model of each of timm's architecture files; None where it has no residual sum."""
+"""The smallest model of each of timm's architecture files, and what is expected of the others."""
 
 # By file: the model, and the number of its residual branches where that is kept by hand, with the
 # reason: the model has no DropPath modules to count, or they are elsewhere too. Otherwise its
 # DropPath modules are counted.
 MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
+    "beit": ("beit_base_patch16_224", None),
     "byoanet": ("halonet_h1", None),
     "byobnet": ("test_byobnet", None),
     "cait": ("cait_xxs24_224", None),
@@ -14,6 +15,7 @@ MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
     "cpubone": ("cpubone_nano", None),
     "crossvit": ("crossvit_tiny_240", None),
     "cspnet": ("cs3darknet_focus_s", None),
+    "csatv2": ("csatv2", None),
     "davit": ("davit_tiny", None),
     "deit": ("deit_tiny_patch16_224", None),
     "densenet": ("densenet121", 0, "concatenation only"),
@@ -30,6 +32,7 @@ MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
     "fastvit": ("fastvit_t8", None),
     "focalnet": ("focalnet_tiny_srf", None),
     "gcvit": ("gcvit_xxtiny", None),
+    "gemma4_vit": ("gemma4_vit_167m", None),
     "ghostnet": ("ghostnet_050", 16, "GhostBottleneck modules"),
     "hardcorenas": ("hardcorenas_b", None),
     "hgnet": ("hgnetv2_b0", None),
@@ -48,12 +51,16 @@ MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
     "metaformer": ("poolformerv2_s12", None),
     "mlp_mixer": ("gmlp_ti16_224", None),
     "mobilenetv3": ("mobilenetv3_small_050", None),
+    "mobilenetv5": ("mobilenetv5_base", None),
     "mobilevit": ("mobilevit_xxs", 21, "3 bottlenecks with a shortcut, 9 transformer blocks of 2"),
     "mvitv2": ("mvitv2_tiny", None),
+    "naflexvit": ("naflexvit_base_patch16_gap", None),
+    "nasnet": ("nasnetalarge", 18, "cells that add their own input to a branch"),
     "nest": ("nest_tiny", None),
     "nextvit": ("nextvit_small", None),
     "nfnet": ("test_nfnet", None),
     "pit": ("pit_ti_224", None),
+    "pnasnet": ("pnasnet5large", 28, "14 cells: 2 layers each beside a pooling of their input"),
     "pvt_v2": ("pvt_v2_b0", None),
     "rdnet": ("rdnet_tiny", 0, "concatenation only"),
     "repghost": ("repghostnet_050", 16, "RepGhostBottleneck modules"),
@@ -80,6 +87,7 @@ MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
     "vgg": ("vgg11", 0, "a plain stack"),
     "visformer": ("visformer_tiny", None),
     "vision_transformer": ("test_vit", None),
+    "vision_transformer_sam": ("samvit_base_patch16_224", None),
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", None),
     "vision_transformer_relpos": ("vit_srelpos_small_patch16_224", None),
     "vitamin": ("vitamin_small_224", None),
@@ -89,4 +97,23 @@ MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
     "xception_aligned": ("xception41p", None),
     "xcit": ("xcit_nano_12_p8_224", None),
     "regnet": ("regnetx_002", None),
+}
+
+# Where the number above is kept by hand: the classes with one residual branch each, which count it
+# in the file's other models.
+BLOCKS = {
+    "convmixer": ("Residual",),
+    "dla": ("DlaBasic", "DlaBottleneck", "DlaBottle2neck"),
+    "dpn": ("DualPathBlock",),
+    "efficientvit_msra": ("ResidualDrop",),
+    "ghostnet": ("GhostBottleneck", "GhostBottleneckV3"),
+    "hrnet": ("BasicBlock", "Bottleneck"),
+    "inception_resnet_v2": ("Block35", "Block17", "Block8"),
+    "repghost": ("RepGhostBottleneck",),
+    "repvit": ("RepVggDw", "RepVitMlp"),
+    "res2net": ("Bottle2neck",),
+    "resnest": ("ResNestBottleneck",),
+    "senet": ("SEBottleneck", "SEResNetBlock", "SEResNetBottleneck", "SEResNeXtBottleneck"),
+    "shvit": ("Residual",),
+    "xception": ("Block",),
 }
