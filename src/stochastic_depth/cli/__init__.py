@@ -1,5 +1,5 @@
-"""The command line: `stochastic-depth finetune` and `stochastic-depth inspect`."""
+"""What the `stochastic-depth` command does; its arguments are in `stochastic_depth_command`."""
 
-from .main import main
+from stochastic_depth_command import main
 
 __all__ = ["main"]

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..coins import is_distributed
 from .seeds import derive, permutation
 
 
@@ -58,34 +58,40 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
             return self.prepare(image), label
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
+class EpochOrder(Sampler[list[tuple[int, int]]]):
     """Positions and crop seeds of an epoch, a function of (seed, epoch) and of nothing else.
 
-    So two arms see the same batches whatever else draws random numbers, and a resumed run sees
-    those of the uninterrupted one. Several devices share each batch, so that together they see
-    what one would; what does not fill a batch is left out. Lightning calls `set_epoch`.
+    So a resumed run sees the batches of the uninterrupted one. Every image is in one batch of an
+    epoch, and the batches differ in size by one at most, so that none is too small for BatchNorm.
+    Several devices have equal shares of each batch, so that together they see what one would, and
+    the rest of a division by their number is left out. Lightning calls `set_epoch`.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, devices: int) -> None:
-        self.used = count - count % batch_size
+    def __init__(self, count: int, batch_size: int, seed: int, devices: int = 1) -> None:
         self.count = count
-        self.batch_size = batch_size
         self.seed = seed
         self.devices = devices
         self.epoch = 0
+        shares = count // devices  # images of each device in an epoch
+        batches = -(-shares * devices // batch_size)
+        self.sizes = [
+            devices * (shares // batches + (number < shares % batches)) for number in range(batches)
+        ]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.used // self.devices
+        return len(self.sizes)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = permutation(self.count, "order", self.seed, self.epoch)
-        for start in range(0, self.used, self.batch_size):
-            for position in share(order[start : start + self.batch_size]):
-                yield position, derive("crop", self.seed, self.epoch, position)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = iter(permutation(self.count, "order", self.seed, self.epoch))
+        for size in self.sizes:
+            batch = share(list(islice(order, size)))
+            yield [
+                (position, derive("crop", self.seed, self.epoch, position)) for position in batch
+            ]
 
 
 class EachOnce(Sampler[list[int]]):
@@ -111,7 +117,7 @@ T = TypeVar("T")
 
 def share(positions: list[T]) -> list[T]:
     """The part of a batch that this process computes."""
-    if not is_distributed():
+    if not (distributed.is_available() and distributed.is_initialized()):
         return positions
     return positions[distributed.get_rank() :: distributed.get_world_size()]
 
@@ -119,14 +125,11 @@ def share(positions: list[T]) -> list[T]:
 def training_batches(
     images: Dataset[Any], size: int, batch_size: int, seed: int, devices: int = 1
 ) -> DataLoader[Any]:
-    """Batches to train on, all of the same size, which ``devices`` divides."""
+    """Batches to train on, of ``batch_size`` images or somewhat fewer."""
     augmented = AugmentedImages(images, size)
-    batch_size = min(batch_size, len(augmented))
-    batch_size -= batch_size % devices
     return DataLoader(
         augmented,
-        batch_size=batch_size // devices,
-        sampler=EpochOrder(len(augmented), batch_size, seed, devices),
+        batch_sampler=EpochOrder(len(augmented), batch_size, seed, devices),
         # An iterator draws a seed for its workers: not out of the stream of the coins.
         generator=torch.Generator(),
         num_workers=worker_count(),

@@ -15,11 +15,15 @@ from .seeds import permutation
 
 NAME = "fashion-mnist"
 IMAGE_SIZE = 64
-TRAINING_IMAGES = 2_000
+TRAINING_IMAGES = 1_000
+VALIDATION_IMAGES = 1_000
+TEST_IMAGES = 2_000
 
 
-def load() -> tuple[Dataset[Any], Dataset[Any], Dataset[Any], tuple[str, ...]]:
-    """2,000 training images, 2,000 of the others to watch, the test set, and the class names."""
+def load(
+    training: int | None = None, testing: int | None = None
+) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any], tuple[str, ...]]:
+    """Some training images, others to choose on, some test images, and the class names."""
     from torchvision.datasets import FashionMNIST
 
     root = cache_folder()
@@ -32,9 +36,11 @@ def load() -> tuple[Dataset[Any], Dataset[Any], Dataset[Any], tuple[str, ...]]:
             "dataset-fashion-mnist, or give a folder of images"
         ) from error
     order = permutation(len(full), NAME)
-    train = Subset(full, order[:TRAINING_IMAGES])
-    val = Subset(full, order[TRAINING_IMAGES : 2 * TRAINING_IMAGES])
-    return train, val, test, tuple(full.classes)
+    validation = len(full) - VALIDATION_IMAGES  # from the end: the same ones for every number
+    train = Subset(full, order[: min(training or TRAINING_IMAGES, validation)])
+    val = Subset(full, order[validation:])
+    some = permutation(len(test), NAME, "test")[: testing or TEST_IMAGES]
+    return train, val, Subset(test, some), tuple(full.classes)
 
 
 def cache_folder() -> Path:
