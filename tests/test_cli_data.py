@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from stochastic_depth.cli import data, fashion_mnist
-from stochastic_depth.cli.batches import evaluation_batches, training_batches
+from stochastic_depth.cli.batches import EpochOrder, evaluation_batches, training_batches
 from stochastic_depth.cli.errors import CommandError
 
 
@@ -69,9 +69,9 @@ def test_unreadable_images_are_skipped_and_named(animals):
     whole = (animals / "dog" / "07.png").read_bytes()
     (animals / "dog" / "07.png").write_bytes(whole[: len(whole) // 2])
     splits = data.load(str(animals))
-    assert len(splits.skipped) == 2
-    assert str(animals / "cat" / "03.png") in splits.skipped[0]
-    assert str(animals / "dog" / "07.png") in splits.skipped[1]
+    assert len(splits.unreadable) == 2
+    assert str(animals / "cat" / "03.png") in splits.unreadable[0]
+    assert str(animals / "dog" / "07.png") in splits.unreadable[1]
     kept = files(splits.train) + files(splits.val) + files(splits.test)
     assert len(kept) == 58
     assert not any(path.endswith(("cat/03.png", "dog/07.png")) for path in kept)
@@ -87,11 +87,14 @@ def test_only_unreadable_images_are_an_error(animals):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({}, "find any class folder"),
+        ({}, "has no folders; put the images of each class into a folder"),
         ({"cat": 3}, "needs two classes or more"),
-        ({"cat": 3, "dog": 0}, "no valid file for the classes dog"),
+        ({"cat": 3, "dog": 0}, "no images in dog; images are files that end with .jpg"),
         ({"cat": 1, "dog": 1}, "too few images to leave some for 'val'"),
-        ({"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/cow": 3}, r"\['cow', 'dog'\]"),
+        (
+            {"train/cat": 3, "train/dog": 3, "val/cat": 3, "val/cow": 3},
+            "only one of them has cow, dog",
+        ),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path, layout, message):
@@ -99,6 +102,54 @@ def test_folders_that_cannot_be_used(tmp_path, layout, message):
         draw(tmp_path / name, count)
     with pytest.raises(CommandError, match=f"(?i)--data {tmp_path}.*{message}"):
         data.load(str(tmp_path))
+
+
+def test_no_batch_is_much_smaller_than_the_others():
+    for count, batch_size in ((87, 32), (33, 32), (5, 32), (64, 32), (100, 1)):
+        sizes = EpochOrder(count, batch_size, 0).sizes
+        assert sum(sizes) == count
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= batch_size
+        assert len(sizes) == -(-count // batch_size)
+    for devices in (2, 3):
+        sizes = EpochOrder(87, 36, 0, devices).sizes
+        assert sum(sizes) == 87 - 87 % devices
+        assert all(size % devices == 0 for size in sizes)
+
+
+def test_hidden_folders_are_skipped_and_ignored_files_named(animals):
+    (animals / ".ipynb_checkpoints").mkdir()
+    (animals / "__MACOSX").mkdir()
+    (animals / "cat" / ".hidden.png").write_bytes(b"")
+    (animals / "cat" / "moving.gif").write_bytes(b"GIF89a")
+    splits = data.load(str(animals))
+    assert splits.classes == ("cat", "dog")
+    assert splits.ignored == (str(animals / "cat" / "moving.gif"),)
+    assert splits.unreadable == splits.warnings == ()
+
+
+def test_a_class_that_is_too_small_is_warned_about(tmp_path):
+    draw(tmp_path / "cat", 20)
+    draw(tmp_path / "dog", 1)
+    draw(tmp_path / "cow", 4)
+    cow, dog = data.load(str(tmp_path)).warnings
+    assert cow == "class 'cow' is small: 2 training, 1 validation and 1 test images"
+    assert dog == "class 'dog' is small: 1 training, 0 validation and 0 test images"
+
+
+def test_wrong_labels_are_exactly_as_many_and_those_of_other_classes(animals):
+    images = data.load(str(animals)).train
+    labels = data.labels_of(images)
+    assert labels == [images[index][1] for index in range(len(images))]
+    noisy = data.with_wrong_labels(images, 0.4, 2, seed=0)
+    given = [noisy[index][1] for index in range(len(noisy))]
+    assert sum(a != b for a, b in zip(labels, given, strict=True)) == round(0.4 * 43)
+    assert set(given) == {0, 1}
+    again = data.with_wrong_labels(images, 0.4, 2, seed=0)
+    assert again.labels == noisy.labels
+    assert data.with_wrong_labels(images, 0.4, 2, seed=1).labels != noisy.labels
+    assert data.with_wrong_labels(images, 0.0, 2, seed=0) is images
+    assert noisy[3][0].tobytes() == images[3][0].tobytes()
 
 
 def test_a_missing_folder(tmp_path):
@@ -111,13 +162,13 @@ def test_training_batches_depend_on_seed_and_epoch_alone(animals):
 
     def epoch(seed: int, number: int) -> torch.Tensor:
         batches = training_batches(splits.train, 16, 8, seed)
-        batches.sampler.set_epoch(number)
+        batches.batch_sampler.set_epoch(number)
         torch.rand(number + 1)  # other draws must not matter
-        return torch.stack([images for images, _ in batches])
+        return torch.cat([images for images, _ in batches])
 
     torch.manual_seed(0)
     reference = epoch(0, 0)
-    assert reference.shape == (5, 8, 3, 16, 16)
+    assert reference.shape == (43, 3, 16, 16)  # every image, in each epoch
     assert reference.dtype == torch.uint8
     torch.manual_seed(1)
     assert torch.equal(epoch(0, 0), reference)
@@ -143,10 +194,14 @@ def test_two_devices_share_the_batches_of_one(animals, monkeypatch):
     def batches(devices: int) -> list:
         return [images for images, _ in training_batches(images, 16, 8, 0, devices)]
 
-    for whole, *parts in zip(
-        batches(1), *on_each_rank(monkeypatch, lambda: batches(2)), strict=True
-    ):
-        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+    together = on_each_rank(monkeypatch, lambda: batches(2))
+    for whole, *parts in zip(batches(1), *together, strict=True):
+        first, second = parts
+        assert len(first) == len(second) == len(whole) // 2  # the 43rd image is left out
+        shared = torch.stack(parts, 1).flatten(0, 1)
+        assert torch.equal(shared, whole[: len(shared)])
+        if len(whole) % 2:
+            break  # from here on the devices are an image ahead
 
 
 def test_two_devices_evaluate_every_image_once_in_as_many_batches(animals, monkeypatch):
@@ -194,17 +249,21 @@ def test_fashion_mnist_comes_from_debians_files(tmp_path, monkeypatch):
         write_idx(packed / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(packed / f"{part}-labels-idx1-ubyte.gz", labels)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fashion_mnist, "debian_package", lambda scratch: packed)
+    monkeypatch.setattr(fashion_mnist, "debian_package", lambda *args: packed)
     monkeypatch.setattr(fashion_mnist, "TRAINING_IMAGES", 12)
+    monkeypatch.setattr(fashion_mnist, "VALIDATION_IMAGES", 11)
+    monkeypatch.setattr(fashion_mnist, "TEST_IMAGES", 9)
     splits = data.load("fashion-mnist")
-    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [12, 12, 10]
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [12, 11, 9]
+    assert len(fashion_mnist.load(15, 10)[0]) == 15
+    assert fashion_mnist.load(15)[1].indices == splits.val.indices  # the same to choose on
     assert not set(splits.train.indices) & set(splits.val.indices)
     assert len(splits.classes) == 10
     assert splits.image_size == 64
     images, labels = next(iter(evaluation_batches(splits.test, 64, 4)))
-    assert images.shape == (10, 3, 64, 64)
+    assert images.shape == (9, 3, 64, 64)
     assert torch.equal(images[:, 0], images[:, 2])
-    assert labels.tolist() == list(range(10))
+    assert labels.tolist() == data.labels_of(splits.test)
 
-    monkeypatch.setattr(fashion_mnist, "debian_package", lambda scratch: pytest.fail("fetched"))
+    monkeypatch.setattr(fashion_mnist, "debian_package", lambda *args: pytest.fail("fetched"))
     data.load("fashion-mnist")  # from the cache

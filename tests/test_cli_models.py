@@ -72,8 +72,11 @@ def test_a_folder_of_timm_keeps_its_weights(tmp_path):
 
 
 def test_unknown_name_suggests_close_ones():
-    with pytest.raises(CommandError, match=r"--model resnet51: .* did you mean .*resnet50"):
+    with pytest.raises(CommandError, match=r"--model resnet51: .* did you mean .*") as refused:
         models.load("resnet51")
+    offered = str(refused.value).partition("did you mean ")[2].rstrip("?").split(", ")
+    assert "resnet50" in offered
+    assert len(set(offered)) == len(offered)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
@@ -93,7 +96,7 @@ def test_an_architecture_without_weights_says_so():
         models.load("transformers/resnet")
     with pytest.raises(CommandError, match=r"convnext_atto_rms: No pretrained .* none or a"):
         models.load("convnext_atto_rms")
-    with pytest.raises(CommandError, match="transformers/bert: Unrecognized configuration class"):
+    with pytest.raises(CommandError, match="no image classifier for; finetune and inspect take"):
         models.load("transformers/bert", weights="none")
 
 
@@ -101,8 +104,10 @@ def test_an_architecture_without_weights_says_so():
     ("content", "message"),
     [
         (None, "no such file; give 'pretrained', 'none' or a file with a state_dict"),
-        (b"cut short", "cannot be read"),
+        (b"cut short", r"cannot be read; it must be what torch.save\(model.state_dict"),
         ({"conv1.weight": torch.zeros(3)}, "size mismatch for conv1.weight"),
+        ([torch.zeros(3)], "holds no state_dict, which is a dict of names and tensors"),
+        ({"state_dict": {"conv1.weight": torch.zeros(3)}}, "holds no state_dict"),
         ({"other": torch.zeros(3)}, "102 of its tensors are missing .* 1 have no place"),
     ],
 )
@@ -122,3 +127,41 @@ def test_what_is_not_a_model(tmp_path):
         models.load(str(tmp_path / "file.pth"))
     with pytest.raises(CommandError, match=r"has no config.json"):
         models.load(str(tmp_path))
+
+
+def test_advice_on_a_file_of_weights_is_not_to_run_what_is_in_it(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save(torch.nn.Linear(1, 1), path)  # a pickled module instead of its tensors
+    with pytest.raises(CommandError, match="hold nothing but tensors") as refused:
+        models.load("resnet18", weights=str(path))
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch):
+    tried = []
+
+    def refuse(address, timeout):
+        tried.append(address)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models.socket, "create_connection", refuse)
+    monkeypatch.setattr(models, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(CommandError, match="cannot be fetched") as refused:
+        models.load("google-bert/nosuch", weights="none", advise_weights=False)
+    assert "--weights" not in str(refused.value)
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet-lite0", "resnet18", "timm/test_resnet", "transformers/resnet"]
+)
+def test_the_code_that_makes_a_network(name):
+    network = models.load(name, weights="none", classes=7)
+    names = {"info": {"config": network.config}}
+    exec(network.code.replace("{classes}", "7"), names)
+    names["model"].load_state_dict(network.model.state_dict())
+    if network.config is not None:
+        again = models.load(name, weights="none", classes=7, config=network.config)
+        again.model.load_state_dict(network.model.state_dict())

@@ -14,9 +14,11 @@ from .errors import CommandError
 from .seeds import permutation
 
 NAME = "fashion-mnist"
+PACKAGE = "dataset-fashion-mnist"
+FILES = Path("usr/share/datasets/fashion-mnist")
 IMAGE_SIZE = 64
 TRAINING_IMAGES = 1_000
-VALIDATION_IMAGES = 1_000
+VALIDATION_IMAGES = 500
 TEST_IMAGES = 2_000
 
 
@@ -33,7 +35,7 @@ def load(
     except (OSError, RuntimeError) as error:
         raise CommandError(
             f"--data {NAME}: cannot be fetched ({error}); install Debian's package "
-            "dataset-fashion-mnist, or give a folder of images"
+            f"{PACKAGE}, or give a folder of images"
         ) from error
     order = permutation(len(full), NAME)
     validation = len(full) - VALIDATION_IMAGES  # from the end: the same ones for every number
@@ -55,7 +57,7 @@ def prepare(raw: Path) -> None:
     if raw.is_dir():
         return
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        packed = debian_package(Path(scratch))
+        packed = debian_package(PACKAGE, FILES, Path(scratch))
         if packed is None:
             return
         unpacked = Path(scratch, "raw")
@@ -67,9 +69,8 @@ def prepare(raw: Path) -> None:
         unpacked.rename(raw)  # all of it or nothing
 
 
-def debian_package(scratch: Path) -> Path | None:
-    """The folder of Debian's package, installed or fetched without root; None elsewhere."""
-    folder = Path("usr/share/datasets/fashion-mnist")
+def debian_package(name: str, folder: Path, scratch: Path) -> Path | None:
+    """A folder of a Debian package, installed or fetched without root; None elsewhere."""
     if (installed := Path("/") / folder).is_dir():
         return installed
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
@@ -77,10 +78,10 @@ def debian_package(scratch: Path) -> Path | None:
     lists = scratch / "lists"
     private = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={scratch}"]
     attempts = (  # with the machine's package lists, or where they are missing with fresh ones
-        [["apt-get", "download", "dataset-fashion-mnist"]],
+        [["apt-get", "download", name]],
         [
             ["apt-get", *private, "update"],
-            ["apt-get", *private, "download", "dataset-fashion-mnist"],
+            ["apt-get", *private, "download", name],
         ],
     )
     (lists / "partial").mkdir(parents=True)

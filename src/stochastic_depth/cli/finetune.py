@@ -145,16 +145,9 @@ def train(task: Task, seed: int, folder: Path, overall: Overall) -> list[Result]
         for images in (splits.val, splits.test)
     )
     training = training_batches(noisy, size, settings.batch_size, seed, settings.devices)
-    with interruptible(fitting):
-        fitting.fit(module, training, val, ckpt_path=last_checkpoint(checkpoints))
-    dropped = of_all_processes([variant.dropped() for variant in variants])
-    with interruptible(fitting):
-        fitting.test(module, test, verbose=False)
-        last = module.tested
-        for variant in variants:
-            variant.model.load_state_dict(variant.best["state"])
-        fitting.test(module, test, verbose=False)
-        chosen = module.tested
+    dropped, last, chosen = fit_and_test(
+        fitting, module, training, val, test, last_checkpoint(checkpoints)
+    )
     results = [
         result(task, seed, p, variant, [process[place] for process in dropped])
         for place, (p, variant) in enumerate(zip(settings.p, variants, strict=True))
@@ -169,6 +162,26 @@ def train(task: Task, seed: int, folder: Path, overall: Overall) -> list[Result]
         write_json(folder / f"seed{seed}.json", {"results": [asdict(r) for r in results]})
         shutil.rmtree(checkpoints, ignore_errors=True)
     return results
+
+
+def fit_and_test(
+    fitting: Trainer, module: Turns, training: Any, val: Any, test: Any, checkpoint: Path | None
+) -> tuple[list[list[list[float]]], list[dict[str, float]], list[dict[str, float]]]:
+    """Train the variants and test each twice: after the last epoch, and after its best one.
+
+    Returns:
+        For each process and variant, the share of decisions in which each branch was dropped;
+        the scores of each variant after the last epoch, and those after its best one.
+    """
+    with interruptible(fitting):
+        fitting.fit(module, training, val, ckpt_path=checkpoint)
+        dropped = of_all_processes([variant.dropped() for variant in module.variants])
+        fitting.test(module, test, verbose=False)
+        last = module.tested
+        for variant in module.variants:
+            variant.model.load_state_dict(variant.best["state"])
+        fitting.test(module, test, verbose=False)
+    return dropped, last, module.tested
 
 
 def result(task: Task, seed: int, p: float, variant: Variant, dropped: list[list[float]]) -> Result:

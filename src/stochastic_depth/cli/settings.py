@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from . import fashion_mnist, models
@@ -105,8 +106,13 @@ def check_folder(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise CommandError(f"--out {folder}: {nearest} is a file, so no folder can be made in it")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise CommandError(f"--out {folder}: nothing can be written to {nearest}")
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise CommandError(
+            f"--out {folder}: nothing can be written to {nearest} ({error.strerror})"
+        ) from error
 
 
 def create_folder(folder: Path, settings: Settings) -> None:

@@ -43,9 +43,10 @@ class Variant(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         flops: Sequence[float] = (),
+        name: str | None = None,
     ) -> None:
         super().__init__()
-        self.p, self.name = p, slug(p)
+        self.p, self.name = p, name or slug(p)
         self.model = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.branches: list[sd.Branch] = sd.branches(model)
         self.flops = list(flops)
@@ -88,7 +89,12 @@ class Turns(L.LightningModule):
     """
 
     def __init__(
-        self, variants: Sequence[Variant], classes: int, lr: float, seed: int, tick: Tick
+        self,
+        variants: Sequence[Variant],
+        classes: int,
+        lr: float,
+        seed: int,
+        tick: Tick = lambda cost: None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False

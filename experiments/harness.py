@@ -1,0 +1,178 @@
+"""What all experiments share: runs that are kept, tables with paired intervals, and the page."""
+
+import argparse
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from stochastic_depth.cli.files import write_json
+from stochastic_depth.cli.report import machine
+from stochastic_depth.cli.statistics import half_width, middle_mean
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+SIZES = ("tiny", "small", "large")
+LABELS = {
+    "tiny": "**A tiny run, which shows that the command works and nothing else.**",
+    "small": "Run on a CPU.",
+    "large": "Run at the larger size.",
+}
+STYLES = (  # Okabe and Ito's colours, which colour-blind readers can tell apart
+    ("#000000", "o"),
+    ("#0072B2", "s"),
+    ("#D55E00", "^"),
+    ("#009E73", "D"),
+    ("#CC79A7", "v"),
+    ("#E69F00", "P"),
+    ("#56B4E9", "X"),
+)
+Numbers = dict[str, float]
+
+
+@dataclass
+class Store:
+    """The numbers of all runs of an experiment at one size, in a file of their own."""
+
+    name: str
+    size: str
+    runs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{self.name}-{self.size}.json"
+
+    def load(self) -> "Store":
+        if self.path.is_file():
+            self.runs = json.loads(self.path.read_text())["runs"]
+        return self
+
+    def get(self, key: str, run: Callable[[], Any]) -> Any:
+        """What the run of that name gave, now or before."""
+        if key not in self.runs:
+            started = time.monotonic()
+            print(f"{self.name}: {key} ...", flush=True)
+            self.runs[key] = run()
+            self.path.parent.mkdir(exist_ok=True)
+            write_json(self.path, {"machine": machine(), "size": self.size, "runs": self.runs})
+            print(f"{self.name}: {key}: {time.monotonic() - started:.0f} s", flush=True)
+        return self.runs[key]
+
+
+def arguments(description: str | None, seeds: int) -> tuple[str, int]:
+    """The size and the number of seeds that were asked for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--size", choices=SIZES, default="small", help="tiny shows that it works; default: small"
+    )
+    parser.add_argument("--seeds", type=int, help=f"default: {seeds}, or 2 if tiny")
+    given = parser.parse_args()
+    return given.size, given.seeds or (2 if given.size == "tiny" else seeds)
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_by_turns(
+    models: dict[str, nn.Module],
+    batches: Iterable[tuple[Any, torch.Tensor]],
+    loss: Callable[[nn.Module, Any, torch.Tensor], torch.Tensor],
+    steps: int,
+    lr: float,
+    seed: int,
+) -> dict[str, float]:
+    """Train all models on the same batches, by turns; the seconds per step of each.
+
+    AdamW and one cycle of the learning rate. All draw the same random numbers in a step.
+    """
+    names = list(models)
+    optimizers = {name: torch.optim.AdamW(models[name].parameters(), lr) for name in names}
+    schedules = {
+        name: torch.optim.lr_scheduler.OneCycleLR(o, lr, total_steps=steps, cycle_momentum=False)
+        for name, o in optimizers.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for step, (inputs, labels) in enumerate(itertools.islice(batches, steps)):
+        turn = step % len(names)
+        for name in names[turn:] + names[:turn]:
+            torch.manual_seed(1_000_003 * seed + step)
+            started = time.perf_counter()
+            optimizers[name].zero_grad()
+            loss(models[name], inputs, labels).backward()
+            optimizers[name].step()
+            schedules[name].step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: middle_mean(found) for name, found in seconds.items()}
+
+
+def mean(values: Sequence[float], decimals: int) -> str:
+    """A mean."""
+    return f"{fmean(values):.{decimals}f}".replace("-", "−")
+
+
+def change(values: Sequence[float], reference: Sequence[float], decimals: int) -> str:
+    """The mean of paired differences, and half its 95 % interval."""
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    text = f"{fmean(differences):+.{decimals}f}"
+    half = half_width(differences)
+    text += "" if half is None else f" ± {half:.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def ratio(values: Sequence[float], reference: Sequence[float]) -> str:
+    """The mean of paired ratios, and half its 95 % interval."""
+    ratios = [a / b for a, b in zip(values, reference, strict=True)]
+    half = half_width(ratios)
+    return f"{fmean(ratios):.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def axes(count: int, title: str) -> tuple[Any, Any]:
+    """A figure of the width of a page, with some panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.9), layout="constrained", dpi=100)
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def write_section(store: Store, title: str, text: str, figure: Any) -> None:
+    """Put a section into the page, in place of the one of that name."""
+    image = DOCS / "images" / f"evidence-{store.name}.png"
+    image.parent.mkdir(exist_ok=True)
+    figure.savefig(image)
+    kept = json.loads(store.path.read_text())["machine"]
+    section = (
+        f"<!-- {store.name} -->\n## {title}\n\n{LABELS[store.size]} `python -m "
+        f"experiments.{store.name}{'' if store.size == 'small' else ' --size ' + store.size}`; "
+        f"{kept['cpu']}, {kept['threads']} threads, torch {kept['torch']}; all seeds' numbers are "
+        f"in `experiments/results/{store.path.name}`.\n\n{text}\n\n"
+        f"![{title}](images/{image.name})\n<!-- /{store.name} -->"
+    )
+    page = DOCS / "evidence.md"
+    content = page.read_text()
+    found = re.compile(rf"<!-- {store.name} -->.*<!-- /{store.name} -->", re.DOTALL)
+    if not found.search(content):
+        raise SystemExit(f"{page} has no section '{store.name}': add its two comments")
+    page.write_text(found.sub(lambda _: section, content))
+    print(f"{page}: section '{store.name}' written")
