@@ -1,11 +1,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+DEMO   := .venv-demo
 
 .PHONY: demo test zoo format clean
 
-demo: $(VENV)/ready  ## Fine-tune the embedded default with and without stochastic depth.
-	$(BIN)/stochastic-depth finetune
+demo: $(DEMO)/ready  ## Fine-tune a pretrained network with and without stochastic depth.
+	$(DEMO)/bin/stochastic-depth finetune
 
 test: $(VENV)/ready  ## Everything that CI checks.
 	$(BIN)/ruff format --check
@@ -21,7 +22,14 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DEMO)
+
+# What the demo runs and nothing else.
+$(DEMO)/ready: pyproject.toml constraints.txt
+	@echo "Installing what the demo runs into $(DEMO) ..."
+	@$(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli]'
+	@touch $@
 
 # pip must know dependency groups (25.1), which the one that Python brings may not.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -277,8 +277,9 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
         "the sources of Python's documentation, from Debian's `python3.11-doc` (licence PSF-2.0), "
         f"every tenth file held out. *recipe*: whole layers, a decision for each sequence, p = {P} "
         f"over depth as l/(L−1), falling to 0. *constant p*: the same with p = {P / 2}, so that as "
-        "many layers are dropped in all. *shallow*: half as many layers, trained as such. *ranked*: "
-        "those layers whose removal hurts most are kept (ranked on the same text, so flattered). "
+        "many layers are dropped in all. *shallow*: half as many layers, trained as such. "
+        "*ranked*: those layers whose removal hurts most are kept (ranked on the same text, so "
+        "flattered). "
         "*drafts accepted*: how often the first half's most likely token is that of all layers. "
         "The arms ran one after the other, hence CPU time, not wall-clock time.\n\n"
     )

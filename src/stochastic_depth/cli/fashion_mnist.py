@@ -56,6 +56,7 @@ def prepare(raw: Path) -> None:
     """Put Debian's copy of the files, if there is one to be had, where torchvision looks."""
     if raw.is_dir():
         return
+    print(f"Fetching Fashion-MNIST (53 MB) into {cache_folder()} ...", flush=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         packed = debian_package(PACKAGE, FILES, Path(scratch))
         if packed is None:

@@ -15,13 +15,13 @@ from .files import write_json
 from .task import Task
 
 SNIPPET = """\
-import json, torch
+import json, pathlib, torch
 from torchvision.transforms import v2
 
-folder = "{folder}"
-info = json.load(open(f"{{folder}}/model.json"))
+folder = pathlib.Path("{folder}")
+info = json.loads((folder / "model.json").read_text())
 {code}
-model.load_state_dict(torch.load(f"{{folder}}/model.pt", weights_only=True))
+model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
 model.eval()
 prepare = v2.Compose(
     [
