@@ -126,7 +126,7 @@ def add_finetune(commands: Any) -> None:
         type=share,
         metavar="SHARE",
         help="give this share of the training images the label of another class, the same for "
-        "all rates; validation and test labels stay (default: 0, or 0.4 with no arguments)",
+        "all rates; validation and test labels stay (default: 0; 0.4 on the built-in data)",
     )
     add_depth_options(finetune)
     finetune.add_argument_group("rates").add_argument(
@@ -134,10 +134,10 @@ def add_finetune(commands: Any) -> None:
         type=rates,
         metavar="P[,P...]",
         help="probability to drop a branch; several, such as 0,0.2,0.5, are trained by turns and "
-        "compared, 0 being without stochastic depth (default: 0.2; 0,0.5 with no arguments)",
+        "compared, 0 being without stochastic depth (default: 0.2; 0,0.5 on the built-in data)",
     )
     training = finetune.add_argument_group("training")
-    training.add_argument("--epochs", type=positive, help="default: 8, or 12 with no arguments")
+    training.add_argument("--epochs", type=positive, help="default: 8; 10 on the built-in data")
     training.add_argument(
         "--batch-size", type=positive, help="of all devices together (default: 32)"
     )

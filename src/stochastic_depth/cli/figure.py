@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from .names import label
@@ -40,15 +41,14 @@ def plot(comparison: Comparison, task: str, label_noise: float, path: Path) -> N
     cost.set(ylabel="time per step, ms", xlim=(-0.6, len(rates) - 0.4))
     highest = max(value for p in rates for value in comparison.values(by_key("step_ms"), p))
     cost.set_ylim(0, 1.2 * highest)
-    if comparison.others:
-        cost.set_xlabel("(× FLOPs that ran)")
     for axes in (curve, test, cost):
         axes.spines[["top", "right"]].set_visible(False)
     seeds = comparison.seeds
     noise = f", {100 * label_noise:g} % of the labels wrong" if label_noise else ""
     names = ", ".join(label(p) for p in rates)
     figure.suptitle(
-        f"{task}{noise}: {names}; {seeds} seed{'s'[: seeds > 1]}"
+        fill(f"{task}{noise}", 100)
+        + f"\n{names}; {seeds} seed{'s'[: seeds > 1]}"
         + (" (thin), mean (thick)" if seeds > 1 else ""),
         fontsize=10,
     )
@@ -91,7 +91,7 @@ def draw_costs(
     if p != comparison.reference:
         ratios = [comparison.change(by_key(key), p).mean for key in ("step_ms", "flops")]
         axes.annotate(
-            f"{ratios[0]:.2f} ×\n({ratios[1]:.2f} ×)",
+            f"time × {ratios[0]:.2f}\nFLOPs × {ratios[1]:.2f}",
             (place, max(times)),
             xytext=(0, 6),
             textcoords="offset points",

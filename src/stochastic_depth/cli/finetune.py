@@ -23,7 +23,7 @@ from .batches import evaluation_batches, training_batches
 from .data import with_wrong_labels
 from .errors import CommandError, Interrupted
 from .files import write_json
-from .loggers import make_logger
+from .loggers import close_logger, make_logger
 from .names import described
 from .progress import Overall
 from .report import write_report
@@ -148,6 +148,7 @@ def train(task: Task, seed: int, folder: Path, overall: Overall) -> list[Result]
     dropped, last, chosen = fit_and_test(
         fitting, module, training, val, test, last_checkpoint(checkpoints)
     )
+    close_logger(settings.logger, logger)
     results = [
         result(task, seed, p, variant, [process[place] for process in dropped])
         for place, (p, variant) in enumerate(zip(settings.p, variants, strict=True))

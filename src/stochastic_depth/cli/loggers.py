@@ -18,6 +18,12 @@ def check_logger(name: str | None) -> None:
         )
 
 
+def close_logger(name: str | None, logger: Any) -> None:
+    """End the run of Weights & Biases, or the next seed would go on with it."""
+    if name == "wandb":
+        logger.experiment.finish()
+
+
 def make_logger(name: str | None, folder: Path, seed: int) -> Any:
     """The logger of a seed; names of metrics begin with that of the variant."""
     if name is None:

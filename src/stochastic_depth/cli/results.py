@@ -139,7 +139,8 @@ class Comparison:
         )
         before = fmean(self.values(QUANTITIES[0], self.reference))
         after = fmean(self.values(QUANTITIES[0], p))
-        text = f"{labels}stochastic depth at p = {p:g} {verdict(last, before, after)}"
+        against = f", against {label(self.reference)}," if self.reference else ""
+        text = f"{labels}stochastic depth at p = {p:g}{against} {verdict(last, before, after)}"
         if last.half_width is not None:
             text += f" At the epoch chosen on validation images the change is {interval(chosen)}."
         text += (

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,8 +114,11 @@ class Task:
 
     def title(self) -> str:
         """Model and data in a few words."""
-        model = TITLES.get(self.settings.model, self.settings.model)
-        return f"{model} on {TITLES.get(self.settings.data, self.settings.data)}"
+        model, data = (
+            TITLES.get(name, Path(name).name if Path(name).is_absolute() else name)
+            for name in (self.settings.model, self.settings.data)
+        )
+        return f"{model} on {data}"
 
     def describe(self) -> str:
         """The task in a few lines."""
