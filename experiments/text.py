@@ -137,8 +137,10 @@ def wrong(labels: Tensor, share: float, seed: int) -> Tensor:
 
 def run(scale: Scale, noise: float, seed: int, data: tuple[Part, Part]) -> dict[str, Any]:
     """All arms of one seed, by turns."""
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, logging
 
+    logging.set_verbosity_error()  # that the head is new is known
+    logging.disable_progress_bar()
     (inputs, labels), test = data
     torch.manual_seed(derive("start", seed))
     plain = AutoModelForSequenceClassification.from_pretrained(weights(), num_labels=len(TOPICS))
