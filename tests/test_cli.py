@@ -267,6 +267,7 @@ def finetune_on_two_devices(*options: object, **environment: str) -> None:
 RUN_COMMAND = Path(__file__).parent / "run_command.py"
 
 
+@pytest.mark.timeout(600)  # four processes, each of which imports everything
 def test_two_devices_see_every_image_once_and_resume(images, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--p", "0,0.5", "--devices", 2, "--strategy", "ddp", "--out", whole]
