@@ -128,6 +128,29 @@ def test_hidden_folders_are_skipped_and_ignored_files_named(animals):
     assert splits.unreadable == splits.warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        *((mode, (20, 16)) for mode in ("RGBA", "P", "L", "I;16")),
+        ("RGB", (1, 1)),
+        ("RGB", (3, 900)),
+    ],
+)
+def test_images_of_every_kind(tmp_path, mode, size):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.new(mode, size).save(tmp_path / name / f"{index}.png")
+    splits = data.load(str(tmp_path))
+    for batches in (
+        training_batches(splits.train, 16, 8, 0),
+        evaluation_batches(splits.val, 16, 8),
+    ):
+        for images, _ in batches:
+            assert images.shape[1:] == (3, 16, 16)
+            assert images.dtype == torch.uint8
+
+
 def test_a_class_that_is_too_small_is_warned_about(tmp_path):
     draw(tmp_path / "cat", 20)
     draw(tmp_path / "dog", 1)
