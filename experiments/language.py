@@ -270,6 +270,7 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
             losses = [r["loss"] for r in found]
             panel.plot([half] * len(losses), losses, marker, color=colour, label=arm)
     panel.set(xlabel="layers kept", ylabel="held-out loss, nats per token")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(frameon=False)
     text = (
         f"{scale.layers} layers of {scale.width}, BPE of {VOCABULARY:,}, {scale.steps:,} steps of "

@@ -1,7 +1,6 @@
 """The network, the data and the variants of a run, checked before the first long run."""
 
 import copy
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from .batches import EpochOrder
 from .errors import CommandError, first_line
 from .seeds import derive
 from .settings import Settings
-from .training import EVALUATION_COST, Variant
+from .training import EVALUATION_COST, Variant, now
 
 TITLES = {
     models.EMBEDDED: "EfficientNet-Lite0",
@@ -94,20 +93,19 @@ class Task:
         """How long a seed will take, from a few steps of one variant."""
         settings = self.settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = copy.deepcopy(self.source.model).train().to(device)
+        source = self.source
+        variant = Variant(0.0, copy.deepcopy(source.model), source.mean, source.std).to(device)
         size = min(settings.batch_size, len(self.splits.train))  # type: ignore[arg-type]
-        size = max(2, size // settings.devices)
-        images = torch.zeros(size, 3, self.image_size, self.image_size, device=device)
-        labels = torch.zeros(size, dtype=torch.long, device=device)
+        shape = (max(2, size // settings.devices), 3, self.image_size, self.image_size)
         taken = []
         with torch.random.fork_rng():
-            for _ in range(4):
-                started = time.perf_counter()
-                output = model(images)
-                loss = cross_entropy(getattr(output, "logits", output), labels)
+            images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+            labels = torch.zeros(len(images), dtype=torch.long, device=device)
+            for _ in range(5):
+                started = now(device)
+                loss = cross_entropy(variant(images), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
-                float(loss.detach())  # waits for a GPU
-                taken.append(time.perf_counter() - started)
+                taken.append(now(device) - started)
         step = 1.15 * min(taken[1:])  # with the optimizer and the loading of images
         kept = [1.0 if not p else (s.compute_kept or 1.0) for p, s in self.summaries.items()]
         return step * sum(kept) * self.cost()
