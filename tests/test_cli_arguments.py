@@ -12,6 +12,7 @@ from PIL import Image
 
 import stochastic_depth_command
 from stochastic_depth.cli import data, main, models
+from stochastic_depth.cli.loggers import make_logger
 from stochastic_depth.cli.settings import Settings
 
 TINY = ["--model", "timm/test_resnet", "--weights", "none", "--image-size", "32", "--epochs", "1"]
@@ -193,6 +194,24 @@ def test_the_command_can_be_called_again_where_it_is_not_on_the_path(monkeypatch
     assert stochastic_depth_command.program() == ".venv/bin/stochastic-depth"
     monkeypatch.setattr(stochastic_depth_command.shutil, "which", lambda name: "/bin/" + name)
     assert stochastic_depth_command.program() == "stochastic-depth"
+
+
+def test_a_resumed_run_does_not_log_over_its_first_part(tmp_path):
+    for name in ("seed0", "seed0-part2", "seed0-part3"):
+        logger = make_logger("csv", tmp_path, 0)
+        assert Path(logger.log_dir) == tmp_path / "logs" / name
+        logger.log_metrics({"loss": 1.0}, 1)
+        logger.save()
+    assert make_logger(None, tmp_path, 0) is None
+
+
+def test_the_library_imports_torch_alone():
+    optional = "{'torchvision', 'timm', 'transformers', 'lightning', 'rich', 'matplotlib', 'PIL'}"
+    script = (
+        f"import sys, stochastic_depth, stochastic_depth.cli; print({optional} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):

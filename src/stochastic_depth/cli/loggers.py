@@ -31,6 +31,10 @@ def make_logger(name: str | None, folder: Path, seed: int) -> Any:
     from lightning.pytorch import loggers
 
     run = f"seed{seed}"
+    for part in range(2, 1_000):  # a resumed run would delete what the first part logged
+        if not (folder / "logs" / run).exists():
+            break
+        run = f"seed{seed}-part{part}"
     if name == "csv":
         return loggers.CSVLogger(folder, "logs", run)
     if name == "tensorboard":
