@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "p = 0.5, linear, row": {"p": 0.5, "schedule": "linear", "mode": "row"},
 }
 # Training images, epochs, test images.
-SCALES = {"tiny": (64, 1, 64), "small": (500, 16, 2_000), "large": (10_000, 30, 10_000)}
+SCALES = {"tiny": (64, 1, 64), "small": (1_000, 8, 2_000), "large": (10_000, 30, 10_000)}
 FIRST_SEED = 1_000  # on those below, validation images were looked at to choose the demo's settings
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DEMO = (
-    "With no arguments: EfficientNet-Lite0 from ImageNet on 500 photos of Fashion-MNIST with "
+    "With no arguments: EfficientNet-Lite0 from ImageNet on 1,000 photos of Fashion-MNIST with "
     "40 % of their labels wrong, without stochastic depth and with p = 0.5, three seeds each."
 )
 MODEL_HELP = (
@@ -137,7 +137,7 @@ def add_finetune(commands: Any) -> None:
         "compared, 0 being without stochastic depth (default: 0.2; 0,0.5 on the built-in data)",
     )
     training = finetune.add_argument_group("training")
-    training.add_argument("--epochs", type=positive, help="default: 8; 16 on the built-in data")
+    training.add_argument("--epochs", type=positive, help="default: 8; 10 on the built-in data")
     training.add_argument(
         "--batch-size", type=positive, help="of all devices together (default: 32)"
     )

@@ -17,7 +17,7 @@ NAME = "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 FILES = Path("usr/share/datasets/fashion-mnist")
 IMAGE_SIZE = 64
-TRAINING_IMAGES = 500
+TRAINING_IMAGES = 1_000
 VALIDATION_IMAGES = 500
 TEST_IMAGES = 2_000
 
