@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import stochastic_depth as sd
-from stochastic_depth.executor import BranchState, observe
+from stochastic_depth.skip.force import forced
 
 
 @dataclass
@@ -96,32 +96,22 @@ def interleave(
 
 
 def branch_shares(side: Side, repeats: int = 7) -> dict[str, float]:
-    """Each branch's own time, forward and backward, as a share of the plain step.
+    """What each branch adds to the time of a plain step, forward and backward, as a share of it.
 
     Args:
         side: an applied model, with every rate 0.
         repeats: how often both are measured, in turns; the medians count.
     """
-    names = {id(b._state): b.name for b in sd.branches(side.model)}
-    shares: dict[str, list[float]] = {name: [] for name in names.values()}
-    step = 1.0
-
-    def time_branch(state: BranchState, run: Callable[..., Tensor], inputs: tuple) -> Tensor:
-        def both() -> None:
-            leaves = [v.detach().requires_grad_() if isinstance(v, Tensor) else v for v in inputs]
-            output = run(*leaves)
-            output.backward(torch.ones_like(output))
-
-        shares[names[id(state)]].append(seconds(both, side.x.device) / step)
-        with torch.no_grad():
-            return run(*inputs)
-
+    branches = sd.branches(side.model)
+    shares: dict[str, list[float]] = {branch.name: [] for branch in branches}
     for _ in range(repeats + 1):
-        step = seconds(side.step, side.x.device)
-        with observe(time_branch), side.autocast():
-            side.model(side.x)
+        for branch in branches:
+            plain = seconds(side.step, side.x.device)
+            with forced({branch: (True, 1.0)}):
+                without = seconds(side.step, side.x.device)
+            shares[branch.name].append(1.0 - without / plain)
     side.optimizer.zero_grad()
-    return {name: statistics.median(times[1:]) for name, times in shares.items()}
+    return {name: max(0.0, statistics.median(s[1:])) for name, s in shares.items()}
 
 
 def peak_mebibytes(side: Side, steps: int = 2) -> float:

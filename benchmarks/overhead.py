@@ -31,7 +31,7 @@ def main() -> None:
     sides = {
         "plain": Side(model, x),
         "plain again": Side(copy.deepcopy(model), x),
-        "p=0": Side(sd.apply(copy.deepcopy(model), p=0.0), x),
+        "p=0": Side(sd.apply(copy.deepcopy(model), p=0.0, example_inputs=x), x),
     }
     times, _ = interleave(sides, args.rounds)
     print(machine(device))

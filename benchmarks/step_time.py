@@ -11,7 +11,7 @@ branch's own time (forward and backward) goes with its probability to drop. How 
 is measured step by step, against the bound for what that step dropped: median over the rounds.
 
 ``--compiled`` adds the plain model and ours under torch.compile: the whole model in subset mode,
-branch by branch in the others.
+block by block in the others.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import stochastic_depth as sd
-from stochastic_depth.sampling import Mode
+from stochastic_depth import Mode
 
 from .harness import Side, branch_shares, interleave, machine, peak_mebibytes, spread
 from .models import ON_CPU, ON_GPU, SUBJECTS, TokenBlock, build
@@ -54,8 +54,8 @@ def compiled(model: nn.Module, mode: str) -> nn.Module:
     """``model`` in the way of compiling that its mode allows."""
     if mode in ("plain", "subset"):
         return torch.compile(model)
-    for branch in sd.branches(model):
-        branch.compile(dynamic=mode == "row")
+    for name in dict.fromkeys(branch.name.partition(":")[0] for branch in sd.branches(model)):
+        model.get_submodule(name).compile()
     return model
 
 
@@ -74,13 +74,13 @@ def measure(
     plain.train()
     on_tokens = any(isinstance(m, TokenBlock) for m in plain.modules())
     peers = [peer for peer in peers if on_tokens or peer not in ON_TOKENS]
-    shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0), x, dtype=dtype))
+    shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0, example_inputs=x), x, dtype=dtype))
     results = []
     for setting in settings:
         p, schedule = read_setting(setting)
         sides = {"plain": Side(plain, x, dtype=dtype)}
         for mode in modes:
-            ours = sd.apply(copy.deepcopy(plain), p=p, schedule=schedule, mode=mode)
+            ours = sd.apply(copy.deepcopy(plain), p=p, schedule=schedule, mode=mode, example_inputs=x)
             sides[mode] = Side(ours, x, shares, dtype)
         for mode in ["plain", *modes] if compiling else []:
             side = Side(copy.deepcopy(sides[mode].model), x, dtype=dtype)

@@ -32,7 +32,7 @@ def main() -> None:
 
 def train(rank: int, device: torch.device) -> None:
     torch.manual_seed(0)
-    model = sd.apply(Network(), p=0.3).to(device)
+    model = sd.apply(Network(), p=0.3, example_inputs=torch.zeros(2, 3, 8, 8)).to(device)
     ddp = DistributedDataParallel(model)  # find_unused_parameters is not needed
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-3)
     data = images()
@@ -40,7 +40,7 @@ def train(rank: int, device: torch.device) -> None:
     batches = DataLoader(data, batch_size=16, sampler=sampler)
     rates = sd.RateSchedule(model, "linear", steps=len(batches))  # a warm-up of one epoch
 
-    torch.manual_seed(rank)  # every rank tosses coins of its own
+    torch.manual_seed(rank)  # every rank decides for itself
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for x, labels in batches:

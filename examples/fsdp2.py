@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
 A block that a rank drops must not leave the others waiting for its share of the parameters: the
-block's own forward, and with it the gathering, runs on all ranks, whatever the coins are.
+block's own forward, and with it the gathering, runs on all ranks, whatever is dropped.
 """
 
 import torch
@@ -33,7 +33,7 @@ def train(rank: int, device: torch.device) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
     torch.manual_seed(0)
-    model = sd.apply(Network(), p=0.3, mode="row").to(device)
+    model = sd.apply(Network(), p=0.3, mode="row", example_inputs=torch.zeros(2, 3, 8, 8)).to(device)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -42,7 +42,7 @@ def train(rank: int, device: torch.device) -> None:
     sampler = DistributedSampler(data)
     batches = DataLoader(data, batch_size=16, sampler=sampler)
 
-    torch.manual_seed(0)  # the same coins on all ranks; in batch mode this goes by itself
+    torch.manual_seed(0)  # the same decisions on all ranks; in batch mode this goes by itself
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for x, labels in batches:

@@ -36,7 +36,7 @@ class Images(Dataset):
         return {"images": image, "labels": label}
 
 
-class OwnCoins(TrainerCallback):
+class OwnDecisions(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             torch.manual_seed(args.process_index)
@@ -55,7 +55,7 @@ def main(folder: str = "trainer-run") -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    callbacks = [StochasticDepthCallback("linear", steps=8, p=0.3), OwnCoins()]
+    callbacks = [StochasticDepthCallback("linear", steps=8, p=0.3), OwnDecisions()]
     trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=callbacks)
     trainer.train()
     weights = nn.utils.parameters_to_vector(model.parameters())

@@ -16,14 +16,14 @@ from task import Network, images, report
 def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
     torch.manual_seed(0)
-    model = sd.apply(Network(), p=0.3)
+    model = sd.apply(Network(), p=0.3, example_inputs=torch.zeros(2, 3, 8, 8))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = DataLoader(images(), batch_size=16, shuffle=True)
     rates = sd.RateSchedule(model, "linear", steps=8)
     prepared, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     accelerator.register_for_checkpointing(rates)  # save_state and load_state take it along
 
-    torch.manual_seed(accelerator.process_index)  # every rank tosses coins of its own
+    torch.manual_seed(accelerator.process_index)  # every rank decides for itself
     for _ in range(6):
         for x, labels in batches:
             with accelerator.accumulate(prepared):

@@ -28,8 +28,8 @@ class Classifier(L.LightningModule):
         return self.loss
 
     def on_train_start(self) -> None:
-        if self.global_step == 0:  # a resumed run goes on with its random state
-            torch.manual_seed(self.global_rank)  # every rank tosses coins of its own
+        if self.global_step == 0:  # a resumed run goes on with its state
+            torch.manual_seed(self.global_rank)  # every rank decides for itself
 
     def on_train_end(self) -> None:
         weights = nn.utils.parameters_to_vector(self.model.parameters())

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import stochastic_depth as sd
 from stochastic_depth.cli import fashion_mnist, models
 from stochastic_depth.cli.seeds import derive
 
-from .core import apply
 from .from_scratch import BATCH, batches, classify, error, resnet, tensors
 from .harness import (
     STYLES,
@@ -87,7 +87,7 @@ def run(case: Case, factor: float, seed: int) -> dict[str, Any]:
     torch.manual_seed(derive("start", seed))
     plain = make(case.kind)
     arms = {WITHOUT: plain, WITH: copy.deepcopy(plain)}
-    apply(arms[WITH], example_inputs=images[:4], **case.options)
+    sd.apply(arms[WITH], example_inputs=images[:4], **case.options)
     for model in arms.values():
         model.to(device()).train()
     steps = case.epochs * (-(-len(images) // BATCH) - (len(images) % BATCH == 1))

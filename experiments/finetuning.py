@@ -20,7 +20,6 @@ from stochastic_depth.cli.seeds import derive
 from stochastic_depth.cli.statistics import middle_mean
 from stochastic_depth.cli.training import Turns, Variant, trainer
 
-from .core import apply
 from .harness import (
     STYLES,
     Numbers,
@@ -63,7 +62,7 @@ def run(size: str, noise: float, seed: int) -> dict[str, Numbers]:
     for name, options in ARMS.items():
         model, flops = copy.deepcopy(network.model), []
         if options:
-            apply(model, example_inputs=example, **options)
+            sd.apply(model, example_inputs=example, **options)
             flops = [row.flops or 0.0 for row in sd.summary(model, example).rows]
         p = options.get("p", 0.0)
         variants.append(Variant(p, model, network.mean, network.std, flops, name=name))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import stochastic_depth as sd
 from stochastic_depth.cli import fashion_mnist
 from stochastic_depth.cli.seeds import derive
 
-from .core import apply
 from .harness import (
     STYLES,
     Store,
@@ -121,7 +121,7 @@ def run(scale: Scale, depth: int, seed: int) -> dict[str, Any]:
     for arm, options in ARMS.items():
         model = copy.deepcopy(plain)
         if options:
-            apply(model, example_inputs=images[:4], **options)
+            sd.apply(model, example_inputs=images[:4], **options)
         models[arm] = model.to(device()).train()
     steps = scale.epochs * -(-len(images) // BATCH)
     steps -= scale.epochs * (len(images) % BATCH == 1)

@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import stochastic_depth as sd
 
 from . import documentation
-from .core import apply, callback
+from .core import callback
 from .harness import (
     STYLES,
     Store,
@@ -129,7 +129,7 @@ def run(scale: Scale, arm: str, seed: int, data: tuple[Sequences, Tensor]) -> di
     callbacks = []
     if p:
         example = {"input_ids": train.pieces[:2], "labels": train.pieces[:2]}
-        apply(
+        sd.apply(
             model,
             p,
             blocks=LlamaDecoderLayer,

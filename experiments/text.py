@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import stochastic_depth as sd
 from stochastic_depth.cli.seeds import derive, permutation
 
 from . import documentation
-from .core import apply
 from .harness import (
     STYLES,
     Store,
@@ -149,7 +149,7 @@ def run(scale: Scale, noise: float, seed: int, data: tuple[Part, Part]) -> dict[
         model = copy.deepcopy(plain)
         if options:
             example = {key: value[:4] for key, value in inputs.items()}
-            apply(model, example_inputs=example, **options)
+            sd.apply(model, example_inputs=example, **options)
         models[arm] = model.to(device()).train()
     part = (inputs, wrong(labels, noise, seed))
     steps = scale.epochs * -(-len(labels) // BATCH)

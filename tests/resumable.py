@@ -1,4 +1,4 @@
-"""A training run that may be killed at any time: what test_resume.py starts and kills.
+"""A training run that may be killed at any time: what test_state.py starts and kills.
 
     python resumable.py FOLDER STEPS MODE [RANK RANKS STORE]
 
@@ -82,15 +82,16 @@ def main(folder: Path, steps: int, mode: str, rank: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     net = nn.Sequential(nn.Linear(8, 8), *[Block() for _ in range(3)])
-    # Separate coins from torch's generator, or shared ones from one of the model's own.
-    model = sd.apply(net, p=0.5, mode=mode, coins="shared" if mode == "batch" else "separate")
+    # Separate decisions from torch's generator, or shared ones from one of the model's own.
+    ranks = "shared" if mode == "batch" else "separate"
+    model = sd.apply(net, p=0.5, mode=mode, ranks=ranks, example_inputs=torch.zeros(2, 8))
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     start, state = latest(folder, rank)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        sd.set_random_state(model, state["random"])
+        sd.load_state_dict(model, state["random"])
     for step in range(start, steps):
         x = torch.randn(4, 8)
         optimizer.zero_grad()
@@ -100,7 +101,7 @@ def main(folder: Path, steps: int, mode: str, rank: int) -> None:
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "random": sd.random_state(model),
+            "random": sd.state_dict(model),
         }
         write(folder / f"step{step + 1}.rank{rank}.pt", state)
         for old in list(checkpoints(folder, rank).values())[:-KEPT]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.schedules import depth_rates
+from stochastic_depth.rates import depth_rates
 
 OUTSIDE = [-0.1, 1.1, float("nan"), float("inf"), -float("inf"), torch.tensor(1.5), 2]
 NO_NUMBER = ["0.5", b"0.5", True, False, 0.5j, [0.5], (), {}, object, torch.ones(2)]
@@ -30,15 +30,15 @@ def model() -> nn.Sequential:
 
 
 def by_function(**options: Any) -> Any:
-    return sd.residual(torch.ones(2, 4), torch.neg, **options)
+    return sd.residual(torch.ones(2, 4), torch.neg, **{"p": 0.5, **options})
 
 
 def by_layer(**options: Any) -> Any:
-    return sd.StochasticDepth(nn.Linear(4, 4), **options)
+    return sd.StochasticDepth(nn.Linear(4, 4), **{"p": 0.5, **options})
 
 
 def by_apply(**options: Any) -> Any:
-    return sd.apply(model(), **options)
+    return sd.apply(model(), **{"p": 0.5, "example_inputs": torch.ones(2, 4), **options})
 
 
 FORMS = [by_function, by_layer, by_apply]
@@ -96,10 +96,10 @@ def test_unknown_scale(form: Form, scale: Any) -> None:
 @pytest.mark.parametrize("mode", ["row", "subset"])
 @pytest.mark.parametrize(
     ("shape", "batch_dim"),
-    [((), 0), ((0, 4), 0), ((4, 0), 1), ((4, 4), 2), ((4, 4), -1)],
+    [((), 0), ((4, 4), 2), ((4, 4), -1)],
 )
-def test_a_shortcut_without_rows(shape: tuple[int, ...], batch_dim: int, mode: str) -> None:
-    text = rf"at least one in dimension {batch_dim}, got a tensor of shape {re.escape(str(shape))}"
+def test_a_shortcut_without_samples(shape: tuple[int, ...], batch_dim: int, mode: str) -> None:
+    text = rf"samples in dimension {batch_dim} .* got a shortcut of shape {re.escape(str(shape))}"
     with pytest.raises(ValueError, match=rf"{text}; use mode='batch'"):
         sd.residual(torch.ones(shape), torch.neg, p=0.5, mode=mode, batch_dim=batch_dim)
 
@@ -107,9 +107,9 @@ def test_a_shortcut_without_rows(shape: tuple[int, ...], batch_dim: int, mode: s
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("mode", ["row", "subset"])
 @pytest.mark.parametrize("other", [torch.ones(3), torch.tensor(1.0)], ids=["short", "scalar"])
-def test_an_input_with_another_number_of_rows(other: Tensor, mode: str, p: float) -> None:
+def test_an_input_with_another_number_of_samples(other: Tensor, mode: str, p: float) -> None:
     x = torch.ones(2, 3)
-    text = r"inputs\[1\] has shape .* needs 2 rows in dimension 0 as in the shortcut; let the"
+    text = r"inputs\[1\] has shape .* needs 2 samples in dimension 0 as in the shortcut; let the"
     with pytest.raises(ValueError, match=text):
         sd.residual(x, torch.add, x, other, p=p, mode=mode)
 
@@ -117,7 +117,8 @@ def test_an_input_with_another_number_of_rows(other: Tensor, mode: str, p: float
 @pytest.mark.parametrize("p", [0.0, 1e-30])
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2, 3)])
 def test_an_output_that_would_broaden_the_shortcut(shape: tuple[int, ...], p: float) -> None:
-    text = rf"output has shape {re.escape(str(shape))} and the shortcut \(1, 3\).*project the short"
+    shown = re.escape(str(shape))
+    text = rf"of residual\(\) has shape {shown} and the shortcut \(1, 3\).*project the shortcut"
     with pytest.raises(ValueError, match=text):
         sd.residual(torch.ones(1, 3), lambda x: x.new_ones(shape), p=p)
 
@@ -136,33 +137,34 @@ def test_a_branch_that_fails_is_not_hidden() -> None:
 @pytest.mark.parametrize("module", [None, "relu", torch.sin, nn.ReLU])
 def test_a_module_that_is_none(module: Any) -> None:
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got "):
-        sd.StochasticDepth(module)
+        sd.StochasticDepth(module, 0.5)
 
 
-@pytest.mark.parametrize("projection", ["", "Shared", "newest"])
+@pytest.mark.parametrize("projection", ["", "Tied", "newest"])
 def test_an_unknown_recipe(projection: str) -> None:
-    text = "projection must be one of ('shared', 'copy', 'new'), a module or None, got "
+    text = "projection must be one of ('tied', 'copy', 'new'), a module or None, got "
     with pytest.raises(ValueError, match=re.escape(text + repr(projection))):
-        sd.StochasticDepth(nn.Linear(2, 2), projection=projection)
+        sd.StochasticDepth(nn.Linear(2, 2), 0.5, projection=projection)
 
 
 @pytest.mark.parametrize("projection", [1, 0.5, torch.ones(2), ["new"]], ids=str)
 def test_a_projection_of_another_type(projection: Any) -> None:
     text = rf"projection must be a module, .* got {type(projection).__name__}"
     with pytest.raises(TypeError, match=text):
-        sd.StochasticDepth(nn.Linear(2, 2), projection=projection)
+        sd.StochasticDepth(nn.Linear(2, 2), 0.5, projection=projection)
 
 
-def test_a_rate_that_was_set_to_nonsense_is_told_at_the_next_call() -> None:
-    layer = sd.StochasticDepth(nn.Linear(2, 2))
-    layer.p = 1.5
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 1.5"):
-        layer(torch.ones(2, 2))
+@pytest.mark.parametrize("p", [-0.5, 1.5, float("nan")])
+def test_a_bad_rate_for_a_layer_leaves_the_old_one(p: float) -> None:
+    layer = sd.StochasticDepth(nn.Linear(2, 2), 0.5)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+        layer.p = p
+    assert layer.p == 0.5
 
 
 def test_a_layer_needs_its_input() -> None:
     with pytest.raises(TypeError, match="needs its input as the first positional argument"):
-        sd.StochasticDepth(nn.Linear(2, 2))(input=torch.ones(2, 2))
+        sd.StochasticDepth(nn.Linear(2, 2), 0.5)(input=torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("mode", ["row", "subset"])
@@ -170,25 +172,31 @@ def test_a_layer_needs_its_input() -> None:
     "x",
     [
         torch.tensor(1.0),
-        torch.ones(0, 2),
         (),
         (torch.ones(2, 2), torch.ones(3, 2)),
         (torch.ones(2, 2), torch.tensor(1.0)),
         "text",
     ],
-    ids=["0-d", "empty", "no tensor", "different rows", "with a 0-d tensor", "text"],
+    ids=["0-d", "no tensor", "different numbers", "with a 0-d tensor", "text"],
 )
-def test_a_layer_needs_rows_to_choose_from(x: Any, mode: str) -> None:
-    layer = sd.StochasticDepth(nn.Identity(), mode=mode)
-    with pytest.raises(ValueError, match=r"same number of rows, at least one.*use mode='batch'"):
+def test_a_layer_needs_samples_to_choose_from(x: Any, mode: str) -> None:
+    layer = sd.StochasticDepth(nn.Identity(), 0.5, mode=mode)
+    with pytest.raises(ValueError, match=r"the same number of them .*use mode='batch'"):
         layer(x)
 
 
 @pytest.mark.parametrize("x", [torch.tensor(1.0), torch.ones(0, 2)], ids=["0-d", "empty"])
 @pytest.mark.parametrize("p", [1.0, 1e-30])
-def test_batch_mode_takes_what_has_no_rows(x: Tensor, p: float) -> None:
+def test_batch_mode_takes_what_has_no_samples(x: Tensor, p: float) -> None:
     assert torch.equal(sd.StochasticDepth(nn.Identity(), p)(x), x)
     assert torch.equal(sd.residual(x, torch.zeros_like, p=p), x)
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_an_empty_batch_is_one_of_no_samples(mode: str) -> None:
+    x = torch.ones(0, 2)
+    assert torch.equal(sd.residual(x, torch.neg, p=0.5, mode=mode), x)
+    assert torch.equal(sd.StochasticDepth(nn.Identity(), 0.5, mode=mode)(x), x)
 
 
 # --- schedules
@@ -196,7 +204,7 @@ def test_batch_mode_takes_what_has_no_rows(x: Tensor, p: float) -> None:
 
 @pytest.mark.parametrize("schedule", ["", "Linear", "cosine", "linear_timm"])
 def test_unknown_schedule(schedule: str) -> None:
-    text = r"must be one of \('linear', .*\), 'model', a function \(l, L\) -> p or a list of 3"
+    text = r"must be one of \('linear', .*\), a function \(l, L\) -> p or a list of 3"
     with pytest.raises(ValueError, match=rf"{text} rates, got {schedule!r}"):
         depth_rates(schedule, 0.5, 3)
 
@@ -248,13 +256,13 @@ def contents(model: nn.Module) -> list[tuple[Any, ...]]:
     return items
 
 
-def failing(name: str, module: nn.Module) -> bool:
+def failing(branch: sd.Branch) -> bool:
     raise KeyError("mine")
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"p": 2.0}, ValueError, r"must be in \[0, 1\], got 2.0"),
-    ({"schedule": [0.1]}, ValueError, "schedule has 1 rates, but there are 2 blocks"),
+    ({"p": None, "schedule": [0.1]}, ValueError, "schedule has 1 rates, but there are 2 blocks"),
     ({"dropped_grad": None}, ValueError, "dropped_grad must be one of"),
     ({"dropped_grad": "zeros"}, ValueError, "dropped_grad must be one of"),
     ({"include": failing}, KeyError, "mine"),
@@ -271,11 +279,11 @@ def test_a_failed_apply_leaves_the_model_as_it_was(
     net = model()
     net[1].eval()
     if applied:
-        sd.apply(net, p=0.4, mode="row")
+        sd.apply(net, 0.4, mode="row", example_inputs=torch.ones(2, 4))
     before, rates = contents(net), [branch.p for branch in sd.branches(net)]
     random = torch.get_rng_state()
     with pytest.raises(error, match=text):
-        sd.apply(net, **options)
+        sd.apply(net, **{"p": 0.5, "example_inputs": torch.ones(2, 4), **options})
     assert contents(net) == before
     assert [branch.p for branch in sd.branches(net)] == rates == ([0.2, 0.4] if applied else [])
     assert [m.training for m in net] == [True, False, True]
@@ -284,7 +292,7 @@ def test_a_failed_apply_leaves_the_model_as_it_was(
 
 @pytest.mark.parametrize("p", [-0.5, 1.5, float("nan")])
 def test_a_bad_rate_for_a_branch_leaves_the_old_one(p: float) -> None:
-    branch = sd.branches(sd.apply(model(), p=0.4))[1]
+    branch = sd.branches(sd.apply(model(), 0.4, example_inputs=torch.ones(2, 4)))[1]
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         branch.p = p
     assert branch.p == 0.4

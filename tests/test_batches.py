@@ -1,10 +1,9 @@
-"""Which tensors that enter a branch have the batch's rows, and are selected with it."""
+"""Which tensors that enter a branch have the batch's samples, and are selected with it."""
 
 import copy
 import pickle
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 import stochastic_depth as sd
 
 B, T, S, WIDTH = 4, 6, 7, 16
-MASKED = "it cannot be told which of the tensors"
+MASKED = "samples cannot be selected in 1 of 1 branches"
 
 
 def count_rows(model: nn.Module, dim: int = 0) -> dict[str, Counter[int]]:
@@ -86,7 +85,7 @@ def test_whole_blocks_with_masks() -> None:
         "input_ids": torch.randint(0, 50, (B, T)),
         "attention_mask": torch.ones(B, T, dtype=torch.long).tril(2),
     }
-    sd.apply(model, p=0.5, mode="subset", whole="encoder.layer.[01]", example_inputs=inputs)
+    sd.apply(model, 0.5, mode="subset", blocks="encoder.layer.[01]", example_inputs=inputs)
     assert sd.verify(model, inputs).passed
     sd.branches(model)[0].p = sd.branches(model)[1].p = 0.5
     rows = count_rows(model)
@@ -112,12 +111,11 @@ def applied(bias: Tensor, rows: int = B) -> nn.Module:
     return sd.apply(Attending(), p=0.5, schedule="uniform", mode="subset", example_inputs=(x, bias))
 
 
-def assert_masked(model: nn.Module, rows: int, bias: Tensor) -> None:
-    """All rows are computed, with a warning, and the result is right."""
+def assert_right(model: nn.Module, rows: int, bias: Tensor) -> None:
+    """Half of the samples are computed, without a warning, and the result is right."""
     x, seen = torch.randn(rows, T, WIDTH), count_rows(model)
-    with pytest.warns(UserWarning, match=MASKED):
-        output = model(x, bias)
-    assert set(seen["out"]) == {rows}
+    output = model(x, bias)
+    assert set(seen["out"]) == {rows // 2}
     branch = sd.remove(copy.deepcopy(model))(x, bias) - x
     weights = ((output - x) / branch).detach().mean((1, 2)).round(decimals=3)
     assert sorted(weights.tolist()) == [0.0] * (rows - rows // 2) + [rows / (rows // 2)] * (
@@ -133,17 +131,17 @@ def test_a_mask_for_all_samples_stays_whole() -> None:
     assert seen["out"] == Counter([B // 2, B])
 
 
-def test_where_a_mask_for_all_has_the_size_of_the_batch_nothing_is_guessed() -> None:
-    assert_masked(applied(torch.zeros(T, T)), rows=T, bias=torch.randn(T, T))
+def test_a_mask_for_all_is_one_also_where_it_has_the_size_of_the_batch() -> None:
+    assert_right(applied(torch.zeros(T, T)), rows=T, bias=torch.randn(T, T))
 
 
-def test_examples_with_as_many_rows_as_positions_say_nothing_of_a_square_mask() -> None:
-    with pytest.warns(UserWarning, match=f"mode='subset'. {MASKED}"):
+def test_examples_to_which_no_sample_can_be_added_say_nothing() -> None:
+    with pytest.warns(UserWarning, match=f"{MASKED}.*\n.*one sample more"):
         applied(torch.zeros(T, T), rows=T)
 
 
-def test_a_mask_that_is_never_read_says_nothing_either() -> None:
-    class Ignoring(nn.Module):
+def test_a_table_with_as_many_rows_as_the_batch_is_not_cut() -> None:
+    class Reading(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.f = nn.Linear(WIDTH, WIDTH)
@@ -152,9 +150,15 @@ def test_a_mask_that_is_never_read_says_nothing_either() -> None:
             return x + self.f(x * table[index])
 
     # The table has as many rows as the batch by chance: with more of them it works too.
-    inputs = torch.randn(B, WIDTH), torch.randn(B, WIDTH), torch.zeros(B, dtype=torch.long)
+    inputs = torch.randn(B, WIDTH), torch.randn(B, WIDTH), torch.arange(B) % 2
+    model = Reading()
+    expected = model(*inputs)
     with pytest.warns(UserWarning, match=MASKED):
-        sd.apply(Ignoring(), p=0.5, mode="row", example_inputs=inputs)
+        sd.apply(model, 0.5, schedule="uniform", mode="subset", scale="none", example_inputs=inputs)
+    output = model(*inputs)
+    kept = (output != inputs[0]).any(1)
+    assert int(kept.sum()) == B // 2
+    torch.testing.assert_close(output[kept], expected[kept])
 
 
 def test_rows_that_the_model_mixes_are_not_selected() -> None:
@@ -171,7 +175,7 @@ def test_rows_that_the_model_mixes_are_not_selected() -> None:
             return x + self.out(mixed).view_as(x)
 
     inputs = torch.randn(B, T, WIDTH), torch.randn(B, WIDTH)
-    with pytest.warns(UserWarning, match=MASKED):
+    with pytest.warns(UserWarning, match=f"{MASKED}.*\n.*depend on each other"):
         model = sd.apply(Tiling(), p=0.5, mode="row", example_inputs=inputs)
     assert sd.verify(model, inputs).passed
 
@@ -180,18 +184,18 @@ def test_on_the_meta_device_there_are_no_values_that_show_whether_rows_mix() -> 
     with torch.device("meta"):
         model = nn.TransformerDecoderLayer(WIDTH, 2, 32, batch_first=True)
         inputs = torch.randn(B, T, WIDTH), torch.randn(B, S, WIDTH)
-        with pytest.warns(UserWarning, match=MASKED):
+        with pytest.warns(UserWarning, match="samples cannot be selected in 3 of 3 branches"):
             sd.apply(model, p=0.5, mode="row", example_inputs=inputs)
     assert len(sd.branches(model)) == 3
 
 
-def test_one_row_cannot_be_told_from_what_is_broadcast() -> None:
-    with pytest.warns(UserWarning, match=MASKED):
-        applied(torch.zeros(1, T, T), rows=1)
+@pytest.mark.parametrize("many", [1, B])
+def test_one_sample_is_told_from_what_is_broadcast(many: int) -> None:
+    assert_right(applied(torch.zeros(1, T, T), rows=1), rows=B, bias=torch.randn(many, T, T))
 
 
 def test_a_bias_for_each_sample_where_one_for_all_was_shown() -> None:
-    assert_masked(applied(torch.zeros(1, T, T)), rows=B, bias=torch.randn(B, T, T))
+    assert_right(applied(torch.zeros(1, T, T)), rows=B, bias=torch.randn(B, T, T))
 
 
 def test_copies_and_pickles_know_the_rows_too() -> None:
@@ -202,12 +206,12 @@ def test_copies_and_pickles_know_the_rows_too() -> None:
         assert seen["out"] == Counter([B // 2])
 
 
-def test_without_examples_a_further_tensor_is_masked_and_one_is_not() -> None:
-    with pytest.warns(UserWarning, match=MASKED):
-        sd.apply(Attending(), p=0.5, mode="row")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sd.apply(nn.TransformerEncoderLayer(WIDTH, 2, batch_first=True), p=0.5, mode="row")
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+@pytest.mark.parametrize("bias", [torch.randn(T, T), torch.randn(1, T, T), torch.randn(B, T, T)])
+def test_without_examples_the_first_training_call_tells_the_samples(bias: Tensor) -> None:
+    model = sd.apply(Attending(), 0.5, schedule="uniform", mode="subset")
+    model(torch.randn(B, T, WIDTH), bias)
+    assert_right(model, rows=B, bias=bias)
 
 
 def test_looking_at_examples_counts_nothing_up() -> None:
@@ -256,7 +260,7 @@ model = Model()
 with torch.no_grad():
     model(*inputs)
 before = peak()
-sd.apply(model, mode="row", example_inputs=inputs)
+sd.apply(model, 0.2, mode="row", example_inputs=inputs)
 print(peak() - before)
 """
 

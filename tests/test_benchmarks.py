@@ -59,10 +59,10 @@ def test_step_time_measures_every_side_and_the_page_shows_it(
     assert (tmp_path / "images" / "time_against_p.png").exists()
 
 
-# Dynamo looks at the .grad of what enters a branch.
+# Dynamo looks at the .grad of what enters a block.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_step_time_measures_in_bfloat16_and_compiled(small, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(step_time.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     given = ["tokens", "--settings", "p=0.5", "--rounds", "2", "--dtype", "bfloat16", "--compiled"]
     run(monkeypatch, step_time, *given, "--modes", "batch", "subset")
     out = capsys.readouterr().out

@@ -182,7 +182,7 @@ def test_the_help_names_the_choices(capsys):
 
 
 def test_the_choices_are_those_of_the_library():
-    from stochastic_depth.schedules import depth_rates
+    from stochastic_depth.rates import depth_rates
 
     for schedule in stochastic_depth_command.SCHEDULES:
         assert len(depth_rates(schedule, 0.5, 4)) == 4

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from ranks import gathered, launch
-from stochastic_depth.coins import Coins
+from stochastic_depth.skip.draws import Draws
 
-STEPS = 30
+STEPS = 20
 MODES = ["batch", "row", "subset"]
 
 
@@ -31,7 +31,9 @@ class Block(nn.Module):
 def build(mode: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), *[Block() for _ in range(4)]).double()
-    return sd.apply(model, p=0.5, schedule="uniform", mode=mode)
+    return sd.apply(
+        model, p=0.5, schedule="uniform", mode=mode, example_inputs=batch(0, 0)
+    )
 
 
 def batch(rank: int, step: int) -> Tensor:
@@ -44,27 +46,27 @@ def same_everywhere(values: Tensor) -> bool:
 
 
 def local_gradients(model: nn.Module, rank: int, step: int) -> list[Tensor]:
-    """What one process computes alone from the coins of ``rank``; zeros where dropped."""
+    """What one process computes alone from the decisions of ``rank``; zeros where dropped."""
     model.zero_grad()
     torch.manual_seed(100 * rank + step)
     model(batch(rank, step)).square().mean().backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-def train(rank: int, mode: str, options: dict, same_coins: bool, accumulate: bool) -> None:
+def train(rank: int, mode: str, options: dict, same_decisions: bool, accumulate: bool) -> None:
     model, alone = build(mode), build(mode)
     ddp = DistributedDataParallel(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(STEPS):
         optimizer.zero_grad()
-        coins = 0 if same_coins else rank
+        source = 0 if same_decisions else rank
         if accumulate:
             with ddp.no_sync():
-                torch.manual_seed(100 * coins + step + STEPS)
+                torch.manual_seed(100 * source + step + STEPS)
                 ddp(batch(rank, step + STEPS)).square().mean().backward()
-        torch.manual_seed(100 * coins + step)
+        torch.manual_seed(100 * source + step)
         ddp(batch(rank, step)).square().mean().backward()
-        if not same_coins and not accumulate:
+        if not same_decisions and not accumulate:
             alone.load_state_dict(model.state_dict())
             expected = [local_gradients(alone, r, step) for r in range(dist.get_world_size())]
             for p, *grads in zip(model.parameters(), *expected, strict=True):
@@ -76,16 +78,16 @@ def train(rank: int, mode: str, options: dict, same_coins: bool, accumulate: boo
     dropped = torch.tensor([float(branch.dropped) for branch in sd.branches(model)])
     assert dropped.sum() > 0
     if mode != "subset":  # whose counts are fixed
-        assert same_everywhere(dropped) == same_coins
+        assert same_everywhere(dropped) == same_decisions
 
 
 def train_all(rank: int, cases: list[tuple[dict, bool, bool]]) -> None:
     for mode in MODES:
-        for options, same_coins, accumulate in cases:
+        for options, same_decisions, accumulate in cases:
             try:
-                train(rank, mode, options, same_coins, accumulate)
+                train(rank, mode, options, same_decisions, accumulate)
             except BaseException as error:
-                error.add_note(f"{mode=}, {options=}, {same_coins=}, {accumulate=}")
+                error.add_note(f"{mode=}, {options=}, {same_decisions=}, {accumulate=}")
                 raise
 
 
@@ -129,7 +131,7 @@ def test_an_optimizer_whose_state_is_sharded() -> None:
     launch(shard_the_optimizer, 2)
 
 
-# --- one option says whether the coins are shared
+# --- one option says whether decisions are shared
 
 
 class Recomputed(nn.Module):
@@ -152,7 +154,7 @@ def drops(rank: int, mode: str, reentrant: bool | None = None, **options: object
     """What every branch dropped in each of 30 steps of training under DDP; weights are compared."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), *[Block() for _ in range(4)]).double()
-    sd.apply(net, p=0.5, schedule="uniform", mode=mode, **options)
+    sd.apply(net, p=0.5, schedule="uniform", mode=mode, example_inputs=batch(0, 0), **options)
     model = DistributedDataParallel(Recomputed(net, reentrant), static_graph=reentrant is True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     branches = sd.branches(model)
@@ -172,8 +174,8 @@ def drops(rank: int, mode: str, reentrant: bool | None = None, **options: object
 
 def share_and_separate(rank: int, modes: list[str]) -> None:
     for mode, seed in itertools.product(modes, (None, 7)):
-        shared = drops(rank, mode, coins="shared", seed=seed)
-        separate = drops(rank, mode, coins="separate", seed=seed)
+        shared = drops(rank, mode, ranks="shared", seed=seed)
+        separate = drops(rank, mode, ranks="separate", seed=seed)
         auto = drops(rank, mode, seed=seed)
         count = len(shared) - sum(p.numel() for p in build(mode).parameters())
         if mode != "subset":
@@ -184,24 +186,24 @@ def share_and_separate(rank: int, modes: list[str]) -> None:
         if seed is None:
             continue
         # The same number of ranks and the same seeds repeat a run bit for bit.
-        assert torch.equal(shared, drops(rank, mode, coins="shared", seed=seed))
-        assert torch.equal(separate, drops(rank, mode, coins="separate", seed=seed))
+        assert torch.equal(shared, drops(rank, mode, ranks="shared", seed=seed))
+        assert torch.equal(separate, drops(rank, mode, ranks="separate", seed=seed))
         for reentrant in (True, False):  # which draws tickets from torch's generator
-            for coins, plain in (("shared", shared), ("separate", separate)):
-                again = drops(rank, mode, reentrant, coins=coins, seed=seed)
+            for how, plain in (("shared", shared), ("separate", separate)):
+                again = drops(rank, mode, reentrant, ranks=how, seed=seed)
                 # Exact but for the order in which DDP adds up gradients.
                 torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.zoo)])
-def test_coins_are_shared_or_separate_and_replayed(ranks: int) -> None:
+def test_decisions_are_shared_or_separate_and_replayed(ranks: int) -> None:
     launch(share_and_separate, ranks, MODES)
 
 
 def apply_first(rank: int) -> None:
     for seed in (None, 7):
         torch.manual_seed(rank)
-        source = Coins(seed, "shared")
+        source = Draws(seed, "shared")
         with mock.patch.object(dist, "is_initialized", return_value=False):  # not yet
             source.generator(shared=True)
             own = source.generator(shared=False)
@@ -215,7 +217,7 @@ def apply_first(rank: int) -> None:
             assert own is not source.generator(shared=False)
 
 
-def test_a_model_may_toss_coins_before_there_are_other_ranks() -> None:
+def test_a_model_may_decide_before_there_are_other_ranks() -> None:
     launch(apply_first, 2)
 
 
@@ -243,12 +245,13 @@ class Synchronised(nn.Module):
 
 
 def synchronise(rank: int) -> None:
-    for mode, coins in itertools.product(MODES, ("auto", "shared", "separate")):
+    for mode, shared in itertools.product(MODES, ("auto", "shared", "separate")):
         torch.manual_seed(0)
         net = nn.Sequential(*[Synchronised() for _ in range(3)]).double()
-        sd.apply(net, p=0.5, schedule="uniform", mode=mode, coins=coins)
+        options = {"mode": mode, "ranks": shared, "example_inputs": batch(0, 0)}
+        sd.apply(net, p=0.5, schedule="uniform", **options)
         torch.manual_seed(rank)
-        if mode == "row" or (mode == "batch" and coins == "separate"):
+        if mode == "row" or (mode == "batch" and shared == "separate"):
             with pytest.raises(RuntimeError, match=r"runs a OnCPU, which waits for the other"):
                 net(batch(rank, 0))
             continue

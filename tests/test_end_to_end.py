@@ -21,7 +21,8 @@ from torchvision.models.convnext import CNBlockConfig
 
 import reference
 import stochastic_depth as sd
-from stochastic_depth import executor
+from stochastic_depth.skip import run
+from stochastic_depth.skip.draws import Draws
 from zoo.transformers_models import FAMILIES, build
 
 ROWS, STEPS = 4, 2
@@ -96,42 +97,42 @@ SUBJECTS = {
     "bert": Subject(text("bert"), r"encoder\.layer\.\d\.(attention\.)?output\.dropout", 6),
     "gpt2": Subject(text("gpt2"), r"transformer\.h\.\d\.(attn\.resid_dropout|mlp)", 6),
     "llama": Subject(text("llama"), r"model\.layers\.\d\.(self_attn\.o_proj|mlp)", 6),
-    # The first attention of each kind makes the position bias for all, so it is never dropped.
-    "t5": Subject(
-        text("t5"),
-        r"encoder\.block\.([12]\.layer\.\d|0\.layer\.1)\.dropout"
-        r"|decoder\.block\.([12]\.layer\.\d|0\.layer\.2)\.dropout",
-        12,
-    ),
+    "t5": Subject(text("t5"), r"(en|de)coder\.block\.\d\.layer\.\d\.dropout", 15),
     "wav2vec2": Subject(text("wav2vec2"), r"encoder\.layers\.\d\.(dropout|feed_forward)", 6),
     "whisper": Subject(
         text("whisper"), r"(en|de)coder\.layers\.\d\.((self|encoder)_attn\.out_proj|fc2)", 15
     ),
 }
 
-Coin = tuple[float, reference.Kept]
+Decision = tuple[int, float, reference.Kept]
 
 
 @pytest.fixture
-def coins(monkeypatch: pytest.MonkeyPatch) -> list[Coin]:
-    """The rate and the kept rows of every decision of the library, in order."""
-    seen: list[Coin] = []
-    decide = executor.decide
+def decisions(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
+    """Of every decision: the branch's place in the order of execution, its rate, the kept rows."""
+    seen: list[Decision] = []
+    decide, choose = Draws.decide, run.choose_samples
 
-    def record(p: float, **options: Any) -> Any:
-        keep = decide(p, **options)
-        rows = range(ROWS) if keep.rows is None else keep.rows.tolist()
-        kept = set(rows) if keep.weight else set()
-        seen.append((p, tuple(row in kept for row in range(ROWS))))
-        return keep
+    def record_calls(self: Draws, branches: Any, block: nn.Module) -> Any:
+        decisions = decide(self, branches, block)
+        for branch, dropped in zip(branches, decisions, strict=True):
+            if branch.mode == "batch":
+                seen.append((branch.order, branch.p, (not dropped,) * ROWS))
+        return decisions
 
-    monkeypatch.setattr(executor, "decide", record)
+    def record_samples(branch: sd.Branch, *args: Any) -> Any:
+        kept, weight = choose(branch, *args)
+        seen.append((branch.order, branch.p, tuple(row in kept.tolist() for row in range(ROWS))))
+        return kept, weight
+
+    monkeypatch.setattr(Draws, "decide", record_calls)
+    monkeypatch.setattr(run, "choose_samples", record_samples)
     return seen
 
 
-def mask_branches(model: nn.Module, ends: str, mode: str, coins: Iterator[Coin]) -> None:
+def mask_branches(model: nn.Module, ends: str, mode: str, decisions: Iterator[Decision]) -> None:
     def mask(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        p, kept = next(coins)
+        _, p, kept = next(decisions)
         weight = reference.training_weight(ROWS, p, mode, "train")
         return reference.masked(torch.zeros_like(output), output, kept, weight)
 
@@ -163,7 +164,7 @@ def step(model: nn.Module, inputs: Any, optimizer: torch.optim.Optimizer) -> dic
 @pytest.mark.parametrize("mode", ["batch", "row"])
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_two_steps_are_those_of_the_model_with_masks(
-    name: str, mode: str, coins: list[Coin]
+    name: str, mode: str, decisions: list[Decision]
 ) -> None:
     subject = SUBJECTS[name]
     torch.manual_seed(0)
@@ -171,15 +172,16 @@ def test_two_steps_are_those_of_the_model_with_masks(
     model.double()
     plain = copy.deepcopy(model)
     sd.apply(model, p=0.6, mode=mode, example_inputs=inputs, seed=0, dropped_grad="zero")
+    decisions.clear()  # those of apply's own trial
     taken = prepare(model)
     gradients = [step(model, inputs, taken) for _ in range(STEPS)]
 
-    assert len(coins) == STEPS * subject.depth
-    decided = (
-        [any(kept) for _, kept in coins] if mode == "batch" else sum((k for _, k in coins), ())
-    )
-    assert len(set(decided)) == 2  # with this seed some are dropped and some are kept
-    replayed = iter(coins)
+    assert len(decisions) == STEPS * subject.depth
+    decided = {k for *_, kept in decisions for k in ([any(kept)] if mode == "batch" else kept)}
+    assert len(decided) == 2  # with this seed some are dropped and some are kept
+    # A block decides when it is called, and what it calls decides after it.
+    steps = [decisions[i : i + subject.depth] for i in range(0, len(decisions), subject.depth)]
+    replayed = iter([decision for each in steps for decision in sorted(each)])
     mask_branches(plain, subject.ends, mode, replayed)
     expected = prepare(plain)
     for got in gradients:

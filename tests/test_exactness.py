@@ -2,7 +2,7 @@
 
 Each net runs in training until every path was taken. Which path that was is read off the rows
 that the branches were called with: every row carries its number in column 0, where no branch
-adds anything. So nothing here depends on how the library draws its coins.
+adds anything. So nothing here depends on how the library draws its decisions.
 """
 
 import functools
@@ -84,7 +84,9 @@ class Applied(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(linear(0.0, i) for i in range(len(rates)))
         self.blocks = nn.Sequential(*map(Block, self.layers))
-        sd.apply(self, schedule=rates, mode=mode, scale=scale)
+        sd.apply(
+            self, None, schedule=rates, mode=mode, scale=scale, example_inputs=batch(len(rates) + 2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)

@@ -14,6 +14,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 LINE = re.compile(r"rank (\d): loss ([\d.]+), weights ([\d.]+), dropped (\d+) of (\d+)")
 
 
+ALONE = ["uncertainty.py"]  # on one process: see depth/test_sampling.py
 SCRIPTS = ["ddp.py", "fsdp2.py", "hf_trainer.py", "on_accelerate.py", "on_lightning.py"]
 
 
@@ -33,9 +34,9 @@ def test_an_example_runs_on_two_processes(script, tmp_path):
     (_, _, weights, dropped, decided), (_, _, theirs, their_drops, _) = found
     assert weights == theirs
     assert 0 < int(dropped) < int(decided)
-    assert script == "fsdp2.py" or dropped != their_drops  # each rank its own coins
+    assert script == "fsdp2.py" or dropped != their_drops  # each rank its own decisions
     assert all(float(loss) < 1.38 for _, loss, *_ in found)  # that of guessing is log 4 = 1.386
 
 
 def test_every_example_is_run():
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted([*SCRIPTS, "task.py"])
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted([*SCRIPTS, "task.py", *ALONE])

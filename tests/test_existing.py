@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -61,7 +62,7 @@ def test_a_drop_module_inside_of_a_branch_is_taken_over_and_comes_back():
     torch.manual_seed(0)
     model, x = nn.Sequential(Inside(), Inside()), torch.randn(3, 4)
     plain = copy.deepcopy(model).eval()
-    sd.apply(model, p=KEPT)
+    sd.apply(model, KEPT, example_inputs=x)
     assert sd.branches(model)[0].existing == ("0.mlp.drop",)
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(x), plain(x))
@@ -72,8 +73,9 @@ def test_a_drop_module_inside_of_a_branch_is_taken_over_and_comes_back():
 
 
 def test_what_masks_something_else_is_reported():
-    model = sd.apply(nn.Sequential(Elsewhere()), p=0.5)
-    assert ("0.drop", "it masks what is no residual branch, and goes on doing so") in sd.summary(
+    with pytest.warns(UserWarning, match="0.drop: it is not on a branch that was found"):
+        model = sd.apply(nn.Sequential(Elsewhere()), 0.5, example_inputs=torch.randn(3, 4))
+    assert ("0.drop", "it is not on a branch that was found, and goes on dropping") in sd.summary(
         model
     ).refused
 
@@ -89,23 +91,28 @@ def test_layerdrop_is_reported(rate):
         num_conv_pos_embedding_groups=4,
         num_conv_pos_embeddings=16,
     )
-    model = sd.apply(transformers.Wav2Vec2Model(config))
-    told = [name for name, reason in sd.summary(model).refused if "layerdrop of 0.1" in reason]
+    model = transformers.Wav2Vec2Model(config)
+    told = pytest.warns(UserWarning, match="encoder: it tosses a coin")
+    with told if rate else nullcontext():
+        sd.apply(model, 0.2, example_inputs=torch.randn(2, 4000))
+    told = [
+        name for name, reason in sd.summary(model).refused if "tosses a coin of its own" in reason
+    ]
     assert told == (["encoder"] if rate else [])
 
 
-def test_schedule_model_keeps_the_rates_of_the_model():
+def test_p_model_keeps_the_rates_of_the_model():
     model = nn.Sequential(Inside(0.1), Inside(0.0), Inside(0.3))
-    sd.apply(model, schedule="model")
+    sd.apply(model, "model", example_inputs=torch.randn(3, 4))
     assert [branch.p for branch in sd.branches(model)] == [0.1, 0.0, 0.3]
     vit = timm.create_model("test_vit", drop_path_rate=0.2)
     rates = [block.drop_path1.drop_prob for block in vit.blocks[1:]]
-    sd.apply(vit, schedule="model")
+    sd.apply(vit, "model", example_inputs=torch.randn(2, 3, 160, 160))
     assert [branch.p for branch in sd.branches(vit)][2::2] == rates
 
 
-def test_schedule_model_needs_rates_and_takes_no_other():
+def test_p_model_needs_rates_and_takes_no_schedule():
     with pytest.raises(ValueError, match="has none in its residual branches"):
-        sd.apply(timm.create_model("test_vit"), schedule="model")
-    with pytest.raises(ValueError, match=r"p=0\.2 and schedule='model'"):
-        sd.apply(nn.Sequential(Inside()), 0.2, schedule="model")
+        sd.apply(timm.create_model("test_vit"), "model", example_inputs=torch.randn(2, 3, 160, 160))
+    with pytest.raises(ValueError, match="drop schedule='uniform'"):
+        sd.apply(nn.Sequential(Inside()), "model", schedule="uniform")

@@ -50,7 +50,9 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.head(self.dropout(self.blocks(x)))
-        return {} if labels is None else {"loss": cross_entropy(logits, labels), "logits": logits}
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
 def data() -> TensorDataset:

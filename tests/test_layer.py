@@ -268,7 +268,7 @@ def test_torchtune_masks_with_batch_rows_crash(mode: str) -> None:
     layer = sd.StochasticDepth(module, 0.5, mode=mode, scale="none")
     mask = numbered(6) + 1
     module.calls.clear()
-    with pytest.warns(UserWarning, match="all rows are computed and the dropped ones left out"):
+    with pytest.warns(UserWarning, match="computing all samples and masking the dropped ones"):
         outs = [layer(torch.zeros(6, 2), mask=mask) for _ in range(10)]
     assert module.calls
     assert {len(args[0]) for args, _ in module.calls} == {6}  # on all rows

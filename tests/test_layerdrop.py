@@ -23,7 +23,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Layers with transformers' layerdrop: a coin before each, and a Python ``if``."""
+    """Layers with transformers' layerdrop: a decision before each, and a Python ``if``."""
 
     def __init__(self, layerdrop: float) -> None:
         super().__init__()
@@ -42,18 +42,18 @@ class Encoder(nn.Module):
 
 def train(rank: int, engine: str, ours: str | None) -> None:
     model = Encoder(0.0 if ours else 0.5)
-    options = {"p": 0.5, "schedule": "uniform", "scale": "none"}
+    options = {"p": 0.5, "schedule": "uniform", "scale": "none", "example_inputs": torch.ones(4, 8)}
     if ours == "branches":
         sd.apply(model, **options)
     elif ours == "layers":
-        sd.apply(model, whole=Layer, **options)
+        sd.apply(model, blocks=Layer, **options)
     if engine == "ddp":
         wrapped: nn.Module = DistributedDataParallel(model)
     else:
         for layer in model.layers:
             fully_shard(layer)
         wrapped = fully_shard(model)
-    torch.manual_seed(rank)  # other coins on every rank
+    torch.manual_seed(rank)  # other decisions on every rank
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ from torchvision.ops import StochasticDepth as TorchvisionDepth
 
 import stochastic_depth as sd
 from models import Block, build, images, small, small_batch
+
+
+def applied(model: nn.Module, p: float = 0.2, **options: Any) -> Any:
+    """``sd.apply`` with a batch for a SmallResNet as the example."""
+    x = small_batch(dtype=next(model.parameters()).dtype)
+    return sd.apply(model, p, **{"example_inputs": x, **options})
 
 
 def drops(model: nn.Module, calls: int = 12) -> list[int]:
@@ -35,12 +42,12 @@ def test_composer_changes_the_output_of_a_pretrained_network_in_evaluation() -> 
     model = build("resnet50").eval()
     with torch.no_grad():
         before = model(images("resnet50"))
-        after = sd.apply(model, p=0.5)(images("resnet50"))
+        after = applied(model, p=0.5)(images("resnet50"))
     assert torch.equal(after, before)
 
 
 def test_composer_cannot_pickle_a_whole_model() -> None:
-    model = sd.apply(build("resnet18"), p=0.5)
+    model = sd.apply(build("resnet18"), example_inputs=images("resnet18"), p=0.5)
     twin = pickle.loads(pickle.dumps(model)).eval()
     with torch.no_grad():
         assert torch.equal(twin(images("resnet18")), model.eval()(images("resnet18")))
@@ -48,7 +55,7 @@ def test_composer_cannot_pickle_a_whole_model() -> None:
 
 
 def test_composer_s_copies_call_the_forward_of_the_original() -> None:
-    model = sd.apply(small(), p=1e-30)
+    model = applied(small(), p=1e-30)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -58,7 +65,7 @@ def test_composer_s_copies_call_the_forward_of_the_original() -> None:
 
 
 def test_composer_s_data_parallel_replicas_call_the_forward_of_the_original() -> None:
-    block = sd.apply(Linear(), p=1e-30)
+    block = sd.apply(Linear(), 1e-30, example_inputs=torch.ones(2, 1))
     # What torch.nn.parallel.replicate does, without its GPUs.
     replica = block._replicate_for_data_parallel()
     replica._modules = {"f": nn.Linear(1, 1)}
@@ -69,14 +76,14 @@ def test_composer_s_data_parallel_replicas_call_the_forward_of_the_original() ->
 
 def test_composer_knows_one_kind_of_block_only() -> None:
     for name, count in (("resnet18", 8), ("resnet50", 16), ("vit_b_32", 24)):
-        assert len(sd.branches(sd.apply(build(name)))) == count
+        assert len(sd.branches(sd.apply(build(name), p=0.2, example_inputs=images(name)))) == count
 
 
 # --- torchtune
 
 
 def test_torchtune_cannot_reload_its_own_state_dict() -> None:
-    model = sd.apply(small(), p=0.5)
+    model = applied(small(), p=0.5)
     result = model.load_state_dict(model.state_dict())
     assert result.missing_keys == result.unexpected_keys == []
     file = io.BytesIO()
@@ -85,7 +92,7 @@ def test_torchtune_cannot_reload_its_own_state_dict() -> None:
 
 
 def test_torchtune_does_not_heed_manual_seed() -> None:
-    model = sd.apply(small(), p=0.5, schedule="uniform")
+    model = applied(small(), p=0.5, schedule="uniform")
     seen = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -110,7 +117,7 @@ def test_torchtune_s_gradients_are_silently_wrong_under_checkpointing(reentrant:
     model = Recomputed(reentrant)
     gradients = []
     for run in (model, model.block):
-        sd.apply(model, p=0.5, mode="row", seed=0)
+        sd.apply(model, 0.5, mode="row", seed=0, example_inputs=x.detach())
         model.zero_grad()
         x.grad = None
         run(x).square().sum().backward()
@@ -136,8 +143,7 @@ def test_torchtune_crashes_where_a_mask_has_the_rows_of_the_batch() -> None:
     mask = torch.rand(16, 3) < 0.3
     mask[:, 0] = False
     whole = model(x, mask)
-    with pytest.warns(UserWarning, match="left out: :attention"):
-        sd.apply(model, p=0.5, mode="row", scale="none", seed=0)
+    sd.apply(model, 0.5, mode="row", scale="none", seed=0, example_inputs=(x, mask))
     out = model(x, mask)
     dropped = (out == x).flatten(1).all(1)
     assert 0 < int(dropped.sum()) == sd.branches(model)[0].dropped < 16
@@ -150,7 +156,7 @@ def test_torchtune_crashes_where_a_mask_has_the_rows_of_the_batch() -> None:
 @pytest.mark.parametrize("p", [1.0, 1])
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_huggingface_and_mmcv_give_nan_at_p_1(mode: str, p: float) -> None:
-    model = sd.apply(small(), p=p, schedule="uniform", mode=mode)
+    model = applied(small(), p=p, schedule="uniform", mode=mode)
     out = model(small_batch())
     out.sum().backward()
     assert torch.isfinite(out).all()
@@ -163,7 +169,12 @@ def test_huggingface_and_mmcv_give_nan_at_p_1(mode: str, p: float) -> None:
 def test_huggingface_never_drops_in_bfloat16_at_small_rates_and_doubles_rows(mode: str) -> None:
     rows = 1 if mode == "batch" else 4096
     model = sd.apply(
-        nn.Sequential(Linear()).to(torch.bfloat16), p=0.001, schedule="uniform", mode=mode, seed=0
+        nn.Sequential(Linear()).to(torch.bfloat16),
+        0.001,
+        schedule="uniform",
+        mode=mode,
+        seed=0,
+        example_inputs=torch.randn(2, 1, dtype=torch.bfloat16),
     )
     x = torch.ones(rows, 1, dtype=torch.bfloat16)
     out = torch.cat([model(x) for _ in range(20000 // rows + 1)])
@@ -186,11 +197,11 @@ class Linear(nn.Module):
 @pytest.mark.parametrize("p", [-0.1, -1e-9, 1.0000001])
 def test_timm_accepts_a_negative_rate(p: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-        sd.apply(small(), p=p)
+        applied(small(), p=p)
 
 
 def test_timm_turns_blocks_of_rate_0_into_identities_that_stay() -> None:
-    model = sd.apply(small(), p=0.5, schedule="linear-timm")
+    model = applied(small(), p=0.5, schedule="linear-timm")
     first = sd.branches(model)[0]
     assert first.p == 0.0
     first.p = 1.0
@@ -199,7 +210,7 @@ def test_timm_turns_blocks_of_rate_0_into_identities_that_stay() -> None:
 
 
 def test_torchvision_s_efficientnet_never_reaches_the_rate_it_is_given() -> None:
-    model = sd.apply(build("efficientnet_b0"), p=0.2)
+    model = sd.apply(build("efficientnet_b0"), example_inputs=images("efficientnet_b0"), p=0.2)
     assert sd.branches(model)[-1].p == 0.2
 
 
@@ -207,7 +218,10 @@ def test_torchvision_s_efficientnet_never_reaches_the_rate_it_is_given() -> None
 def test_torchvision_takes_no_rate_for_some_models(name: str) -> None:
     with pytest.raises(TypeError):
         torchvision.models.get_model(name, stochastic_depth_prob=0.5, sd_prob=0.5)
-    rates = [branch.p for branch in sd.branches(sd.apply(build(name), p=0.5))]
+    rates = [
+        branch.p
+        for branch in sd.branches(sd.apply(build(name), example_inputs=images(name), p=0.5))
+    ]
     assert rates[-1] == 0.5
     assert rates == sorted(rates)
 
@@ -218,18 +232,18 @@ def test_torchvision_takes_no_rate_for_some_models(name: str) -> None:
 @pytest.mark.parametrize("name", ["densenet121", "googlenet", "squeezenet1_0", "vgg11"])
 def test_timm_and_huggingface_accept_a_rate_and_do_nothing(name: str) -> None:
     with pytest.raises(ValueError, match="no residual branch found"):
-        sd.apply(build(name), p=0.3)
+        sd.apply(build(name), example_inputs=images(name), p=0.3)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(), nn.Identity()])
 def test_stochdepth_returns_an_empty_tuple_where_it_finds_nothing(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no residual branch found"):
-        sd.apply(model, p=0.3)
+        sd.apply(model, 0.3, example_inputs=torch.randn(2, 2))
 
 
 def test_a_pattern_that_matches_nothing_is_silent_in_torchao() -> None:
     with pytest.raises(ValueError, match=r"matches no branch; there are blocks\.0:conv1"):
-        sd.apply(small(), include="encoder.*")
+        applied(small(), include="encoder.*")
 
 
 # --- stochdepth
@@ -237,7 +251,9 @@ def test_a_pattern_that_matches_nothing_is_silent_in_torchao() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "linear-timm", "linear-efficientnet", "uniform"])
 def test_stochdepth_divides_by_zero_where_there_is_one_block(schedule: str) -> None:
-    (branch,) = sd.branches(sd.apply(Block(4, 4), p=0.5, schedule=schedule))
+    (branch,) = sd.branches(
+        sd.apply(Block(4, 4), 0.5, schedule=schedule, example_inputs=torch.randn(2, 4, 8, 8))
+    )
     assert branch.p == (0.0 if schedule == "linear-efficientnet" else 0.5)
 
 
@@ -246,11 +262,13 @@ class Subclass(Block):
 
 
 def test_stochdepth_does_not_know_subclasses() -> None:
-    assert len(sd.branches(sd.apply(Subclass(4, 4)))) == 1
+    assert (
+        len(sd.branches(sd.apply(Subclass(4, 4), 0.5, example_inputs=torch.randn(2, 4, 8, 8)))) == 1
+    )
 
 
 def test_stochdepth_stacks_when_applied_twice() -> None:
-    once, twice = sd.apply(small(), p=0.5), sd.apply(sd.apply(small(), p=0.5), p=0.5)
+    once, twice = applied(small(), p=0.5), applied(applied(small(), p=0.5), p=0.5)
     torch.manual_seed(0)
     expected = [once(small_batch()) for _ in range(5)]
     torch.manual_seed(0)
@@ -264,7 +282,7 @@ def test_stochdepth_stacks_when_applied_twice() -> None:
 
 def test_a_model_with_stochastic_depth_of_its_own_gets_it_doubled_elsewhere() -> None:
     model = build("efficientnet_b0", stochastic_depth_prob=1.0)
-    sd.apply(model, p=0.0, schedule="uniform")
+    applied(model, p=0.0, schedule="uniform")
     calls: list[object] = []
     for module in model.modules():
         if isinstance(module, TorchvisionDepth):
@@ -298,7 +316,7 @@ class Exploding(nn.Module):
 
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_nemo_and_torchvision_turn_an_infinite_dropped_branch_into_nan(mode: str) -> None:
-    model = sd.apply(Exploding(), p=0.5, mode=mode, seed=0)
+    model = sd.apply(Exploding(), 0.5, mode=mode, seed=0, example_inputs=torch.ones(2, 4))
     (branch,) = sd.branches(model)
     x = torch.randn(16, 4, requires_grad=True)
     clean = 0
@@ -314,7 +332,9 @@ def test_nemo_and_torchvision_turn_an_infinite_dropped_branch_into_nan(mode: str
 
 
 def test_deepspeed_scales_by_a_rate_changed_since_the_coin() -> None:
-    model = sd.apply(nn.Sequential(Linear()), p=0.5, schedule="uniform", seed=0)
+    model = sd.apply(
+        nn.Sequential(Linear()), 0.5, example_inputs=torch.ones(2, 1), schedule="uniform", seed=0
+    )
     branch = sd.branches(model)[0]
     model[0].f.register_forward_hook(lambda *_: setattr(branch, "p", 0.9))  # after its coin
     while branch.decided == branch.dropped:
@@ -323,7 +343,7 @@ def test_deepspeed_scales_by_a_rate_changed_since_the_coin() -> None:
 
 
 def test_s3prl_returns_fewer_hidden_states_when_layers_are_dropped() -> None:
-    model = sd.apply(small(), p=1.0, schedule="uniform")
+    model = applied(small(), p=1.0, schedule="uniform")
     states: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, __, out: states.append(out))
@@ -332,7 +352,9 @@ def test_s3prl_returns_fewer_hidden_states_when_layers_are_dropped() -> None:
 
 
 def test_torchvision_and_composer_compute_what_they_drop() -> None:
-    model = sd.apply(build("convnext_tiny"), p=1.0, schedule="uniform")
+    model = sd.apply(
+        build("convnext_tiny"), example_inputs=images("convnext_tiny"), p=1.0, schedule="uniform"
+    )
     calls: list[str] = []
     for name, module in model.named_modules():
         if ".block." in name:
@@ -342,7 +364,7 @@ def test_torchvision_and_composer_compute_what_they_drop() -> None:
 
 
 def test_tensorflow_s_momentum_keeps_moving_what_was_dropped() -> None:
-    model = sd.apply(small(), p=0.0, schedule="uniform")
+    model = applied(small(), p=0.0, schedule="uniform")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     weight = model.blocks[0].conv1.weight
     for p in (0.0, 1.0):
@@ -355,7 +377,14 @@ def test_tensorflow_s_momentum_keeps_moving_what_was_dropped() -> None:
 
 
 def test_dinov2_drops_the_wrong_share_of_small_batches() -> None:
-    model = sd.apply(nn.Sequential(Linear()), p=0.1, schedule="uniform", mode="row", seed=0)
+    model = sd.apply(
+        nn.Sequential(Linear()),
+        0.1,
+        example_inputs=torch.ones(2, 1),
+        schedule="uniform",
+        mode="row",
+        seed=0,
+    )
     for batch in (1, 4):
         branch = sd.branches(model)[0]
         start = branch.dropped
@@ -368,5 +397,5 @@ def test_dinov2_drops_the_wrong_share_of_small_batches() -> None:
 def test_importing_and_applying_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = sd.apply(build("resnet18"), p=0.5, mode="row")
+        model = sd.apply(build("resnet18"), example_inputs=images("resnet18"), p=0.5, mode="row")
         model.train()(images("resnet18", 4))

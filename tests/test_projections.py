@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 
 CHANNELS = {"layer1": 64, "layer2": 64, "layer3": 128, "layer4": 256}  # that go in
-RECIPES = ["module", "shared", "copy", "new"]
+RECIPES = ["module", "tied", "copy", "new"]
 
 
 def by_hand(name: str) -> nn.Module:
@@ -34,7 +34,7 @@ def wrapped_resnet(recipe: str, p: float = 0.5, mode: str = "batch") -> nn.Modul
     torch.manual_seed(1)
     for name in CHANNELS:
         projection = by_hand(name) if recipe == "module" else recipe
-        setattr(model, name, sd.StochasticDepth(getattr(model, name), p, projection, mode))
+        setattr(model, name, sd.StochasticDepth(getattr(model, name), p, projection, mode=mode))
     return model
 
 
@@ -91,7 +91,7 @@ def test_gradients_of_a_dropped_resnet_go_to_the_projections(recipe: str) -> Non
 
 @pytest.mark.parametrize(
     ("recipe", "mode"),
-    [*((recipe, "batch") for recipe in RECIPES), ("shared", "row"), ("new", "subset")],
+    [*((recipe, "batch") for recipe in RECIPES), ("tied", "row"), ("new", "subset")],
 )
 def test_a_wrapped_resnet_trains(recipe: str, mode: str) -> None:
     model, x = wrapped_resnet(recipe, p=0.3, mode=mode), images()
@@ -129,7 +129,7 @@ def test_a_wrapped_resnet_is_copied(recipe: str, trip: Callable[[nn.Module], nn.
     twin = trip(model)
     assert [name for name, _ in twin.named_parameters()] == [
         name for name, _ in model.named_parameters()
-    ]  # what is shared stays shared
+    ]  # what is tied stays tied
     assert torch.equal(last_logits(twin, 1), last_logits(model, 1))
     with torch.no_grad():
         for p in twin.parameters():
@@ -137,8 +137,8 @@ def test_a_wrapped_resnet_is_copied(recipe: str, trip: Callable[[nn.Module], nn.
     assert model.layer2.projection.weight.any()
 
 
-def test_shared_projections_are_the_first_convolutions_themselves() -> None:
-    model = wrapped_resnet("shared")
+def test_tied_projections_are_the_first_convolutions_themselves() -> None:
+    model = wrapped_resnet("tied")
     for wrapper in wrappers(model).values():
         assert wrapper.projection is wrapper.module[0].conv1
     plain = list(plain_resnet().parameters())
@@ -197,7 +197,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["shared", "copy", "new"])
+@pytest.mark.parametrize("recipe", ["tied", "copy", "new"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recipes_project_to_the_shape_of_the_output(kind: str, recipe: str) -> None:
     make, shape = KINDS[kind]
@@ -207,11 +207,11 @@ def test_recipes_project_to_the_shape_of_the_output(kind: str, recipe: str) -> N
         layer = sd.StochasticDepth(module, p, recipe)
         assert layer(x).shape == wanted
     wrapped = [m for m in module.modules() if type(m) is type(layer.projection)]
-    assert (layer.projection in wrapped) is (recipe == "shared")
+    assert (layer.projection in wrapped) is (recipe == "tied")
     assert layer.eval()(x).shape == wanted
 
 
-@pytest.mark.parametrize("recipe", ["shared", "copy", "new"])
+@pytest.mark.parametrize("recipe", ["tied", "copy", "new"])
 def test_the_first_batch_builds_what_cannot_be_guessed(recipe: str) -> None:
     layer = sd.StochasticDepth(HeadFirst(), 1.0, recipe)
     x = torch.randn(2, 3, 8, 8)
@@ -227,7 +227,7 @@ def test_the_first_batch_builds_what_cannot_be_guessed(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("module", [KINDS["conv2d"][0], HeadFirst])
-@pytest.mark.parametrize("recipe", ["shared", "copy"])
+@pytest.mark.parametrize("recipe", ["tied", "copy"])
 def test_looking_at_the_shapes_changes_nothing(
     module: Callable[[], nn.Module], recipe: str
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_new_projection_has_the_dtype_of_the_module(dtype: torch.dtype) -> Non
 def test_rows_of_the_projection_are_replaced_by_those_of_the_module(mode: str) -> None:
     torch.manual_seed(0)
     module, projection = nn.Linear(3, 6).double(), nn.Linear(3, 6).double()
-    layer = sd.StochasticDepth(module, 0.5, projection, mode, scale="none")
+    layer = sd.StochasticDepth(module, 0.5, projection, mode=mode, scale="none")
     x = torch.randn(8, 3, dtype=torch.float64)
     counts = set()
     for _ in range(20):
@@ -288,12 +288,29 @@ def test_tuples_may_be_projected_by_a_function() -> None:
 # --- what does not fit
 
 
+def test_a_missing_projection_is_told_when_the_layer_is_built() -> None:
+    text = r"maps an input of shape \(2, 3\) to \(2, 5\).*give projection='new', 'copy' or 'tied'"
+    with pytest.raises(ValueError, match=text):
+        sd.StochasticDepth(nn.Linear(3, 5), 0.5)
+
+
+class Unguessable(nn.Module):
+    """Its first layer does not say what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.layer = nn.Linear(7, 7), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_a_missing_projection_names_the_shapes_and_the_remedy(mode: str) -> None:
-    layer = sd.StochasticDepth(nn.Linear(3, 5), 1e-30, mode=mode)
+    layer = sd.StochasticDepth(Unguessable(), 1e-30, mode=mode)
     text = (
         r"returned a tensor of shape \(2, 5\) but its shortcut is a tensor of shape \(2, 3\).*"
-        r"give projection='new', 'copy' or 'shared'"
+        r"give projection='new', 'copy' or 'tied'"
     )
     with pytest.raises(ValueError, match=text):
         layer(torch.ones(2, 3))
@@ -322,7 +339,7 @@ def build(module: nn.Module, recipe: str, *batch: Any) -> None:
     layer(*batch)
 
 
-@pytest.mark.parametrize("recipe", ["shared", "copy"])
+@pytest.mark.parametrize("recipe", ["tied", "copy"])
 def test_no_layer_inside_maps_the_shapes(recipe: str) -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
     text = (
@@ -349,7 +366,7 @@ def test_there_is_no_kind_to_make_a_new_layer_of(module: nn.Module) -> None:
         build(module, "new", torch.ones(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("recipe", ["shared", "copy", "new"])
+@pytest.mark.parametrize("recipe", ["tied", "copy", "new"])
 def test_a_recipe_needs_a_tensor(recipe: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import reference
 import stochastic_depth as sd
-from stochastic_depth.sampling import subset_size
-from stochastic_depth.schedules import depth_rates
+from stochastic_depth.skip.decide import subset_size
+from stochastic_depth.rates import depth_rates
 
 FALSE_ALARM = 1e-3
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -273,8 +273,9 @@ def test_a_list_is_taken_as_it_is(rates: list[float]) -> None:
     assert depth_rates(rates, None, 3) == [0.0, 0.5, 1.0]
 
 
-def test_without_p_the_last_block_has_a_fifth() -> None:
-    assert depth_rates("linear", None, 2) == [0.1, 0.2]
+def test_a_named_schedule_needs_p() -> None:
+    with pytest.raises(TypeError, match="p must be a number in .* for schedule='linear', got None"):
+        depth_rates("linear", None, 2)
 
 
 @pytest.mark.parametrize("p", [0.1, 1 / 3, 0.7])

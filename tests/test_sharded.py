@@ -1,4 +1,4 @@
-"""FSDP: no collective is missed, and the gradients are those of one process with the same coins."""
+"""FSDP: no collective is missed, and gradients are those of one process with the same decisions."""
 
 import contextlib
 import itertools
@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 from ranks import gathered, launch
 
-STEPS, ROWS, P, LR, SEED = 30, 3, 0.5, 0.05, 7
+STEPS, ROWS, P, LR, SEED = 13, 3, 0.5, 0.05, 7
 MODES = ["batch", "row", "subset"]
-COINS = ["auto", "shared", "separate"]
+RANKS = ["auto", "shared", "separate"]
 
 
 class Block(nn.Module):
@@ -54,26 +54,38 @@ def build(how: str = "") -> nn.Sequential:
     return net
 
 
+class Draw:
+    """The weights that the library's draws come to, drawn again from their definition."""
+
+    def __init__(self, mode: str, source: torch.Generator) -> None:
+        self.mode, self.source = mode, source
+
+    def weights(self) -> Tensor:
+        unit = 1 << 53
+        number = int(torch.randint(unit, (1,), generator=self.source))
+        if self.mode == "batch":
+            return torch.full((1, 1), float(number / unit >= P) / (1 - P), dtype=torch.float64)
+        samples = torch.Generator().manual_seed(number)
+        if self.mode == "subset":
+            k = round(ROWS * (1 - P))
+            rows = torch.randperm(ROWS, generator=samples)[:k]
+            return torch.zeros(ROWS, 1).index_fill(0, rows, ROWS / k)
+        drawn = torch.rand(ROWS, 1, dtype=torch.float64, generator=samples)
+        return (drawn >= P) / (1 - P)
+
+
 class Masked(nn.Module):
-    """The same network by hand, every branch computed and weighed with coins from ``source``."""
+    """The same network by hand, every branch computed and weighed by decisions of ``source``."""
 
     def __init__(self, mode: str, source: torch.Generator) -> None:
         super().__init__()
-        self.net, self.mode, self.source = build(), mode, source
-
-    def weights(self) -> Tensor:
-        if self.mode == "subset":
-            k = round(ROWS * (1 - P))
-            rows = torch.randperm(ROWS, generator=self.source)[:k]
-            return torch.zeros(ROWS, 1).index_fill(0, rows, ROWS / k)
-        count = 1 if self.mode == "batch" else ROWS
-        return (torch.rand(count, 1, generator=self.source) >= P) / (1 - P)
+        self.net, self.draw = build(), Draw(mode, source)
 
     def forward(self, x: Tensor) -> Tensor:
         first, *blocks = self.net
         x = first(x)
         for block in blocks:
-            x = x + self.weights() * torch.tanh(block.gamma * block.linear(x))
+            x = x + self.draw.weights() * torch.tanh(block.gamma * block.linear(x))
         return x
 
 
@@ -83,7 +95,7 @@ def batch(rank: int, step: int) -> Tensor:
 
 
 def expected(mode: str, weights: dict[str, Tensor], step: int, shared: Tensor | None) -> list:
-    """The mean gradient over the ranks, from what one process computes with their coins."""
+    """The mean gradient over the ranks, from what one process computes with their decisions."""
     total = [torch.zeros_like(w) for w in weights.values()]
     for rank in range(dist.get_world_size()):
         source = torch.Generator().manual_seed(100 * rank + step)
@@ -142,13 +154,14 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def train(rank: int, how: str, mode: str, coins: str, after: bool) -> None:
-    options = {"p": P, "schedule": "uniform", "mode": mode, "coins": coins}
+def train(rank: int, how: str, mode: str, ranks: str, after: bool) -> None:
+    options = {"p": P, "schedule": "uniform", "mode": mode, "ranks": ranks}
     units_share = mode == "batch" and how != "root"
-    shared = coins == "shared" or (coins == "auto" and units_share)
+    shared = ranks == "shared" or (ranks == "auto" and units_share)
     model = build(how)
     if after:
         shard(model, how)
+    options["example_inputs"] = batch(0, 0)
     sd.apply(model, seed=SEED if shared else None, **options)
     sharded = model if after else shard(model, how)
     optimizer = torch.optim.SGD(sharded.parameters(), lr=LR)
@@ -157,14 +170,14 @@ def train(rank: int, how: str, mode: str, coins: str, after: bool) -> None:
     tolerances = {"rtol": 1e-9, "atol": 1e-12}
     if how.endswith("bf16"):
         tolerances = {"rtol": 0.05, "atol": 0.02}
-    masked = Masked(mode, stream)
+    draw = Draw(mode, stream)
     for step in range(STEPS):
         torch.manual_seed(100 * rank + step)
         optimizer.zero_grad()
         sharded(batch(rank, step)).square().mean().backward()
         state = stream.get_state() if shared else None
         for _ in range(4):
-            masked.weights()
+            draw.weights()
         compared = step % 6 == 0  # which takes longer than the step
         before = weights_of(sharded) if compared else {}
         optimizer.step()
@@ -189,26 +202,26 @@ def train(rank: int, how: str, mode: str, coins: str, after: bool) -> None:
     torch.testing.assert_close(sharded.train()(batch(0, 0)), evaluated, rtol=1e-12, atol=1e-14)
 
 
-def refuses(how: str, mode: str, coins: str) -> bool:
+def refuses(how: str, mode: str, ranks: str) -> bool:
     """Whether ranks could wait for each other: FSDP gathers something inside of a branch."""
     inside = "inside" in how
-    return inside and (mode == "row" or (mode == "batch" and coins == "separate"))
+    return inside and (mode == "row" or (mode == "batch" and ranks == "separate"))
 
 
-Case = tuple[str, str, str]  # how it is sharded, the mode, the coins
+Case = tuple[str, str, str]  # how it is sharded, the mode, how decisions are shared
 
 
 def train_all(rank: int, cases: list[Case]) -> None:
-    for i, (how, mode, coins) in enumerate(cases):
+    for i, (how, mode, ranks) in enumerate(cases):
         after = i % 2 == 1 and not how.startswith("fsdp1")
         try:
-            if refuses(how, mode, coins):
+            if refuses(how, mode, ranks):
                 with pytest.raises(RuntimeError, match="waits for the other ranks"):
-                    train(rank, how, mode, coins, after)
+                    train(rank, how, mode, ranks, after)
             else:
-                train(rank, how, mode, coins, after)
+                train(rank, how, mode, ranks, after)
         except BaseException as error:
-            error.add_note(f"{how=}, {mode=}, {coins=}, {after=}")
+            error.add_note(f"{how=}, {mode=}, {ranks=}, {after=}")
             raise
 
 
@@ -216,12 +229,12 @@ FSDP2 = ["block:reshard", "block:keep", "block:checkpoint", "block:bf16", "root"
 FSDP1 = [f"fsdp1:{u},{o}" for u in ("block", "inside") for o in ("original", "flat")]
 
 
-def cases(ways: list[str], coins: list[str]) -> list[Case]:
-    return list(itertools.product(ways, MODES, coins))
+def cases(ways: list[str], ranks: list[str]) -> list[Case]:
+    return list(itertools.product(ways, MODES, ranks))
 
 
 def test_fully_shard_on_two_ranks() -> None:
-    either = [(how, "batch", c) for how in ("block:reshard", "inside") for c in COINS[1:]]
+    either = [(how, "batch", c) for how in ("block:reshard", "inside") for c in RANKS[1:]]
     launch(train_all, 2, [*cases(FSDP2, ["auto"]), *either])
 
 
@@ -235,7 +248,7 @@ def train_fsdp1(rank: int) -> None:
         wrapped = shard(model, how)
         for module in (wrapped, model):
             with pytest.raises(ValueError, match="apply first and wrap then"):
-                sd.apply(module)
+                sd.apply(module, 0.2)
     train_all(rank, cases(FSDP1, ["auto"]))
 
 
@@ -248,4 +261,4 @@ def test_fsdp1_on_two_ranks() -> None:
 @pytest.mark.parametrize("ways", [FSDP2, FSDP1], ids=["fully_shard", "fsdp1"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_way_to_shard(ranks: int, ways: list[str]) -> None:
-    launch(train_all, ranks, cases(ways, COINS), seconds=1100)
+    launch(train_all, ranks, cases(ways, RANKS), seconds=1100)

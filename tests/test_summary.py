@@ -39,7 +39,7 @@ RATES = [0.1, 0.2, 0.3, 0.4]
 
 
 def applied() -> nn.Module:
-    return sd.apply(small(), schedule=RATES)
+    return sd.apply(small(), None, schedule=RATES, example_inputs=small_batch())
 
 
 def test_shares_are_those_counted_by_hand() -> None:
@@ -57,7 +57,9 @@ def test_shares_are_those_counted_by_hand() -> None:
     ("rows", "rates"), [(3, [0, 1 / 3, 1 / 3, 1 / 3]), (10, RATES), (1, [0] * 4)]
 )
 def test_subset_shows_the_rates_that_take_effect_on_the_example(rows, rates) -> None:
-    model = sd.apply(small(), schedule=RATES, mode="subset")
+    model = sd.apply(
+        small(), None, schedule=RATES, mode="subset", example_inputs=small_batch()
+    )
     result = sd.summary(model, small_batch(rows))
     assert [row.p for row in result.rows] == pytest.approx(rates)
     for branch in sd.branches(model):
@@ -88,7 +90,12 @@ def measure(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("dropped", [[], [0], [2], [1, 3], [0, 1, 2, 3]])
 def test_compute_kept_is_what_a_training_forward_computes(dropped: list[int]) -> None:
-    model = sd.apply(small(), schedule=[float(i in dropped) for i in range(4)])
+    model = sd.apply(
+        small(),
+        None,
+        schedule=[float(i in dropped) for i in range(4)],
+        example_inputs=small_batch(),
+    )
     kept = measure(model) / measure(small())
     assert sd.summary(model, small_batch()).compute_kept == pytest.approx(kept, rel=1e-12)
 
@@ -108,7 +115,7 @@ def test_attention_counts_and_nothing_else_is_in_a_transformer_layer() -> None:
 def test_a_parameter_that_two_layers_of_a_branch_share_counts_once() -> None:
     model = small()
     model.blocks[3].conv2.weight = model.blocks[3].conv1.weight
-    result = sd.summary(sd.apply(model))
+    result = sd.summary(sd.apply(model, 0.2))
     total = sum(PARAMETERS.values()) - 8 * 8 * 9
     assert result.rows[3].parameters == pytest.approx((PARAMETERS["blocks.3:conv1"] - 576) / total)
 
@@ -130,15 +137,15 @@ def test_a_plain_model_shows_what_could_be_dropped() -> None:
 
 class Refused(Block):
     def forward(self, x):
-        if x.sum() > 0:
-            return x
-        return x + self.branch(x)
+        out = self.branch(x)
+        return (x + out) * out.sigmoid()
 
 
 def test_the_table_shows_branches_totals_leftovers_and_refusals() -> None:
     model = small()
     model.blocks.append(Refused(8, 8))
-    sd.apply(model, schedule=[0.1, 0.3, 0.4], exclude="blocks.1:*")
+    options = {"exclude": "blocks.1:*", "example_inputs": small_batch()}
+    sd.apply(model, None, schedule=[0.1, 0.3, 0.4], **options)
     lines = str(sd.summary(model)).splitlines()  # 304, 896 and 1184 of 4069 parameters
     assert [line.rstrip() for line in lines] == [
         "branch          kind            p  params  FLOPs",
@@ -150,15 +157,23 @@ def test_the_table_shows_branches_totals_leftovers_and_refusals() -> None:
         "expected depth  2.20 of 3 branches",
         "compute kept    not measured: give example_inputs",
         "not dropped     blocks.1:conv1",
-        "refused         blocks.4: what it does depends on a value (gt); example inputs may tell",
+        "skipped         blocks.4:conv1: what the branch computes is also used outside of it: "
+        "compute what both need before the branch",
     ]
     measured = str(sd.summary(model, -small_batch().abs()))
     assert "compute kept    " in measured
     assert "not measured" not in measured
 
 
+def test_a_wrapper_is_a_row_like_any_branch() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), sd.StochasticDepth(nn.Linear(4, 4), 0.25))
+    (row,) = sd.summary(model, torch.zeros(2, 4)).rows
+    assert (row.name, row.kind, row.p, row.parameters) == ("1", "block", 0.25, 0.5)
+    assert row.flops == pytest.approx(0.5)
+
+
 def test_a_summary_changes_nothing() -> None:
-    model = sd.apply(small(), p=0.5, schedule="uniform")
+    model = sd.apply(small(), p=0.5, schedule="uniform", example_inputs=small_batch())
     model.blocks[0].eval()
     state = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth import executor
+from stochastic_depth.skip.run import Run
 
 D = 8
 
@@ -24,20 +24,25 @@ def model() -> nn.Module:
     return nn.Sequential(Block(), Block(), nn.Linear(D, 3))
 
 
+def batch() -> Tensor:
+    return torch.randn(4, D, generator=torch.Generator().manual_seed(0))
+
+
 def failures(model: nn.Module, inputs: object) -> dict[str, str]:
     checks = sd.verify(model, inputs).checks
-    return {check.name.split()[0]: check.failure for check in checks if check.failure}
+    return {check.name: check.failure for check in checks if check.failure}
 
 
 @pytest.mark.parametrize("mode", ["batch", "row", "subset"])
 @pytest.mark.parametrize("scale", ["train", "eval", "none"])
 def test_what_is_right_passes_and_nothing_changes(mode: str, scale: str) -> None:
-    net = sd.apply(model(), p=0.3, mode=mode, scale=scale).eval()
+    net = sd.apply(model(), p=0.3, mode=mode, scale=scale, example_inputs=batch()).eval()
     state = {k: v.clone() for k, v in net.state_dict().items()}
     random = torch.get_rng_state()
-    result = sd.verify(net, torch.randn(4, D, generator=torch.Generator().manual_seed(0)))
-    assert result.passed
-    assert str(result).count("ok") == len(result.checks) == 5
+    result = sd.verify(net, batch())
+    assert result.passed, str(result)
+    samples = mode != "batch"  # which are only selected where they are chosen
+    assert str(result).count("ok") == len(result.checks) == 4 + samples
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert [(b.p, b.mode, b.scale, b.decided) for b in sd.branches(net)] == [
         (0.15, mode, scale, 0),
@@ -53,51 +58,71 @@ def test_a_model_without_stochastic_depth_is_an_error() -> None:
 
 
 def test_a_model_without_values_is_an_error() -> None:
-    net = sd.apply(model(), p=0.3).to("meta")
-    with pytest.raises(ValueError, match="Sequential is on the meta device"):
+    net = sd.apply(model(), p=0.3, example_inputs=batch()).to("meta")
+    with pytest.raises(ValueError, match="tensors on the meta device have none"):
         sd.verify(net, torch.randn(4, D))
 
 
 def test_a_wrong_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = sd.apply(model(), p=0.3)
-    right = executor.decide
+    net = sd.apply(model(), p=0.3, example_inputs=batch())
+    right = Run.merge
 
-    def wrong(*args: object, **kwargs: object) -> object:
-        keep = right(*args, **kwargs)
-        return keep if keep.weight == 0.0 else type(keep)(keep.rows, 1.0)
+    def wrong(self: Run, *args: object, **kwargs: object) -> Tensor:
+        self.weight = 1.0
+        return right(self, *args, **kwargs)
 
-    monkeypatch.setattr(executor, "decide", wrong)
-    found = failures(net, torch.randn(4, D))
-    assert found.keys() == {"with"}
-    assert "0:fc" in found["with"]
+    monkeypatch.setattr(Run, "merge", wrong)
+    found = failures(net, batch())
+    assert found.keys() == {"a branch dropped or weighed alone changes just its sum"}
+    assert "0:fc, counted twice" in "".join(found.values())
 
 
 def test_a_branch_that_runs_where_it_is_dropped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = sd.apply(model(), p=0.3)
+    net = sd.apply(model(), p=0.3, example_inputs=batch())
+    right = Run.call
 
-    def combine(shortcut: Tensor, inputs: tuple, keep: object, branch: object) -> Tensor:
-        return branch.merge(shortcut, branch.run(*inputs), keep.weight)
+    def wrong(self: Run, gate: object, run: object, args: tuple, *others: object) -> object:
+        if self.dropped:
+            run(torch.ones(4, D, dtype=torch.float64))
+        return right(self, gate, run, args, *others)
 
-    monkeypatch.setattr(executor, "combine", combine)
-    assert "0.norm" in failures(net, torch.randn(4, D))["at"]
+    monkeypatch.setattr(Run, "call", wrong)
+    found = failures(net, batch())
+    assert found.keys() == {"a dropped branch is not executed"}
+    assert "0.norm" in "".join(found.values())
 
 
-class RowsFromElsewhere(nn.Module):
-    """Its rows are not independent, which row mode cannot see."""
-
+class Apart(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc(x.mean(0, keepdim=True) + x)
+        return x + self.fc(x)
 
 
-def test_rows_that_depend_on_each_other_are_found() -> None:
-    net = sd.apply(nn.Sequential(RowsFromElsewhere()), p=0.3)
-    found = sd.verify(net, torch.randn(4, D))
+class Meeting(nn.Linear):
+    """Its samples are not kept apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+def test_samples_that_depend_on_each_other_are_masked_and_right() -> None:
+    net = nn.Sequential(Apart())
+    net[0].fc = Meeting(D, D)
+    with pytest.warns(UserWarning, match="samples cannot be selected in 1 of 1 branches"):
+        sd.apply(net, p=0.3, mode="row", example_inputs=batch())
+    assert sd.verify(net, batch()).passed
+
+
+def test_samples_that_came_to_depend_on_each_other_later_are_found() -> None:
+    net = sd.apply(nn.Sequential(Apart()), p=0.3, mode="row", example_inputs=batch())
+    assert sd.verify(net, batch()).passed
+    net[0].fc = Meeting(D, D)
+    found = sd.verify(net, batch())
     assert not found.passed
-    assert "FAILED  with a coin a row" in str(found)
+    assert "FAILED  selected samples are what they are where masked" in str(found)
     assert "0:fc" in str(found)
 
 

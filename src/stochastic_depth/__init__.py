@@ -1,27 +1,40 @@
 """Stochastic depth for any PyTorch model: ``sd.apply(model, p=0.2)``."""
 
-from .detect.handlers import register_handler
-from .functional import residual
-from .layer import StochasticDepth
-from .rate_schedule import RateSchedule
-from .report import Summary, summary
-from .resume import random_state, set_random_state
-from .surgery import Branch, apply, branches, remove
-from .verify import Verification, verify
+from .apply import apply, remove
+from .branch import Branch, DroppedGrad, Mode, Scale
+from .applied import branches, is_applied
+from .check.summary import Summary, summary
+from .check.verify import Verification, verify
+from .depth import Importance, Pruned, importance, prune, pruned, sampling, shallow, skip
+from .rates import RateSchedule
+from .skip.layer import StochasticDepth
+from .skip.residual import residual
+from .state import load_state_dict, state_dict
 
 __all__ = [
     "Branch",
+    "DroppedGrad",
+    "Importance",
+    "Mode",
+    "Pruned",
     "RateSchedule",
+    "Scale",
     "StochasticDepth",
     "Summary",
     "Verification",
     "apply",
     "branches",
-    "random_state",
-    "register_handler",
+    "importance",
+    "is_applied",
+    "load_state_dict",
+    "prune",
+    "pruned",
     "remove",
     "residual",
-    "set_random_state",
+    "sampling",
+    "shallow",
+    "skip",
+    "state_dict",
     "summary",
     "verify",
 ]

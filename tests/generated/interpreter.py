@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .networks import MERGES, Block, Layer, Network, Statement
 
 Path = tuple[str, int, int]  # the block's name, the statement's index, which of its branches
-Toss = Callable[[str, int], tuple[Tensor, float]]  # the kept rows as a mask, and their weight
+Toss = Callable[[Path, int], tuple[Tensor, float]]  # the kept rows as a mask, and their weight
 
 
 def droppable(network: Network) -> set[Path]:
@@ -24,10 +24,16 @@ def droppable(network: Network) -> set[Path]:
     inner: set[tuple[Path, bool]] = set()
     around: set[tuple[Path, bool]] = set()  # those that a long skip spans
     for i, block in enumerate(network.blocks):
-        found = _of_block(f"blocks.{i}", block)
-        inner |= found
-        around |= found if i in network.order else set()
-    if network.long_skip and sum(identity for _, identity in around) < 2:
+        if i in network.order:  # what is not called is not seen
+            found = _of_block(f"blocks.{i}", block)
+            inner |= found
+            around |= found
+    spanned = sum(
+        identity
+        for i in network.order  # a block that is called twice counts twice
+        for _, identity in _of_block(f"blocks.{i}", network.blocks[i])
+    )
+    if network.long_skip and spanned < 2:
         inner = inner - around | {(("", 0, 0), True)}
     return {path for path, _ in inner}
 
@@ -58,8 +64,8 @@ class Interpreter:
     Args:
         network: the description.
         model: a plain module built from it.
-        dropped: the branches that coins are tossed for.
-        toss: tosses one, given the name of the block and the number of rows.
+        dropped: the branches that are decided for.
+        toss: decides for one, given its place and the number of rows.
         select: whether dropped rows are not computed where rows can be told apart.
         other_known: whether they can where the second input enters the branch.
 
@@ -159,7 +165,7 @@ class Interpreter:
         start = shortcut if start is None else start
         if path not in self.dropped:
             return shortcut + factor * branch(start)
-        mask, weight = self.toss(path[0], len(start))
+        mask, weight = self.toss(path, len(start))
         if not mask.any():
             return shortcut
         self.kept = mask if self.select and (known or self.other_known) else None

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import stochastic_depth as sd
-from stochastic_depth.surgery import detect
+from stochastic_depth.calls import call_of
+from stochastic_depth.find import find
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def measure(
     drops = drops_that_run(model, inputs)
     start = time.perf_counter()
     try:
-        sd.apply(model, example_inputs=inputs)
+        sd.apply(model, 0.2, example_inputs=inputs)
     except ValueError as error:
         seconds = time.perf_counter() - start
         verdict = "whole" if expected == 0 else "none"
@@ -109,5 +110,7 @@ def _batch_norm_aside(model: nn.Module) -> None:
 
 def reasons(model: nn.Module, inputs: Any) -> str:
     """Why blocks were refused, the first two reasons."""
-    reasons = dict.fromkeys(r.reason for r in detect(model, inputs).refused)
+    args, kwargs = call_of(inputs)
+    found = find(model, args, kwargs, samples=False)
+    reasons = dict.fromkeys(r.reason for r in found.refused)
     return "; ".join(list(reasons)[:2])

@@ -32,9 +32,9 @@ def refusal(error: ValueError) -> str:
 
 def random_state(model: nn.Module) -> Any:
     """What decides the next decisions, for a checkpoint."""
-    return sd.random_state(model)
+    return sd.state_dict(model)
 
 
 def set_random_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Continue from what :func:`random_state` returned."""
-    sd.set_random_state(model, state)
+    sd.load_state_dict(model, state)

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from ..rate_schedule import RateSchedule
-from ..schedules import Course
-from ..surgery import apply, branches
+from ..applied import is_applied
+from ..apply import apply
+from ..rates import RateSchedule, TimeSchedule
 
-__all__ = ["ensure_applied", "metrics", "schedule"]
+__all__ = ["ensure_applied", "metrics", "rate_schedule"]
 
 
 def ensure_applied(model: nn.Module, options: dict[str, Any]) -> None:
@@ -17,7 +17,9 @@ def ensure_applied(model: nn.Module, options: dict[str, Any]) -> None:
     Raises:
         ValueError: it has it, and there are options, which would have no effect.
     """
-    if not branches(model):
+    if not is_applied(model):
+        if "p" not in options:
+            raise ValueError("the model has no stochastic depth: give p, or apply it first")
         apply(model, **options)
     elif options:
         raise ValueError(
@@ -26,15 +28,24 @@ def ensure_applied(model: nn.Module, options: dict[str, Any]) -> None:
         )
 
 
-def schedule(
-    model: nn.Module, course: Course | None, steps: int | None, all_steps: int
+def rate_schedule(
+    model: nn.Module, schedule: TimeSchedule | None, steps: int | None, all_steps: int | None
 ) -> RateSchedule:
-    """The rates over training, in ``all_steps`` by default; where ``course`` is None they stay."""
-    if course is None:
+    """The rates over training, in ``all_steps`` by default; constant where there is no schedule.
+
+    Raises:
+        ValueError: the training has no end that is known, and no ``steps`` are given.
+    """
+    if schedule is None:
         return RateSchedule(model, _constant)
-    return RateSchedule(
-        model, course, all_steps if steps is None and isinstance(course, str) else steps
-    )
+    if steps is None and isinstance(schedule, str):
+        if all_steps is None:
+            raise ValueError(
+                f"schedule={schedule!r} needs to know how long training takes, and this one has no "
+                "end: give steps"
+            )
+        steps = all_steps
+    return RateSchedule(model, schedule, steps)
 
 
 def _constant(step: int) -> float:

@@ -6,14 +6,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..rate_schedule import RateSchedule
-from ..resume import coins_of
-from ..schedules import Course
-from .common import (
-    ensure_applied,
-    metrics,
-    schedule,
-)
+from ..applied import branches
+from ..rates import RateSchedule, TimeSchedule
+from ..state import draws_of
+from .common import ensure_applied, metrics, rate_schedule
 
 __all__ = ["StochasticDepthCallback"]
 
@@ -21,16 +17,16 @@ _NAME = "StochasticDepthCallback"
 
 
 class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Apply stochastic depth, drive its rates, log them, and resume to the bit.
+    """Apply stochastic depth, drive its rates, log them, and resume bit for bit.
 
     It adds ``stochastic_depth/factor``, ``expected_depth``, ``decided`` and ``dropped`` (see
     :meth:`stochastic_depth.RateSchedule.metrics`) to the Trainer's log history, and to what the
-    callbacks behind it in the Trainer's list are given to log. ``trainer_state.json`` in each
-    checkpoint holds the rates and the counts, and with ``seed`` the state of the model's
-    own generator; the Trainer itself saves torch's default one, of each process.
+    callbacks after it in the Trainer's list are given to log. ``trainer_state.json`` in each
+    checkpoint holds the rates and the counts, and with ``seed`` the state of the model's own
+    generator; the Trainer itself saves torch's default one, for each process.
 
     Args:
-        course: of the rates over training; see :class:`stochastic_depth.RateSchedule`. None
+        schedule: of the rates over training; see :class:`stochastic_depth.RateSchedule`. None
             leaves them as they are.
         steps: how many optimizer steps it takes; None is all of the training.
         options: of :func:`stochastic_depth.apply`, which is called when the Trainer is made (with
@@ -48,13 +44,13 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
     """
 
     def __init__(
-        self, course: Course | None = None, steps: int | None = None, **options: Any
+        self, schedule: TimeSchedule | None = None, steps: int | None = None, **options: Any
     ) -> None:
-        self.course = course
+        self.schedule = schedule
         self.steps = steps
         self.options = options
         self._model: Any = None
-        self._schedule: RateSchedule | None = None
+        self._rates: RateSchedule | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if kwargs.get("model") is not None:
@@ -72,46 +68,54 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
                 "arguments; set it to False: StochasticDepthCallback restores itself"
             )
         self._apply(kwargs["model"])
-        self._schedule = schedule(self._model, self.course, self.steps, state.max_steps)
+        self._rates = rate_schedule(self._model, self.schedule, self.steps, state.max_steps)
         if state.global_step > 0:
             self._restore(state.stateful_callbacks.get(_NAME))
 
     def _restore(self, saved: Any) -> None:
-        if not isinstance(saved, dict) or not saved["attributes"] or self._schedule is None:
+        if not isinstance(saved, dict) or not saved["attributes"] or self._rates is None:
             raise ValueError(
                 "the checkpoint has no state of (one) StochasticDepthCallback in its "
                 "trainer_state.json: it was saved without this callback; load its weights instead "
                 "of resuming"
             )
-        self._schedule.load_state_dict(saved["attributes"]["schedule"])
-        coins = [
-            {name: torch.tensor(state, dtype=torch.uint8) for name, state in states.items()}
-            for states in saved["attributes"]["coins"]
-        ]
-        # The Trainer restores torch's generators itself, and the schedule the rates and counts.
-        for source, states in zip(coins_of(self._model), coins, strict=True):
-            source.set_state(states)
+        state = saved["attributes"]
+        own = branches(self._model)
+        if len(own) != len(state["branches"]):
+            raise ValueError(
+                f"the checkpoint is of a model with {len(state['branches'])} branches, and this "
+                f"one has {len(own)}: apply stochastic depth as it was"
+            )
+        for branch, (target, decided, dropped) in zip(own, state["branches"], strict=True):
+            branch.p, branch.decided, branch.dropped = target, decided, dropped
+        self._rates.load_state_dict(state["schedule"])
+        # The Trainer restores torch's generators itself.
+        for draws, generators in zip(draws_of(self._model), state["draws"], strict=True):
+            draws.set_state(
+                {name: torch.tensor(s, dtype=torch.uint8) for name, s in generators.items()}
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._schedule is not None:
-            self._schedule.step()
+        if self._rates is not None:
+            self._rates.step()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs")
-        if logs is not None and "loss" in logs and self._schedule is not None:
-            found = metrics(self._schedule)
+        if logs is not None and "loss" in logs and self._rates is not None:
+            found = metrics(self._rates)
             logs.update(found)
             state.log_history[-1].update(found)
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into ``trainer_state.json``."""
         attributes = {}
-        if self._schedule is not None:
+        if self._rates is not None:
             attributes = {
-                "schedule": self._schedule.state_dict(),
-                "coins": [
-                    {name: generator.tolist() for name, generator in states.items()}
-                    for states in (source.state() for source in coins_of(self._model))
+                "schedule": self._rates.state_dict(),
+                "branches": [(b.target, b.decided, b.dropped) for b in branches(self._model)],
+                "draws": [
+                    {name: generator.tolist() for name, generator in draws.state().items()}
+                    for draws in draws_of(self._model)
                 ],
             }
         return {"args": {}, "attributes": attributes}

@@ -1,0 +1,88 @@
+"""Every private name of torch that the library stands on, once, each with its reason.
+
+``tests/test_private_names.py`` fails where one of them goes or changes its meaning.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import (  # the public ``torch.utils.pytree`` came after torch 2.4
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+
+__all__ = [
+    "CALL",
+    "COMPILED_CALL",
+    "REPLICATE",
+    "TreeSpec",
+    "class_call",
+    "class_replicate",
+    "graph_task",
+    "has_hooks",
+    "is_flat_parameter",
+    "is_transformed",
+    "is_view_of_flat_parameter",
+    "saved_tensors_hooks",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+]
+
+# ``nn.Module.__call__`` looks these up on the instance: what stands there meets every call.
+CALL = "_call_impl"
+COMPILED_CALL = "_compiled_call_impl"
+
+# How ``nn.parallel.replicate`` copies a module, ``__dict__`` and all.
+REPLICATE = "_replicate_for_data_parallel"
+
+
+def class_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The call of ``module`` as its class makes it: hooks and forward."""
+    return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def class_replicate(module: nn.Module) -> nn.Module:
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+    return replica
+
+
+# Whether a module has hooks around its forward: the public ways only add them.
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+# The number of the backward pass that runs on this thread, -1 where none does. Gradient
+# checkpointing repeats a forward within one.
+graph_task = torch._C._current_graph_task_id
+
+
+# What packs the tensors that autograd saves, None where nothing does. Non-reentrant checkpointing
+# works through such hooks, and nothing public tells that they are there.
+def saved_tensors_hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def is_transformed() -> bool:
+    """Whether something other than ordinary autograd looks on and has to see plain operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+# FSDP1 puts the parameters of a unit into one flat one, and views of that in their place.
+def is_flat_parameter(parameter: Tensor) -> bool:
+    return any(getattr(parameter, name, False) for name in ("_is_flat_param", "_fsdp_flattened"))
+
+
+def is_view_of_flat_parameter(value: Any) -> bool:
+    return isinstance(value, Tensor) and getattr(value._base, "_is_flat_param", False)

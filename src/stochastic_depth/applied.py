@@ -1,0 +1,63 @@
+"""The branches of a model, and the blocks that they are in."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .branch import Branch
+from .skip.layer import StochasticDepth
+from .skip.over import Over
+from .skip.site import Site
+from .skip.slot import outer_slot, slot_of
+
+__all__ = ["branches", "is_applied", "sites"]
+
+
+def branches(model: nn.Module) -> list[Branch]:
+    """The droppable branches of ``model`` in the order of execution; empty where there are none.
+
+    Each call returns the same objects. A :class:`stochastic_depth.StochasticDepth` wrapper in the
+    model is a branch, too.
+
+    Example:
+        >>> import torchvision, stochastic_depth as sd
+        >>> model = sd.apply(torchvision.models.resnet18(), 0.2)
+        >>> sd.branches(model)[-1]
+        Branch('layer4.1:conv1', p=0.2, kind='identity', mode='batch')
+        >>> sd.branches(model)[0].p = 0.0  # never drop the first
+    """
+    found: dict[Branch, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StochasticDepth):
+            module.branch.name = name or "StochasticDepth"
+            found[module.branch] = None
+    for site in sites(model):
+        found |= dict.fromkeys(site.branches)
+    return sorted(found, key=lambda branch: branch.order)
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether stochastic depth is applied to ``model``, or to a part of it.
+
+    Example:
+        >>> import torchvision, stochastic_depth as sd
+        >>> sd.is_applied(sd.apply(torchvision.models.resnet18(), 0.2))
+        True
+    """
+    return any(_site(module) is not None for module in model.modules())
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """The blocks with branches in ``model``."""
+    for module in model.modules():
+        site = _site(module)
+        if isinstance(site, Site) and site.block is module:
+            yield site
+
+
+def _site(module: nn.Module) -> object:
+    slot = outer_slot(module) or slot_of(module)
+    site = None if slot is None else slot.site
+    while isinstance(site, Over):  # a part of the block is skipped just now
+        site = site.under
+    return site

@@ -1,0 +1,268 @@
+"""The verbs that change a model: apply and remove."""
+
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from . import install as _install
+from ._torch import is_flat_parameter
+from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
+from .applied import branches
+from .calls import call_of
+from .find import find, find_blocks, guess_inputs
+from .find.plan import Findings
+from .install import Pending, Settings, keep_identity, prefixed
+from .patterns import Filter, matching_modules
+from .rates import DepthSchedule
+from .skip.draws import Draws, Ranks
+from .skip.slot import keep_slots, put
+from .trial import refuse_what_fails
+
+__all__ = ["apply", "remove", "settle"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply(
+    model: M,
+    p: float | Literal["model"] | None,
+    *,
+    schedule: DepthSchedule = "linear",
+    mode: Mode = "batch",
+    scale: Scale = "train",
+    include: Filter = None,
+    exclude: Filter = None,
+    blocks: Filter = None,
+    example_inputs: Any = None,
+    seed: int | None = None,
+    ranks: Ranks = "auto",
+    dropped_grad: DroppedGrad = "none",
+) -> M:
+    """Add stochastic depth to every residual branch of ``model``, in place.
+
+    Parameters, buffers, their names, the types and forwards of all modules and, with the default
+    ``scale``, the output in evaluation stay exactly as they are. In training a dropped branch is
+    absent: its modules are not called. Calling it again replaces the previous settings. If
+    anything is wrong, the model is left as it was.
+
+    The branches are found by watching the model run on ``example_inputs``, in evaluation and
+    without side effects. Without them, inputs are made up from what the model says of itself, and
+    the first training batch settles what was found.
+
+    Args:
+        model: any module. DropPath modules in its branches are replaced by our decisions until
+            :func:`remove`.
+        p: the probability to drop, in [0, 1], which ``schedule`` scales with depth. ``"model"``
+            takes the rates of the model's own DropPath modules (0 where a branch has none), and
+            None goes with a ``schedule`` that sets the rates itself.
+        schedule: how the rate grows with depth: ``"linear"`` (the paper's), ``"linear-timm"``,
+            ``"linear-efficientnet"``, ``"uniform"``, a function (l, L) -> p with l = 1..L, or a
+            list; see :func:`stochastic_depth.rates.depth_rates`. Depth counts the blocks with a
+            selected branch in the order of execution; branches of one block share its depth.
+        mode: ``"batch"``, one decision for a branch and call; ``"row"``, one for each sample, as in
+            timm and torchvision, of which only the kept ones are computed; or ``"subset"``, a
+            fixed number of samples, the nearest to B (1-p) of B.
+        scale: ``"train"``, a kept branch is divided by 1-p; ``"eval"``, the branch is multiplied
+            by 1-p in evaluation (the paper); ``"none"`` (LayerDrop).
+        include: which branches: globs on their names, names of modules (all below them), block
+            types, functions of a :class:`Branch`, or a list of these. None is all.
+        exclude: branches to leave alone, in the same forms.
+        blocks: drop whole blocks (LayerDrop): globs on the names of modules, types, functions
+            (name, module) -> bool, or a list of these; ``"all"`` is every block in which branches
+            are found. A dropped block returns the first tensor that it is given.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
+            keywords, with at least two samples.
+        seed: draw from a generator of the model's own, seeded with this, instead of torch's
+            default one. Cannot be used inside torch.compile of the whole model.
+        ranks: how the ranks of a process group share decisions: ``"shared"`` draws the same on
+            all, ``"separate"`` lets each draw its own, ``"auto"`` shares them where ranks would
+            otherwise wait for each other (FSDP inside a branch, SyncBatchNorm, tensor
+            parallelism) and nowhere else.
+        dropped_grad: the gradient of the parameters of a dropped branch. ``"none"``: none, so the
+            optimizer leaves them as they are; ``"zero"``: zeros, as from a mask. In a process group
+            it is always zeros, which are averaged with the other ranks' gradients.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: a bad argument; no residual branch found; a pattern that matches
+            nothing; a model that fails on ``example_inputs``.
+
+    Example:
+        >>> import torch, stochastic_depth as sd
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> model = sd.apply(torch.nn.TransformerEncoder(layer, 2), p=0.2)
+        >>> [round(branch.p, 3) for branch in sd.branches(model)]
+        [0.1, 0.1, 0.2, 0.2]
+
+    Reference:
+        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382); Fan et
+        al., Reducing Transformer Depth on Demand with Structured Dropout (LayerDrop), ICLR 2020
+        (arXiv:1909.11556).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for value, choices, name in (
+        (mode, Mode, "mode"),
+        (scale, Scale, "scale"),
+        (ranks, Ranks, "ranks"),
+        (dropped_grad, DroppedGrad, "dropped_grad"),
+    ):
+        check_choice(value, choices, name)
+    if isinstance(p, str) and p == "model":
+        if schedule != "linear":
+            raise ValueError(f"p='model' takes the model's own rates: drop schedule={schedule!r}")
+    elif p is not None:
+        p = check_p(p)
+    if seed is not None:
+        seed = _integer(seed)
+    if blocks is not None and (include is not None or exclude is not None):
+        raise ValueError("blocks says which blocks are dropped; include and exclude are for branches")
+    if any(map(is_flat_parameter, model.parameters())):
+        raise ValueError(
+            "FullyShardedDataParallel has flattened the model's parameters, so that it cannot run "
+            "alone: apply first and wrap then (fully_shard may come first)"
+        )
+    settings = Settings(
+        p, schedule, mode, scale, dropped_grad, include, exclude, blocks, Draws(seed, ranks)
+    )
+    put_back = keep_slots(model)
+    _install.remove(model)
+    try:
+        _apply(model, example_inputs, settings)
+    except BaseException:
+        put_back()
+        raise
+    return model
+
+
+def _integer(seed: Any) -> int:
+    try:
+        if isinstance(seed, bool):
+            raise TypeError
+        return operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer or None, got {seed!r}") from None
+
+
+def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
+    if example_inputs is not None:
+        args, kwargs = call_of(example_inputs)
+        findings = _find(model, args, kwargs, settings)
+        complete(model, refuse_what_fails(model, findings, args, kwargs), settings)
+        return
+    findings, parts = Findings(), {"": model}
+    guess = guess_inputs(model)
+    if guess is not None:
+        findings = _find(model, *guess, settings)
+    else:  # a wrapper around networks that are called by themselves, perhaps
+        if settings.blocks not in (None, "all"):
+            matching_modules(model, settings.blocks)
+        parts |= {n: m for n, m in model.named_children() if any(True for _ in m.parameters())}
+        for name, part in parts.items():
+            if name and (guess := guess_inputs(part)) is not None:
+                found = prefixed(_find(part, *guess, settings), name)
+                findings.branches += found.branches
+                findings.plans |= found.plans
+                findings.refused += found.refused
+                findings.unused += found.unused
+    if findings.branches or guess is not None:
+        _install.install(model, findings, settings)
+    else:
+        warnings.warn(
+            f"stochastic depth: {type(model).__name__} says too little of its inputs to run it, so "
+            "its branches will be found in the first training call; to find them now, pass "
+            "example_inputs",
+            stacklevel=4,
+        )
+    for pending in [Pending(model, part, settings) for part in parts.values()]:
+        put(pending.part).site = pending
+
+
+def _find(model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Findings:
+    samples = settings.mode != "batch"
+    if settings.blocks is None:
+        return find(model, args, kwargs, samples=samples)
+    if settings.blocks == "all":
+        found = find(model, args, kwargs, samples=False)
+        names = list(dict.fromkeys(_install.block_of(branch) for branch in found.branches))
+    else:
+        names = matching_modules(model, settings.blocks)
+    return find_blocks(model, args, kwargs, names, samples=samples)
+
+
+def complete(model: nn.Module, findings: Findings, settings: Settings) -> None:
+    """Set up what was found on real inputs, and say what users should know of it."""
+    chosen = _install.install(model, findings, settings)
+    if findings.unused:
+        warnings.warn(
+            "stochastic depth: the model has stochastic depth of its own that is not replaced and "
+            "goes on dropping: "
+            + "; ".join(f"{r.name or 'the model'}: {r.reason}" for r in findings.unused[:3]),
+            stacklevel=4,
+        )
+    masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
+    if masked:
+        reasons = dict.fromkeys(b.reason for b in masked if b.reason)
+        warnings.warn(
+            f"mode={settings.mode!r}: samples cannot be selected in {len(masked)} of {len(chosen)} "
+            "branches, so all are computed there and the dropped ones masked (correct, but no "
+            f"speed-up): {', '.join(b.name for b in masked[:4])}"
+            + (", ..." if len(masked) > 4 else "")
+            + "".join(f"\n  {reason}" for reason in list(reasons)[:3]),
+            stacklevel=5,
+        )
+
+
+def settle(
+    model: nn.Module,
+    part: nn.Module,
+    settings: Settings,
+    given: Mapping[Branch, Mapping[str, Any]],
+    args: Any,
+    kwargs: dict[str, Any],
+) -> None:
+    """Find on a real batch what was found on inputs that were made up, or not at all.
+
+    A branch that is found again keeps its identity and what was set of it since ``apply`` gave it
+    what is ``given``, and all keep the share of their target that a RateSchedule has given them.
+    """
+    before = {branch.name: branch for branch in branches(part)}
+    changed = {b: _install.choices(b) for b in before.values()}
+    changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
+    factor = next((b.p / b.target for b in before.values() if b.target > 0.0), 1.0)
+    name = next(name for name, module in model.named_modules() if module is part)
+    put_back = keep_slots(part)
+    _install.remove(part)
+    try:
+        findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
+        complete(model, keep_identity(prefixed(findings, name), before), settings)
+    except BaseException:
+        put_back()
+        raise
+    for branch in branches(part):
+        vars(branch).update(changed.get(branch, {}))
+        branch.set_rate(factor * branch.target)
+
+
+def remove(model: M) -> M:
+    """Undo :func:`apply`.
+
+    Args:
+        model: a module; one without stochastic depth is left alone.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> import torchvision, stochastic_depth as sd
+        >>> model = sd.apply(torchvision.models.resnet18(), 0.2)
+        >>> sd.branches(sd.remove(model))
+        []
+    """
+    _install.remove(model)
+    return model

@@ -1,0 +1,151 @@
+"""One residual branch of a model: where it is, how it is dropped, what happened so far."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+__all__ = [
+    "Branch",
+    "DroppedGrad",
+    "Kind",
+    "Mode",
+    "Place",
+    "Scale",
+    "Spot",
+    "check_choice",
+    "check_p",
+]
+
+Kind = Literal["identity", "projection", "block"]
+Mode = Literal["batch", "row", "subset"]
+Scale = Literal["train", "eval", "none"]
+DroppedGrad = Literal["none", "zero"]
+
+
+class Place(NamedTuple):
+    """Where a tensor has the samples of the batch: ``fold`` entries of ``dim``, in a row, each."""
+
+    dim: int
+    fold: int = 1
+
+
+class Spot(NamedTuple):
+    """An expression of the source, by where its code is."""
+
+    file: str
+    function: str
+    line: int
+    column: int
+
+
+@dataclass(eq=False, repr=False)
+class Branch:
+    """One residual branch of a model, from finding through rates and skipping to the report.
+
+    Attributes:
+        name: the qualified name of its block and, after a colon, which of its branches.
+        kind: of its shortcut, ``"identity"`` or ``"projection"``; or ``"block"`` for a block that
+            is dropped as a whole.
+        modules: the qualified names of the modules that it calls, in the order of execution.
+        existing: those modules in it that dropped it before (a DropPath).
+        sums: where it is added to its shortcut, and which term of that sum it is.
+        joins: where it enters something that is linear in it and no plain sum (``cat``,
+            ``stack``, ``addcmul``): dropped, it enters as zeros.
+        in_function: a custom autograd.Function works on it in the block's forward. It passes on
+            the gradients of tensors only, so no stand-in may reach it.
+        turn: how many sums with other tensors it goes through before its own.
+        linear: everything from its last calls to its sum is linear, so that a weight may come in
+            at either end.
+        place: where its sum has the samples; None where samples cannot be selected.
+        mask: where its sum has the samples if all are computed and the dropped ones masked.
+        reason: why they cannot be selected, in words that tell what to do.
+        weights: the parameters that its block's forward reads for it alone, by name below the
+            block.
+        parameters: those of them that are read before any call, so that a dropped branch has to
+            be kept from them.
+        order: its place in the order of execution.
+        mode: what one decision drops: the branch for the whole batch, or samples of it.
+        scale: whether a kept branch is divided by 1-p in training, multiplied by it in
+            evaluation, or neither.
+        dropped_grad: what the parameters of a dropped branch get.
+        target: the rate that you set; a RateSchedule scales it to get ``p``.
+        decided: how many decisions were taken in training: calls, or samples in the modes that
+            choose samples.
+        dropped: how many of them dropped.
+    """
+
+    name: str
+    kind: Kind
+    modules: tuple[str, ...]
+    existing: tuple[str, ...] = ()
+    sums: dict[Spot, int] = field(default_factory=dict)
+    joins: frozenset[Spot] = frozenset()
+    in_function: bool = False
+    turn: int = 0
+    linear: bool = True
+    place: Place | None = None
+    mask: Place = Place(0)
+    reason: str = ""
+    weights: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    order: int = 0
+    mode: Mode = "batch"
+    scale: Scale = "train"
+    dropped_grad: DroppedGrad = "none"
+    target: float = 0.0
+    decided: int = 0
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        self.set_rate(self.target)
+
+    @property
+    def p(self) -> float:
+        """The probability to drop, in [0, 1]; may be set at any time."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.target = check_p(value)
+        self.set_rate(self.target)
+
+    def set_rate(self, p: float) -> None:
+        """Drop with probability ``p`` from now on, and leave the target as it is."""
+        self._p = p
+        # What compiled graphs read: a tensor and flags, so that a new rate makes no new graph. (In
+        # float64 torch.compile would take it for a number.)
+        self.rate = torch.tensor(p, dtype=torch.float32)
+        self.is_active, self.is_certain = p > 0.0, p in (0.0, 1.0)
+
+    def __repr__(self) -> str:
+        return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"
+
+
+def check_p(p: float, name: str = "p") -> float:
+    """``p`` as a float in [0, 1].
+
+    Raises:
+        TypeError: ``p`` is not a real number.
+        ValueError: ``p`` is NaN or outside [0, 1].
+    """
+    if isinstance(p, bool | str | bytes | complex):
+        raise TypeError(f"{name} must be a number in [0, 1], got {p!r}")
+    try:
+        value = float(p)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number in [0, 1], got {p!r}") from error
+    if not 0.0 <= value <= 1.0:  # false for NaN too
+        raise ValueError(f"{name} is the probability to drop and must be in [0, 1], got {p!r}")
+    return value
+
+
+def check_choice(value: str, choices: object, name: str) -> str:
+    """``value``, if it is one of the choices of a Literal type.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+    return value

@@ -1,0 +1,201 @@
+"""``summary``: what is dropped, how often, what it saves, and what could not be dropped."""
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..applied import branches, sites
+from ..branch import Branch
+from ..calls import call_of
+from ..find import find, find_blocks, flop_shares, guess_inputs
+from ..find.blocks import WHOLE
+from ..find.plan import Findings
+from ..skip.collectives import parameters_of
+from ..skip.decide import subset_size
+from ..skip.layer import StochasticDepth
+
+__all__ = ["Row", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A branch in the summary; shares are of the whole model.
+
+    In ``"subset"`` mode, ``p`` is the rate that takes effect on a batch like the example:
+    1 - k/B, where k of its B samples are kept.
+    """
+
+    name: str
+    kind: str
+    p: float
+    parameters: float
+    flops: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Summary:
+    """What :func:`summary` found; printed, it is a table.
+
+    Attributes:
+        rows: the branches in the order of execution.
+        refused: (name, reason) of what was found and cannot be dropped.
+        unused: names of branches that could be dropped and are not.
+    """
+
+    rows: tuple[Row, ...]
+    refused: tuple[tuple[str, str], ...]
+    unused: tuple[str, ...]
+
+    @property
+    def depth(self) -> int:
+        """The number of droppable branches."""
+        return len(self.rows)
+
+    @property
+    def expected_depth(self) -> float:
+        """The expected number of them that run in a training step: the sum of 1-p."""
+        return sum(1.0 - row.p for row in self.rows)
+
+    @property
+    def compute_kept(self) -> float | None:
+        """The expected share of the model's FLOPs in training, if they were measured."""
+        if any(row.flops is None for row in self.rows):
+            return None
+        return 1.0 - sum(row.p * (row.flops or 0.0) for row in self.rows)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        table = [("branch", "kind", "p", "params", "FLOPs")]
+        for row in self.rows:
+            flops = "-" if row.flops is None else f"{row.flops:.1%}"
+            table.append((row.name, row.kind, f"{row.p:.3f}", f"{row.parameters:.1%}", flops))
+        return table
+
+    def _notes(self) -> list[str]:
+        kept = "not measured: give example_inputs"
+        if self.compute_kept is not None:
+            kept = f"{self.compute_kept:.1%}"
+        lines = [
+            f"expected depth  {self.expected_depth:.2f} of {self.depth} branches",
+            f"compute kept    {kept}",
+        ]
+        if self.unused:
+            lines.append("not dropped     " + ", ".join(self.unused))
+        lines += [f"skipped         {n or '(the model)'}: {reason}" for n, reason in self.refused]
+        return lines
+
+    def __str__(self) -> str:
+        table = self._table()
+        widths = [max(len(line[i]) for line in table) for i in range(5)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in table
+        ]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:], rule, *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *rows = self._table()
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        return (
+            "<table><thead><tr>"
+            + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+            + "</tr></thead><tbody>"
+            + "".join(f"<tr>{row}</tr>" for row in cells)
+            + "</tbody></table><pre>"
+            + html.escape("\n".join(self._notes()))
+            + "</pre>"
+        )
+
+
+def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
+    """What stochastic depth does to ``model``, as a table.
+
+    The branches are those that :func:`stochastic_depth.apply` set up. The table also lists what
+    could be dropped and is not, and what was found and skipped, with the reason.
+
+    Args:
+        model: a module, with or without stochastic depth.
+        example_inputs: what the model is called with (a tensor, a tuple of arguments or a dict of
+            keywords). FLOPs are measured on them, in evaluation; None leaves them out. FLOPs
+            are what :mod:`torch.utils.flop_counter` counts: matrix products, convolutions and
+            attention.
+
+    Raises:
+        ValueError: the model fails on ``example_inputs``.
+
+    Example:
+        >>> import torch, torchvision, stochastic_depth as sd
+        >>> model = sd.apply(torchvision.models.resnet18(), p=0.5)
+        >>> result = sd.summary(model, torch.zeros(1, 3, 64, 64))
+        >>> print(f"{result.expected_depth} of {result.depth}, {result.compute_kept:.2f}")
+        5.75 of 8, 0.74
+    """
+    applied = branches(model)
+    owners = {branch: site for site in sites(model) for branch in site.branches}
+    owners |= {m.branch: m for m in model.modules() if isinstance(m, StochasticDepth)}
+    shares: dict[str, float] = {}
+    size = 0
+    if example_inputs is not None:
+        args, kwargs = call_of(example_inputs)
+        findings = _look(model, args, kwargs, applied)
+        shares = {b.name: share for b, share in flop_shares(model, args, kwargs, findings).items()}
+        size = _size(args, kwargs)
+    else:
+        findings = _known(model)
+    total = max(sum(p.numel() for p in model.parameters()), 1)
+    rows = []
+    for branch in applied:
+        owner = owners[branch]
+        own = {p for m in owner.modules_of(branch) for p in parameters_of(m)}
+        own |= set(owner.parameters_of(branch))
+        flops = None
+        if example_inputs is not None:  # a wrapper is found as a block
+            flops = shares.get(branch.name, shares.get(f"{branch.name}:{WHOLE}", 0.0))
+        count = sum(p.numel() for p in own)
+        rows.append(Row(branch.name, branch.kind, _rate(branch, size), count / total, flops))
+    names = {branch.name for branch in applied}
+    blocks = [b.name.partition(":")[0] for b in applied if b.kind == "block"]
+    free = [b.name for b in findings.branches if b.name not in names and not _in(b.name, blocks)]
+    refused = [r for r in (*findings.refused, *findings.unused) if not _in(r.name, blocks)]
+    return Summary(tuple(rows), tuple((r.name, r.reason) for r in refused), tuple(free))
+
+
+def _in(name: str, blocks: list[str]) -> bool:
+    """Whether a branch is in one of the blocks that are dropped as a whole."""
+    block = name.partition(":")[0]
+    return any(block == b or block.startswith(f"{b}." if b else "") for b in blocks)
+
+
+def _look(model: nn.Module, args: Any, kwargs: Any, applied: list[Branch]) -> Findings:
+    findings = find(model, args, kwargs, samples=False)
+    whole = [b.name.partition(":")[0] for b in applied if b.kind == "block" and b.modules]
+    if whole:
+        extra = find_blocks(model, args, kwargs, whole, samples=False)
+        findings.nodes |= extra.nodes
+    return findings
+
+
+def _known(model: nn.Module) -> Findings:
+    """What was found when stochastic depth was applied, or is found on inputs that are made up."""
+    for site in sites(model):
+        return site.findings
+    guess = guess_inputs(model)
+    return Findings() if guess is None else find(model, *guess, samples=False)
+
+
+def _size(args: Any, kwargs: Any) -> int:
+    shapes = [getattr(x, "shape", ()) for x in (*args, *kwargs.values())]
+    return next((int(shape[0]) for shape in shapes if len(shape)), 0)
+
+
+def _rate(branch: Branch, size: int) -> float:
+    if branch.mode != "subset" or not size:
+        return branch.p
+    return 1.0 - subset_size(size, branch.p) / size

@@ -1,0 +1,94 @@
+"""What a model gives with something left out, and whether two results are the same to the bit."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
+
+from .._torch import tree_leaves
+from ..branch import Branch
+from ..find.state import copied, in_mode, untouched
+from ..skip.force import forced
+from .looks import Look, opened
+
+__all__ = ["difference", "is_handed_on", "output_of"]
+
+
+def output_of(
+    model: nn.Module,
+    look: Look,
+    chosen: Iterable[Branch] = (),
+    weights: Mapping[Branch, float] | None = None,
+) -> Any:
+    """What the model gives in evaluation, without these branches; all is as before afterwards."""
+    chosen, weights = list(chosen), weights or {}
+    with opened(model, look, [*chosen, *weights]) as stands:
+        decisions = {stands[b]: (False, weight) for b, weight in weights.items()}
+        decisions |= {stands[b]: (True, 1.0) for b in chosen}
+        with (
+            untouched(model),
+            in_mode(model, False),
+            torch.no_grad(),
+            forced(decisions),
+            BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
+        ):
+            args, kwargs = copied(look.inputs)
+            return model(*args, **kwargs)
+
+
+def is_handed_on(
+    model: nn.Module, look: Look, chosen: Iterable[Branch], blocks: Iterable[str]
+) -> set[str]:
+    """Which of these blocks hand on their input, to the bit, where branches are left out."""
+    same: dict[str, bool] = {}
+    hooks = []
+    for name in blocks:
+
+        def watch(_: Any, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
+            given, made = _first((args, kwargs)), _first(out)
+            is_same = given is not None and made is not None and not difference(given, made)
+            same[name] = is_same and same.get(name, True)
+
+        hooks.append(model.get_submodule(name).register_forward_hook(watch, with_kwargs=True))
+    try:
+        output_of(model, look, chosen)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, is_same in same.items() if is_same}
+
+
+def _first(x: Any) -> Tensor | None:
+    return next(
+        (t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()), None
+    )
+
+
+def difference(a: Any, b: Any) -> str:
+    """How two results differ, or nothing. What has an entry for each block is not compared."""
+    compared = [0]
+    found = _difference(a, b, compared)
+    return found or ("" if compared[0] else "there is no tensor to compare")
+
+
+def _difference(a: Any, b: Any, compared: list[int]) -> str:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        compared[0] += 1
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{a.dtype} of shape {tuple(a.shape)}, {b.dtype} of shape {tuple(b.shape)}"
+        if torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()):
+            return ""
+        apart = (a.double() - b.double()).abs().nan_to_num().max().item()
+        return f"apart by up to {apart:.3g}"
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        pairs = [(a[key], b[key]) for key in a.keys() & b.keys()]
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        pairs = list(zip(a, b, strict=True))
+    else:
+        return ""
+    for x, y in pairs:
+        if found := _difference(x, y, compared):
+            return found
+    return ""

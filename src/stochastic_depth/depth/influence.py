@@ -1,0 +1,143 @@
+"""1 - cosine between what goes into a branch's sum, or a block, and what comes out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import tree_leaves
+from ..branch import Branch
+from ..find.flow import ADD, SUBTRACT, Key
+from ..find.meet import record
+from ..find.record import Recorder
+from ..find.state import copied, in_mode, untouched
+from ..install import block_of
+from .looks import Inputs, Look
+
+__all__ = ["Influences", "influence_of_blocks", "influence_of_branches"]
+
+
+class Influences:
+    """Means over positions, samples and batches."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Branch, Tensor] = {}
+        self.counts: dict[Branch, int] = {}
+        self.failed: dict[Branch, str] = {}
+
+    def add(self, branch: Branch, block: nn.Module, before: Tensor, after: Tensor) -> None:
+        """What went in and what came out, once."""
+        if before.shape != after.shape or before.dim() == 0:
+            self.failed[branch] = (
+                f"given a tensor of shape {tuple(before.shape)} it returns {tuple(after.shape)}"
+            )
+            return
+        dim = _features(before, block)
+        if dim is None:
+            before, after, dim = before.flatten(1), after.flatten(1), -1
+        apart = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=dim).double()
+        self.sums[branch] = self.sums.get(branch, torch.zeros_like(apart.sum())) + apart.sum()
+        self.counts[branch] = self.counts.get(branch, 0) + apart.numel()
+
+    def values(self, branches: Iterable[Branch]) -> dict[Branch, float]:
+        """By branch, of those that were measured; the others are put to the failed."""
+        values: dict[Branch, float] = {}
+        for branch in branches:
+            if branch in self.failed:
+                continue
+            value = float(self.sums[branch]) / self.counts[branch] if branch in self.sums else None
+            if value is None:
+                self.failed[branch] = "it does not run on these batches"
+            elif value != value:
+                self.failed[branch] = "its influence is nan"
+            else:
+                values[branch] = value
+        return values
+
+
+def _features(x: Tensor, block: nn.Module) -> int | None:
+    """The dimension of the features: the last, or the channels', by the block's vectors."""
+    sizes = {p.numel() for p in block.parameters() if p.dim() == 1}
+    return next((d for d in (x.dim() - 1, 1) if d > 0 and x.dim() > d and x.shape[d] in sizes), None)
+
+
+class _Watching(Recorder):
+    """Sees each branch meet its shortcut."""
+
+    merges: dict[Key, list[tuple[int, Branch]]]
+    result: Influences
+    blocks: dict[Branch, nn.Module]
+
+    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        key = self.key(name, self.stack[-1] if self.stack else -1)
+        for position, branch in self.merges.get(key, ()):
+            others = [t for i, t in enumerate(given) if i != position]
+            if name not in ADD | SUBTRACT or len(others) != 1:
+                self.result.failed[branch] = f"it enters a {name}, which is no sum of two"
+                continue
+            sign = -1.0 if name in SUBTRACT else 1.0
+            alpha = kwargs.get("alpha", 1)
+            shortcut, value = others[0], given[position]
+            total = torch.add(shortcut, value, alpha=sign * alpha)
+            self.result.add(branch, self.blocks[branch], shortcut, total)
+        return args, kwargs
+
+
+def influence_of_branches(
+    model: nn.Module, look: Look, branches: list[Branch], calls: Iterable[Inputs]
+) -> Influences:
+    """Of each branch, on the values of its sum."""
+    result = Influences()
+    merges: dict[Key, list[tuple[int, Branch]]] = {}
+    for branch in branches:
+        for merge in look.found.merges[branch]:
+            merges.setdefault(merge.key, []).append((merge.position, branch))
+    blocks = {b: model.get_submodule(block_of(b)) for b in branches}
+    space = {"merges": merges, "result": result, "blocks": blocks}
+    recorder = type("_Watching", (_Watching,), space)
+    for args, kwargs in calls:
+        record(model, args, kwargs, False, recorder, constants=look.found.constants)
+    return result
+
+
+def influence_of_blocks(
+    model: nn.Module, branches: list[Branch], calls: Iterable[Inputs]
+) -> Influences:
+    """Of each block, on the first floating-point tensors that it is given and returns."""
+    result = Influences()
+    hooks = []
+    kept: dict[Branch, Tensor] = {}
+    for branch in branches:
+        block = model.get_submodule(block_of(branch))
+
+        def before(_: nn.Module, args: Any, kwargs: Any, branch: Branch = branch) -> None:
+            if (x := _first((args, kwargs))) is not None:
+                kept[branch] = x.clone()  # the block may overwrite it
+
+        def after(m: nn.Module, args: Any, kwargs: Any, out: Any, branch: Branch = branch) -> None:
+            x, y = kept.pop(branch, None), _first(out)
+            if x is None or y is None:
+                result.failed[branch] = "it is not given, or does not return, a tensor of floats"
+            else:
+                result.add(branch, m, x, y)
+
+        hooks += [
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(after, with_kwargs=True),
+        ]
+    try:
+        for args, kwargs in calls:
+            with untouched(model), in_mode(model, False), torch.no_grad():
+                args, kwargs = copied((args, kwargs))
+                model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+def _first(x: Any) -> Tensor | None:
+    return next(
+        (t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()), None
+    )

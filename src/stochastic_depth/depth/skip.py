@@ -1,0 +1,83 @@
+"""``skip``: leave branches or blocks out for a while."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..applied import branches, sites
+from ..branch import Branch
+from ..find import WHOLE
+from ..skip.force import forced
+from ..skip.layer import StochasticDepth
+from .looks import Target, check_model, items_of, look_at, opened
+
+__all__ = ["skip"]
+
+
+@contextmanager
+def skip(
+    model: nn.Module, what: Target | Iterable[Target], example_inputs: Any = None
+) -> Iterator[None]:
+    """Leave branches or whole blocks out, in training and in evaluation, on this thread.
+
+    A branch that is left out is not computed; a block hands on its input. Everything else, also
+    stochastic depth and the model's own DropPath, goes on as always, and afterwards all is as
+    before. May be nested; other threads see the whole model.
+
+    Args:
+        model: a model; stochastic depth need not be applied to it.
+        what: names of branches (``"layer3.1:conv1"``) or globs on them, Branches, names of blocks
+            (``"layer3.1"``), or a list of these. A block that returns a tensor of its input's
+            shape is left out as a whole, of another all branches are. (They differ where something
+            follows the last sum, as the norm of a post-norm block does.)
+        example_inputs: what the model is called with (a tensor, a tuple of arguments or a dict of
+            keywords), to find what is named; made up where it is None. Not needed for branches of
+            :func:`stochastic_depth.branches`.
+
+    Raises:
+        TypeError, ValueError: a name that stands for nothing, or for what cannot be left out.
+
+    Example:
+        >>> import torch, torchvision, stochastic_depth as sd
+        >>> model, x = torchvision.models.resnet18().eval(), torch.randn(1, 3, 64, 64)
+        >>> with sd.skip(model, "layer3.1"):
+        ...     shallow = model(x)
+        >>> torch.equal(model(x), shallow)
+        False
+
+    Note:
+        Finding takes some forwards of the model, once for each ``with``, during which no other
+        thread may run it: put it around the loop, or apply stochastic depth first (``p=0`` will
+        do) and name its branches. In generation with a cache, which attention would not write, use
+        :func:`stochastic_depth.shallow`.
+    """
+    check_model(model)
+    items = items_of(what)
+    known = _known(model, items)
+    if known is not None:
+        with forced(dict.fromkeys(known, (True, 1.0))):
+            yield
+        return
+    names = [item.removesuffix(f":{WHOLE}") for item in items if isinstance(item, str)]
+    names += [b.name.removesuffix(f":{WHOLE}") for b in items if isinstance(b, Branch)]
+    look = look_at(model, example_inputs, names)
+    with opened(model, look, look.select(items)) as stands:
+        with forced(dict.fromkeys(stands.values(), (True, 1.0))):
+            yield
+
+
+def _known(model: nn.Module, items: list[Any]) -> list[Branch] | None:
+    """The applied branches that are named, if all that is named is such."""
+    own = {b for site in sites(model) for b in site.branches}
+    own |= {m.branch for m in model.modules() if isinstance(m, StochasticDepth)}
+    named = {b.name: b for b in branches(model)}
+    found: list[Branch] = []
+    for item in items:
+        if isinstance(item, str):
+            item = named.get(item, named.get(f"{item}:{WHOLE}"))
+        if not isinstance(item, Branch) or item not in own:
+            return None
+        found.append(item)
+    return found or None

@@ -1,0 +1,61 @@
+"""Finding: one real run of a model is watched, and its residual branches are read off it."""
+
+from typing import Any
+
+from torch import nn
+
+from .blocks import WHOLE, find_blocks
+from .costs import flop_shares
+from .drops import find_drops, settle_drops
+from .form import form_of
+from .inputs import guess_inputs
+from .meet import record
+from .plan import Findings
+from .plans import plan
+from .regions import find_regions
+from .samples import place_samples
+from .spot import spot
+from .weighed import run_weighed
+
+__all__ = [
+    "WHOLE",
+    "find",
+    "find_blocks",
+    "flop_shares",
+    "form_of",
+    "guess_inputs",
+    "run_weighed",
+    "spot",
+]
+
+
+def find(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    samples: bool,
+    training: bool = False,
+) -> Findings:
+    """What one real run of ``model`` says about its residual branches."""
+    try:
+        flow = record(model, args, kwargs, training)
+    except Exception as error:
+        raise ValueError(
+            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
+            f"or a dict of keywords), but calling it failed: {error}"
+        ) from error
+    flow.result = None
+    drops = find_drops(model, args, kwargs, flow.constants)
+    is_drop = [call.name in drops.modules for call in flow.calls]
+    finder, regions, rejected = find_regions(flow, is_drop.__getitem__)
+    planned = plan(model, flow, finder, regions, rejected)
+    findings = planned.findings
+    for branch, found in planned.regions.items():
+        findings.merges[branch] = tuple(merge for region in found for merge in region.merges)
+        findings.nodes[branch] = frozenset().union(*(region.nodes for region in found))
+    findings.constants, findings.training = flow.constants, training
+    settle_drops(model, findings, drops, flow)
+    if samples:
+        place_samples(model, args, kwargs, flow, planned)
+    return findings

@@ -1,0 +1,134 @@
+"""Whole blocks: what a module is given and returns, seen in one real run."""
+
+from typing import Any
+
+from torch import nn
+
+from ..branch import Branch
+from .drops import find_drops, tell_drops
+from .flow import Call, Flow
+from .frames import Frame, Member
+from .meet import record
+from .parts import WRITES
+from .plan import Findings, Gate, Leaf, Plan, Refused
+from .plans import Planned
+from .regions import Region
+from .samples import place_samples
+
+__all__ = ["WHOLE", "find_blocks"]
+
+WHOLE = "(block)"  # the label of a branch that is its block; no child can be called so
+
+
+def find_blocks(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: list[str],
+    *,
+    samples: bool,
+) -> Findings:
+    """The modules of these names as one branch each, and what they return where it is dropped.
+
+    The first floating-point tensor that a block is given is its shortcut; the first tensor that it
+    returns takes its place.
+
+    Args:
+        model: the model.
+        args: what it is called with.
+        kwargs: the same.
+        names: of the blocks.
+        samples: whether to find out where values have the batch's samples.
+
+    Raises:
+        ValueError: the model fails on these arguments.
+    """
+    try:
+        flow = record(model, args, kwargs, False)
+    except Exception as error:
+        raise ValueError(
+            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
+            f"or a dict of keywords), but calling it failed: {error}"
+        ) from error
+    planned, wanted = Planned(), set(names)
+    findings, known = planned.findings, {}
+    for c, call in enumerate(flow.calls):
+        if call.name not in wanted:
+            continue
+        made = _region(flow, c, call)
+        name = f"{call.name}:{WHOLE}"
+        if isinstance(made, str):
+            if not any(refused.name == name for refused in findings.refused):
+                findings.refused.append(Refused(name, made))
+            findings.plans.setdefault(call.name, {}).setdefault(call.form, Plan())
+            continue
+        region, gate = made
+        if name not in known:
+            known[name] = Branch(name, "block", (call.name,) if call.name else ())
+            findings.branches.append(known[name])
+        branch = known[name]
+        planned.regions.setdefault(branch, []).append(region)
+        plans = findings.plans.setdefault(call.name, {})
+        if call.form not in plans:
+            plans[call.form] = Plan([branch], {"": (gate,)})
+            frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
+            planned.frames.append((frame, plans[call.form]))
+    for name in names:
+        if name not in {call.name for call in flow.calls}:
+            findings.refused.append(Refused(f"{name}:{WHOLE}", "it is not called"))
+    findings.nodes = {
+        b: frozenset().union(*[r.nodes for r in rs]) for b, rs in planned.regions.items()
+    }
+    tell_drops(model, findings, find_drops(model, args, kwargs, flow.constants), set())
+    if samples:
+        place_samples(model, args, kwargs, flow, planned)
+    return findings
+
+
+def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:
+    """The block as a branch, or why it cannot be dropped."""
+    nodes = flow.nodes
+    main = next((i for i, n in enumerate(call.given) if n is not None and _is_float(flow, n)), None)
+    output = next((i for i, n in enumerate(call.made) if n is not None), None)
+    if main is None:
+        return "it is called without a floating-point tensor, so it has no shortcut"
+    if output is None:
+        return "it returns no tensor"
+    given, made = call.given[main], call.made[output]
+    assert given is not None
+    assert made is not None
+    if nodes[given].shape != nodes[made].shape:
+        return (
+            f"given a tensor of shape {nodes[given].shape} it returns {nodes[made].shape}: dropped "
+            "it would return its input; wrap it in StochasticDepth with a projection"
+        )
+    if not _is_float(flow, made):
+        return "it returns no floating-point tensor"
+    if call.writes:
+        return WRITES.format(call.writes)
+    leaves: list[Leaf] = []
+    for i, (kind, n) in enumerate(zip(call.kinds, call.made, strict=True)):
+        if i == output:
+            leaves.append(Leaf("branch", main))
+        elif n is not None and n in call.given:
+            leaves.append(Leaf("argument", call.given.index(n)))
+        elif kind == "none" or (n is not None and not _is_read(flow, n, c)):
+            leaves.append(Leaf("none"))
+        else:
+            what = "a tensor" if kind == "tensor" else "a value"
+            return (
+                f"besides its output it returns {what} that is used, and nothing can stand in for "
+                "it where the block is dropped"
+            )
+    own = range(call.start, call.end)
+    region = Region(made, given, made, frozenset(own), c, (c,), "identity", ())
+    return region, Gate(0, last=True, returned=tuple(leaves), structure=call.structure)
+
+
+def _is_float(flow: Flow, n: int) -> bool:
+    dtype = flow.nodes[n].dtype
+    return dtype is not None and dtype.is_floating_point
+
+
+def _is_read(flow: Flow, n: int, c: int) -> bool:
+    return n in flow.kept or any(r >= flow.calls[c].end for r in flow.readers[n])

@@ -1,0 +1,203 @@
+"""What a frame does with the values of a branch between its calls, and what cannot be run."""
+
+from .flow import ADD, SUBTRACT, Flow
+from .frames import Frame, Member
+from .parts import WRITES
+
+__all__ = [
+    "is_absent",
+    "is_linear",
+    "objection",
+    "read_parameters",
+    "sums_before",
+    "works_in_function",
+]
+
+# Of degree one in what they are given.
+_LIKE = {
+    "dropout", "reshape", "view", "permute", "transpose", "flatten", "contiguous", "unflatten",
+    "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "roll", "neg", "__neg__",
+    "__getitem__", "item", "to", "float", "half", "bfloat16", "type_as", "expand", "clone",
+    "movedim", "moveaxis", "t", "T", "mT",
+    "adjoint", "swapdims", "mean", "sum", "relu", "alias", "detach", "cat", "stack", "pad",
+    "feature_dropout", "dropout2d", "view_as", "swapaxes", "select", "index_select", "flip",
+}  # fmt: skip
+_PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "matmul", "__matmul__", "bmm"}
+_QUOTIENTS = {"div", "div_", "__truediv__", "__itruediv__"}
+
+
+def objection(flow: Flow, frame: Frame, member: Member) -> str:
+    """Why a branch cannot be left out of this frame, or nothing."""
+    nodes, region = flow.nodes, member.region
+    if shared := [c for c in member.gates if c in frame.twice]:
+        name = flow.calls[shared[0]].name
+        return f"one call of {name} works for two branches: call it once for each"
+    for c in member.gates:
+        if "object" in flow.calls[c].kinds:
+            return (
+                f"{flow.calls[c].name} returns an object that cannot be taken apart: return "
+                "tensors, in tuples, lists or dicts"
+            )
+    for c in {c for i in region.nodes for c in flow.around(nodes[i].call)}:
+        call = flow.calls[c]
+        if call.writes and not call.start <= region.sum < call.end:
+            return WRITES.format(call.writes)
+    derived = _derived(flow, member) if flow.held or flow.looks else set()
+    gates = set(member.gates)
+    inside = tuple(f"{flow.calls[c].name}." for c in gates)
+    for i in derived & flow.held.keys():
+        made = any(i in flow.calls[c].made for c in gates)
+        if f"{flow.held[i]}.".startswith(inside) or not (made or i in member.free):
+            continue
+        return (
+            f"a value of it is kept in an attribute of {flow.held[i] or 'the model'}, and there is "
+            "none where it is dropped: keep it in a module that the branch calls"
+        )
+    absent = _absent(flow, member)
+    for i in member.free:
+        for x in nodes[i].sources:
+            if nodes[x].op == "constant" and nodes[x].weights:
+                return (
+                    "it reads parameters of modules that are not registered: keep them in "
+                    "attributes, or in an nn.ModuleList or nn.ModuleDict"
+                )
+        if nodes[i].op == "opaque" and i not in absent:
+            return (
+                "a part of it is computed outside of torch, where it cannot be seen: put that "
+                "into a module of its own"
+            )
+    read = read_parameters(flow, member, flow.calls[frame.call].name)
+    if region.output not in absent and not read:
+        return (
+            "none of its modules is called by itself: register them, and call them rather than "
+            "their functions"
+        )
+    for i in member.free:
+        node = nodes[i]
+        written = node.op == "__setitem__" or (node.op.endswith("_") and not node.op.endswith("__"))
+        into, values = node.sources[:1], node.sources[1:]
+        if written and absent.isdisjoint(into) and not absent.isdisjoint(values):
+            return (
+                "it is written into a tensor that is not its own, which would stay as it was: "
+                "use torch.cat or torch.where"
+            )
+    for n, c in flow.looks:
+        if n in derived and gates.isdisjoint(flow.around(c)):
+            where = flow.calls[c].name if c >= 0 else ""
+            return (
+                f"{where or 'the model'} looks at a value of it in Python (item(), if, a float), "
+                "and there is none where it is dropped: do that in a module of its own"
+            )
+    return ""
+
+
+def _absent(flow: Flow, member: Member) -> set[int]:
+    """The values that are not there when no gate of the branch is called."""
+    nodes, region = flow.nodes, member.region
+    absent = {
+        n for c in member.gates for n in flow.calls[c].made if n is not None and n in region.nodes
+    }
+    for c in member.gates:
+        call = flow.calls[c]
+        absent.update(i for i in range(call.start, call.end) if i in region.nodes)
+    for i in member.free:
+        if any(x in absent for x in nodes[i].sources):
+            absent.add(i)
+    return absent
+
+
+def _derived(flow: Flow, member: Member) -> set[int]:
+    """All that is computed of the branch but for its sum, also where nothing comes of it."""
+    region = member.region
+    ends = {merge.node for merge in region.merges} | {region.sum}
+    derived = set(region.nodes)
+    end = flow.calls[0].end
+    for i in range(min(region.nodes), end):
+        if i not in ends and i not in derived and any(x in derived for x in flow.nodes[i].sources):
+            derived.add(i)
+    return derived
+
+
+def read_parameters(flow: Flow, member: Member, block: str) -> tuple[str, ...]:
+    """The parameters that the frame reads for the branch alone."""
+    nodes, own = flow.nodes, set(member.free)
+    prefix = f"{block}." if block else ""
+    found: list[str] = []
+    waiting = {x for i in own for x in nodes[i].sources if nodes[x].weights}
+    while waiting:  # the last one first, whose readers are all known
+        x = max(waiting)
+        waiting.remove(x)
+        if own.issuperset(flow.readers[x]):
+            own.add(x)
+            waiting.update(s for s in nodes[x].sources if nodes[s].weights)
+            if nodes[x].op == "parameter" and nodes[x].name.startswith(prefix):
+                found.append(nodes[x].name[len(prefix) :])
+    return tuple(dict.fromkeys(reversed(found)))
+
+
+def is_absent(flow: Flow, member: Member) -> bool:
+    """Whether there is nothing left to add where none of the branch's calls is made."""
+    return bool(member.gates) and member.region.output in _absent(flow, member)
+
+
+def _after_last(flow: Flow, member: Member, last: set[int]) -> set[int]:
+    """The values in the frame that come of the last gates, and what these return."""
+    after = {
+        n for c in last for n in flow.calls[c].made if n is not None and n in member.region.nodes
+    }
+    for i in member.free:
+        if any(x in after for x in flow.nodes[i].sources):
+            after.add(i)
+    return after
+
+
+def works_in_function(flow: Flow, member: Member) -> bool:
+    """Whether a custom autograd.Function works on a value of the branch in the frame."""
+    return any(flow.nodes[i].function for i in member.free)
+
+
+def sums_before(flow: Flow, member: Member, last: set[int]) -> int:
+    """How many sums with something else the branch goes through before its own."""
+    after = _after_last(flow, member, last)
+    count = 0
+    for i in member.free:
+        node = flow.nodes[i]
+        if i in after and (node.op in ADD or node.op in SUBTRACT) and len(node.parts) == 2:
+            count += sum(x in after for x in node.parts) == 1
+    return count
+
+
+def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
+    """Whether all from the last gates to the sum is of degree one in them (conservative)."""
+    nodes = flow.nodes
+    degree: dict[int, int | None] = {
+        n: 1 for c in last for n in flow.calls[c].made if n is not None and n in member.region.nodes
+    }
+    if not degree:
+        return False
+    for i in member.free:
+        node = nodes[i]
+        degrees = [degree.get(x, 0) for x in node.sources]
+        name = node.op.rstrip("_") if not node.op.startswith("__") else node.op
+        if None in degrees:
+            degree[i] = None
+        elif not any(degrees):
+            degree[i] = 0
+        elif name in _LIKE:
+            of = {d for x, d in zip(node.sources, degrees, strict=True) if nodes[x].varies}
+            degree[i] = 1 if of == {1} else None
+        elif node.op in _PRODUCTS:
+            degree[i] = (
+                1
+                if len(degrees) <= 2
+                and sorted(degrees, key=str)[-1] == 1
+                and (sum(d or 0 for d in degrees) == 1)
+                else None
+            )
+        elif node.op in _QUOTIENTS:
+            degree[i] = 1 if degrees[0] == 1 and not any(degrees[1:]) else None
+        elif node.op in ADD or node.op in SUBTRACT:
+            degree[i] = 1 if degrees == [1, 1] else None
+        else:
+            degree[i] = None
+    return degree.get(member.region.output) == 1

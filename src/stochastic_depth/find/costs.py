@@ -1,0 +1,58 @@
+"""How much of a model's work each branch is: FLOPs, counted in one run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..branch import Branch
+from .flow import Node
+from .meet import record
+from .plan import Findings
+from .record import Recorder
+
+__all__ = ["flop_shares"]
+
+
+class _Counting(Recorder):
+    """Notes how many FLOPs had been counted when each value was made."""
+
+    total: Callable[[], int]
+    flops: list[int]
+
+    def _add(self, node: Node, t: Any) -> int:
+        number = super()._add(node, t)
+        made = node.sources or not self.flops  # what is only read is named after it was read
+        self.flops.append(self.total() if made else self.flops[-1])
+        return number
+
+
+def flop_shares(
+    model: nn.Module, args: Any, kwargs: Any, findings: Findings
+) -> dict[Branch, float]:
+    """The share of one forward's FLOPs that each branch has, in evaluation.
+
+    FLOPs are what :mod:`torch.utils.flop_counter` counts: matrix products, convolutions and
+    attention.
+
+    Args:
+        model: the model.
+        args: what it was called with when its branches were found.
+        kwargs: the same.
+        findings: what was found.
+    """
+    counter = FlopCounterMode(display=False)
+    counts: list[int] = []
+    space = {"total": staticmethod(counter.get_total_flops), "flops": counts}
+    recorder = type("_Counting", (_Counting,), space)
+    # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        record(model, args, kwargs, False, recorder, constants=findings.constants)
+    total = max(counter.get_total_flops(), 1)
+    made = [b - a for a, b in zip([0, *counts], counts, strict=False)]
+    return {
+        branch: sum(made[i] for i in nodes if i < len(made)) / total
+        for branch, nodes in findings.nodes.items()
+    }

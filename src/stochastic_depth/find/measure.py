@@ -1,0 +1,90 @@
+"""How much there is to a set of values: weights, layers one after the other, modules."""
+
+from .flow import ADD, VIEWS, Flow
+
+__all__ = ["Measures"]
+
+_LIGHT = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+
+
+class Measures:
+    """Of a recorded run."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow, self.nodes, self.calls = flow, flow.nodes, flow.calls
+        self.readers, self.live = flow.readers, flow.live
+
+    def weights(self, i: int) -> tuple[int, int]:
+        """How many weight matrices, and depthwise filters, a value is made with."""
+        matrices = depthwise = 0
+        for x in self.nodes[i].sources:
+            node = self.nodes[x]
+            shape = node.shape
+            if node.weights and len(shape) > 1 and _numel(shape) > max(shape):
+                small = self.nodes[i].op.startswith("conv") and len(shape) > 2 and shape[1] == 1
+                matrices, depthwise = matrices + (not small), depthwise + small
+        return matrices, depthwise
+
+    def depth(self, values: set[int]) -> tuple[int, int]:
+        """The weight matrices, and the depthwise filters, one after the other in ``values``."""
+        depths: dict[int, tuple[int, int]] = {}
+        for i in sorted(values):
+            before = max((depths[x] for x in self.nodes[i].sources if x in depths), default=(0, 0))
+            here = self.weights(i)
+            depths[i] = before[0] + here[0], before[1] + here[1]
+        return max(depths.values(), default=(0, 0))
+
+    def is_substantial(self, values: set[int], m: int) -> bool:
+        """Whether it has parameters, or calls a module that is more than an activation."""
+        nodes = self.nodes
+        if any(nodes[x].weights for i in values for x in nodes[i].sources):
+            return True
+        innermost = {nodes[i].call for i in values}
+        for c in innermost:
+            for outer in self.flow.around(c):
+                call = self.calls[outer]
+                if call.start <= m < call.end:
+                    break
+                if not type(call.module).__module__.startswith(_LIGHT):
+                    return True
+        return False
+
+    def is_little(self, own: set[int]) -> bool:
+        """Whether it has one layer at most, and multiplies no two of its values, as a gate does."""
+        nodes = self.nodes
+        if any(nodes[i].op == "embedding" for i in own) or self.depth(own)[0] > 1:
+            return False
+        for i in own:
+            node = nodes[i]
+            if node.op in VIEWS or node.op in ADD:
+                continue
+            if len({x for x in node.sources if nodes[x].varies}) > 1:
+                return False
+        return True
+
+    def is_grouped(self, i: int) -> bool:
+        node = self.nodes[i]
+        if not node.op.startswith("conv") or len(node.sources) < 2:
+            return False
+        image, weight = (self.nodes[x].shape for x in node.sources[:2])
+        grouped = len(weight) > 2 and len(image) == len(weight) and weight[1] < image[1]
+        return grouped and max(weight[2:]) > 1
+
+    def is_followed(self, m: int) -> bool:
+        """Whether a layer with weights works on the sum."""
+        waiting, seen = [m], {m}
+        while waiting:
+            for i in self.readers[waiting.pop()]:
+                if i not in seen:
+                    if any(self.weights(i)):
+                        return True
+                    seen.add(i)
+                    waiting.append(i)
+        return False
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

@@ -1,0 +1,106 @@
+"""One run of a model, recorded: its calls are met where ``nn.Module`` makes them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flow import Flow
+from .record import Recorder
+from .state import copied, in_mode, untouched
+
+__all__ = ["record"]
+
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def _met(recorder: Any, model: nn.Module) -> Iterator[None]:
+    """Meet every call of the model's modules where ``nn.Module`` makes it, hooks included."""
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    try:
+        for module in model.modules():
+            state = vars(module)
+            names = ("_call_impl", "_compiled_call_impl")
+            before.append((state, {n: state[n] for n in names if n in state}))
+            state["_call_impl"] = _Met(recorder, module, state.get("_call_impl"))
+            state["_compiled_call_impl"] = None
+        yield
+    finally:
+        for state, own in before:
+            del state["_call_impl"], state["_compiled_call_impl"]
+            state.update(own)
+
+
+class _Met:
+    """Stands where ``nn.Module`` looks up what to call, while a run is recorded."""
+
+    def __init__(self, recorder: Any, module: nn.Module, own: Any) -> None:
+        self.recorder = recorder
+        ours = type(own).__module__.startswith(__name__.partition(".")[0] + ".")
+        self.through = type(module)._call_impl.__get__(module) if own is None or ours else own
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.recorder
+        if threading.get_ident() != recorder.thread:
+            return self.through(*args, **kwargs)
+        number = recorder.enter(self.module, args, kwargs)
+        result = self.through(*args, **kwargs)
+        recorder.leave(number, result)
+        return result
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without gradients, compiled code, or a cache of autocast's to outlive it."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if hasattr(torch.compiler, "set_stance"):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool = False,
+    recorder: Any = Recorder,
+    constants: list[Tensor] | None = None,
+) -> Flow:
+    """The flow of ``model(*args, **kwargs)``; everything is as before afterwards.
+
+    Args:
+        model: the root of the modules that are told apart.
+        args: what it is called with.
+        kwargs: the same.
+        training: whether it runs as in training.
+        recorder: a kind of Recorder.
+        constants: tensors that are known to have been there before.
+    """
+    watch = recorder(model, constants or [])
+    watch.keeps_unknown = constants is None
+    args, kwargs = copied((args, kwargs))
+    with _one_at_a_time, ExitStack() as stack:
+        stack.enter_context(untouched(model))
+        stack.enter_context(in_mode(model, training))
+        stack.enter_context(_plainly())
+        stack.enter_context(_met(watch, model))
+        watch.inputs(args, kwargs)
+        with watch:
+            result = model(*args, **kwargs)
+        flow: Flow = watch.finish(result)
+        flow.watch, flow.constants = watch, constants or []
+        watch.flow = Flow()  # no cycle, in which values would stay
+    if flow.unknown and constants is None:  # what a second run reads again was there before
+        return record(model, args, kwargs, training, recorder, flow.unknown)
+    return flow

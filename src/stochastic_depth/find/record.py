@@ -1,0 +1,350 @@
+"""Record one real run of a model: every torch function, by the module's call that it is part of.
+
+Nothing stands in for a tensor, so the model sees what it always sees. Tensors are told apart by
+identity and held weakly; what overwrites one is told by its version.
+"""
+
+import sys
+import threading
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._torch import tree_flatten, tree_unflatten
+from .flow import ADD, SUBTRACT, Call, Flow, Key, Node
+from .form import form_of
+from .spot import spot
+from .state import attributes
+from .tensors import (
+    held_by,
+    is_in_function,
+    kind_of,
+    leaves_of,
+    may_hold,
+    memory_of,
+    tensors_in,
+    tensors_within,
+    version_of,
+)
+
+__all__ = ["Recorder"]
+
+_SUMS = ADD | SUBTRACT | {
+    "addcmul", "addcmul_", "addcdiv", "addcdiv_", "lerp", "lerp_", "addmm", "addmm_", "baddbmm",
+    "addbmm", "addmv", "index_add", "index_add_", "scatter_add", "scatter_add_", "stack", "cat",
+    "concat", "concatenate", "sum", "hstack", "vstack", "where", "__setitem__", "einsum", "fsum",
+}  # fmt: skip
+_LOOKS = {
+    "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy",
+    "__array__", "equal", "allclose", "is_nonzero", "__complex__",
+}  # fmt: skip
+_FROM_PYTHON = {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "full"}
+_RANDOM = {
+    "rand", "rand_like", "randn", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
+    "normal", "randint", "randint_like", "randperm", "exponential_", "geometric_", "multinomial",
+    "poisson", "binomial", "random_", "log_normal_", "cauchy_", "empty_like", "new_empty",
+}  # fmt: skip
+
+
+class Recorder(TorchFunctionMode):
+    """Records what runs inside of it, on the thread that entered it."""
+
+    def __init__(self, model: nn.Module, constants: list[Tensor]) -> None:
+        super().__init__()
+        self.flow = Flow()
+        self.model = model
+        self.thread = threading.get_ident()
+        self.names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), []).append(name)
+        self.own: dict[int, tuple[Tensor, str]] = {}
+        for kind, named in (
+            ("buffer", model.named_buffers()),
+            ("parameter", model.named_parameters()),
+        ):
+            for name, t in named:
+                self.own[id(t)] = t, f"{kind}:{name}"
+        for t in constants:
+            self.own[id(t)] = t, "constant:"
+        self.stack: list[int] = []
+        self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.memory: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.counts: dict[tuple[int, str], int] = {}
+        self.paused = False
+        self.keeps_unknown = False
+        self.given: list[list[tuple[Any, list[int]]]] = []  # by call, what may be written to
+        self.looked: dict[int, list[int]] = {}  # by call, what Python looked at in it
+
+    def inputs(self, args: Any, kwargs: Any) -> None:
+        """Name what the model is given, caches' and other objects' tensors too."""
+        for t in tensors_within((args, kwargs), 4):
+            if self.node(t) is None:
+                self._name(t, self._add(Node("input", -1, (), varies=True), t))
+
+    # Calls of modules.
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> int:
+        """A call begins."""
+        parent = self.stack[-1] if self.stack else -1
+        leaves = leaves_of(args, kwargs)
+        given = [self.node(x) if isinstance(x, Tensor) else None for x in leaves]
+        name = self._called(module, parent)
+        number = len(self.flow.calls)
+        start = len(self.flow.nodes)
+        key = hash(self.key(f".{name}", parent, count=True))
+        form = form_of(args, kwargs)
+        self.flow.calls.append(Call(name, module, parent, start, form, given, key=key))
+        self.given.append([(x, held_by(x)) for x in (*args, *kwargs.values()) if may_hold(x)])
+
+        self.stack.append(number)
+        return number
+
+    def leave(self, number: int, result: Any) -> None:
+        """It has returned ``result``."""
+        call = self.flow.calls[number]
+        if isinstance(result, Tensor):
+            leaves: list[Any] = [result]
+        else:
+            leaves, spec = tree_flatten(result)
+            call.structure = tree_unflatten(list(range(len(leaves))), spec)
+        call.kinds = [kind_of(x) for x in leaves]
+        unseen = [t for t in tensors_within(result, 2) if self.node(t) is None]
+        for t in unseen:
+            if id(t) in self.own:
+                self.source(t)
+            elif not self._linked(t):
+                self._unseen(t, number)
+        call.made = [self.node(x) if isinstance(x, Tensor) else None for x in leaves]
+        for x, before in self.given[number]:
+            if before != held_by(x):
+                call.writes = type(x).__name__
+        self.given[number] = []
+        del self.stack[self.stack.index(number) :]
+        call.end = len(self.flow.nodes)
+
+    def _unseen(self, t: Tensor, number: int) -> None:
+        """What a script or compiled code returns depends on all that it was given."""
+        call = self.flow.calls[number]
+        sources = [n for n in call.given if n is not None]
+        sources += [self.source(p) for p in call.module.parameters()]
+        self._name(t, self._add(Node("opaque", number, tuple(sources)), t))
+
+    def _called(self, module: nn.Module, parent: int) -> str:
+        """Its name; of a shared module's, the one below the call that it is part of."""
+        names = self.names[id(module)]
+        if len(names) > 1:
+            for call in self.flow.around(parent):
+                prefix = self.flow.calls[call].name
+                for name in names:
+                    if not prefix or name.startswith(f"{prefix}."):
+                        return name
+        return names[0]
+
+    def key(self, what: str, call: int, count: bool = False) -> Key:
+        """The key of the next value that a function makes in a call, or of the next call."""
+        where = self.flow.calls[call].key if call >= 0 else 0
+        n = self.counts.get((where, what), 0)
+        if count:
+            self.counts[where, what] = n + 1
+        return where, what, n
+
+    # Values.
+
+    def node(self, t: Tensor) -> int | None:
+        """The node that a tensor is now."""
+        entry = self.known.get(id(t))
+        return entry[1] if entry is not None and entry[0]() is t else None
+
+    def source(self, t: Tensor) -> int:
+        """The same, of a tensor that is read: one that was not seen being made is named now."""
+        if (known := self.node(t)) is not None:
+            return known
+        if id(t) in self.own or self._is_swapped_in(t):
+            kind, _, name = self.own[id(t)][1].partition(":")
+            weights = kind == "parameter" or isinstance(t, nn.Parameter)
+            node = self._add(Node(kind, -1, (), weights=weights, name=name), t)
+        elif isinstance(t, nn.Parameter):  # of a module that is not registered
+            node = self._add(Node("constant", -1, (), weights=True), t)
+        elif (alias := self._linked(t)) is not None:
+            return alias
+        else:
+            if self.keeps_unknown:
+                self.flow.unknown.append(t)
+            call = self.stack[-1] if self.stack else -1
+            given = self.flow.calls[call].given if call >= 0 else []
+            sources = tuple(n for n in given if n is not None)
+            node = self._add(Node("opaque", call, sources, function=True), t)
+        self._name(t, node)
+        return node
+
+    def _is_swapped_in(self, t: Tensor) -> bool:
+        """Whether a module has it as a parameter for the time of its call only."""
+        for c in self.flow.around(self.stack[-1] if self.stack else -1):
+            call = self.flow.calls[c]
+            for name, own in call.module._parameters.items() if type(t) is nn.Parameter else ():
+                if own is t:
+                    self.own[id(t)] = t, f"parameter:{call.name}.{name}".replace(":.", ":")
+                    return True
+        return False
+
+    def _linked(self, t: Tensor) -> int | None:
+        """Name a tensor that has the memory of a known one, as a custom Function hands them out."""
+        for ref in self.memory.get(memory_of(t), ()):
+            other = ref()
+            if other is not None and other is not t and (node := self.node(other)) is not None:
+                call = self.stack[-1] if self.stack else -1
+                alias = self._add(Node("alias", call, (node,), function=True), t)
+                self._name(t, alias)
+                return alias
+        return None
+
+    def _name(self, t: Tensor, node: int) -> None:
+        ref = weakref.ref(t)
+        self.known[id(t)] = ref, node
+        memory = memory_of(t)
+        refs = self.memory.get(memory)
+        if refs is None or refs[-1]() is None:
+            self.memory[memory] = [r for r in refs or () if r() is not None] + [ref]
+        elif refs[-1]() is not t:
+            refs.append(ref)
+
+    def _add(self, node: Node, t: Tensor | None) -> int:
+        nodes = self.flow.nodes
+        if node.sources:
+            for source in node.sources:
+                if nodes[source].varies:
+                    node.varies = True
+                    break
+            else:
+                node.weights = any(nodes[s].weights for s in node.sources)
+                node.random = any(nodes[s].random for s in node.sources)
+        if t is not None:
+            node.shape, node.dtype = tuple(t.shape), t.dtype
+        node.key = self.key(node.op, node.call, count=True)
+        nodes.append(node)
+        return len(nodes) - 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        name: str = getattr(func, "__name__", "") or str(func)
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+            result = func(*args, **kwargs)
+            if not isinstance(result, Tensor) or result is args[0] or name == "grad":
+                return result
+            return self._record(func, name, args, kwargs, list(args[:1]), [], [result])
+        given = tensors_in(args, [])
+        if kwargs:
+            tensors_in(kwargs, given)
+        versions = [version_of(t) for t in given]
+        if name in _SUMS:
+            args, kwargs = self.before(func, name, args, kwargs, given)
+        result = func(*args, **kwargs)
+        changed = [
+            t
+            for t, v in zip(given, versions, strict=True)
+            if v != version_of(t) and id(t) not in self.own
+        ]
+        if isinstance(result, Tensor):
+            fresh = [] if any(result is g for g in given) else [result]
+        elif isinstance(result, list | tuple):
+            fresh = [t for t in tensors_in(result, []) if not any(t is g for g in given)]
+        else:
+            fresh = []
+            if name in _LOOKS and given:
+                self._look(given)
+        if changed or fresh:
+            return self._record(func, name, args, kwargs, given, changed, fresh, result)
+        return result
+
+    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        """Change what a function that may be a sum is given, before it runs."""
+        return args, kwargs
+
+    def after(self, name: str, given: list[Tensor], made: list[Tensor], number: int) -> None:
+        """What a function made has been recorded, as the value of this number."""
+
+    def _look(self, given: list[Tensor]) -> None:
+        call = self.stack[-1] if self.stack else -1
+        for t in given:
+            if (node := self.node(t)) is not None and self.flow.nodes[node].varies:
+                self.flow.looks.append((node, call))
+                self.looked.setdefault(call, []).append(node)
+
+    def _record(
+        self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor],
+        changed: list[Tensor], fresh: list[Tensor], result: Any = None,
+    ) -> Any:  # fmt: skip
+        sources = tuple([self.source(t) for t in given])
+        call = self.stack[-1] if self.stack else -1
+        if name.endswith("_as") or name == "to":  # of the second, the shape or the dtype alone
+            sources = sources[:1]
+        elif name in _FROM_PYTHON and call in self.looked:
+            sources += tuple(self.looked[call])
+        outputs = [*changed, *fresh]
+        several = len(outputs) > 1 and not changed
+        node = Node(name, call, sources)
+        index = self._add(node, None if several else outputs[0])
+        if name.endswith("_like") or name.startswith("new_"):  # of its argument, the shape alone
+            node.varies = node.weights = False
+        if name in _RANDOM:
+            node.random = not node.varies or name in (
+                "bernoulli_",
+                "uniform_",
+                "normal_",
+                "random_",
+            )
+            node.varies = node.varies and name == "bernoulli"
+        elif name in ("zero_", "fill_") and len(given) == 1:
+            node.varies = False
+        if len(given) > 1:
+            node.parts = (
+                tuple(self.source(a) for a in args if isinstance(a, Tensor))
+                if name in _SUMS
+                else ()
+            )
+            if not node.parts or (len(node.parts) < 2 and kwargs):
+                node.parts = sources
+        if name in _SUMS:
+            node.spot = spot(3)
+            alpha = kwargs.get("alpha", 1)
+            node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0
+        node.function = is_in_function(sys._getframe(2))
+        for t in outputs:
+            self._name(t, self._add(Node("item", call, (index,)), t) if several else index)
+        for t in changed:
+            self._spread(t, index)
+        self.after(name, given, outputs, index)
+        return result if result is not None or changed else fresh[0]
+
+    def _spread(self, written: Tensor, op: int) -> None:
+        """Other tensors with the memory of one that was overwritten have changed with it."""
+        for ref in list(self.memory.get(memory_of(written), ())):
+            t = ref()
+            node = None if t is None or t is written else self.node(t)
+            if t is not None and node is not None and node != op:
+                call = self.stack[-1] if self.stack else -1
+                self._name(t, self._add(Node("alias", call, (node, op)), t))
+
+    def finish(self, result: Any) -> Flow:
+        """The flow of a run that returned ``result``."""
+        flow = self.flow
+        flow.result = result
+        kept = {node for ref, node in self.known.values() if ref() is not None}
+        given_back = {self.node(t) for t in tensors_within(result, 4)}
+        for name, module in self.model.named_modules():
+            for t in tensors_within(attributes(module), 2):
+                node = self.node(t)
+                if node is not None and node not in given_back:
+                    flow.held[node] = name
+        flow.kept = {n for n in kept if flow.nodes[n].varies and n not in flow.held}
+        for call in flow.calls:
+            call.end = len(flow.nodes) if call.end < 0 else call.end
+        flow.index()
+        return flow

@@ -1,0 +1,348 @@
+"""Residual regions of a recorded run: which values a sum's branch is made of.
+
+For a sum ``m = s + b`` let ``Anc(v)`` be a value and all that it is computed from. The branch is
+what ``b`` needs and ``s`` does not, ``Anc(b) - Anc(s)``, less what anybody else reads; the
+shortcut's own work is ``Anc(s) - Anc(b)``: none for an *identity*, little and linear for a
+*projection*. Its block is the innermost call around the sum in which it still reads the shortcut.
+Calls of modules are dropped as a whole: one that also does something else is left outside of the
+branch, or, where nothing of the branch would remain, looked into.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from .flow import ADD, SUBTRACT, VIEWS, Flow, Node
+from .parts import Parts
+from .plan import Merge
+
+__all__ = ["Finder", "Region", "Rejected", "find_regions", "is_ours"]
+
+_SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
+_COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
+_JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
+
+
+@dataclass(eq=False)
+class Region:
+    """A branch in this run.
+
+    Attributes:
+        sum: the node of the sum; the value after the branch.
+        shortcut: the node of the other side.
+        output: the branch's node that enters the sum.
+        nodes: the branch's own, in order.
+        block: the call whose frame the branch is found in.
+        calls: the largest calls that are in it as a whole, in order.
+        merges: where it enters what goes on.
+        drops: calls of modules in it that drop it by themselves.
+        stream: the values that it may start from: the shortcut, those before sums with others, and
+            what these others start with.
+        needs: the values that it is computed of and its shortcut is not.
+    """
+
+    sum: int
+    shortcut: int
+    output: int
+    nodes: frozenset[int]
+    block: int
+    calls: tuple[int, ...]
+    kind: Literal["identity", "projection"]
+    merges: tuple[Merge, ...]
+    drops: tuple[int, ...] = ()
+    stream: frozenset[int] = frozenset()
+    needs: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sum that looks residual: its block, the calls in it, and why it cannot be dropped."""
+
+    block: int
+    calls: tuple[int, ...]
+    reason: str
+    sum: int = -1
+
+
+def find_regions(
+    flow: Flow, is_drop: Callable[[int], bool] = lambda call: False
+) -> tuple["Finder", list[Region], list[Rejected]]:
+    """The branches in the order of their sums, the outermost of nested ones, and what was refused.
+
+    Args:
+        flow: the recorded run.
+        is_drop: whether a call is of a module that drops a branch by itself.
+    """
+    finder = Finder(flow, is_drop)
+    finder.run()
+    return finder, *_settle_nesting(list(finder.found.values()), finder.rejected)
+
+
+def _settle_nesting(
+    found: list[Region], rejected: list[Rejected]
+) -> tuple[list[Region], list[Rejected]]:
+    """Keep the outermost of nested branches, but not one around several, unless it is dropped.
+
+    x + f(x) inside of a branch is a part of that branch; but a sum around a stack of residual
+    blocks is a long skip, and the blocks are the branches. Where the model drops the outer one by
+    itself, its author has decided: that is the branch.
+    """
+    chosen: dict[int, Region] = {}
+    for outer in sorted(found, key=lambda r: len(r.nodes)):
+        within = outer.nodes if len(outer.nodes) < len(chosen) else chosen
+        inner = [chosen[i] for i in within if i in chosen and i in outer.nodes]
+        drops = set(outer.drops).difference(*(r.drops for r in inner))
+        several = sum(r.kind == "identity" for r in inner) >= 2
+        if several and not drops:
+            reason = f"a long skip around {len(inner)} residual branches, which are dropped instead"
+            rejected.append(Rejected(outer.block, outer.calls, reason, outer.sum))
+            continue
+        for r in inner:
+            del chosen[r.sum]
+        chosen[outer.sum] = outer
+    return [chosen[i] for i in sorted(chosen)], rejected
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether it is a wrapper of this library, which drops what is in it by itself."""
+    return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
+
+
+def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The ways to see a node as a sum: the shortcut, and the other values."""
+    if node.op in ADD and len(node.parts) == 2:
+        yield node.parts[0], node.parts[1:]
+        if node.factor == 1:
+            yield node.parts[1], node.parts[:1]
+    elif (
+        node.op in SUBTRACT | {"lerp", "lerp_", "addcmul", "addcmul_"} and len(node.parts) > 1
+    ) or (node.op in ("addmm", "addmm_", "baddbmm", "index_add", "index_add_") and node.parts):
+        yield node.parts[0], node.parts[1:]
+    elif node.op == "sum" and node.sources and nodes[node.sources[0]].op == "stack":
+        terms = nodes[node.sources[0]].sources
+        if len(terms) == 2 and nodes[terms[0]].shape == node.shape:
+            yield terms[0], terms[1:]
+            yield terms[1], terms[:1]
+
+
+class Finder(Parts):
+    """Finds the region of each sum of a flow, and knows what belongs to one."""
+
+    def __init__(self, flow: Flow, is_drop: Callable[[int], bool]) -> None:
+        super().__init__(flow)
+        self.found: dict[int, Region] = {}
+        self.rejected: list[Rejected] = []
+        self.drops = [c for c, call in enumerate(flow.calls) if call.made and is_drop(c)]
+
+    def run(self) -> None:
+        ours = {c for c, call in enumerate(self.calls) if is_ours(call.module)}
+        for m, node in enumerate(self.nodes):
+            if not self.live[m] or not ours.isdisjoint(self.flow.around(node.call)):
+                continue
+            for shortcut, others in _sides(node, self.nodes):
+                region = self.region(m, shortcut, others)
+                if region is not None:
+                    self.found[region.sum] = region
+                    break
+
+    # One sum.
+
+    def region(self, m: int, s: int, others: tuple[int, ...]) -> Region | None:
+        nodes = self.nodes
+        dtype = nodes[m].dtype
+        varying = [b for b in others if nodes[b].varies]
+        if not varying or s in others or dtype is None or not dtype.is_floating_point:
+            return None
+        if nodes[s].shape != nodes[m].shape:
+            return None  # attention scores and their mask, say
+        of_branch, of_shortcut = self.apart(varying, s)
+        if not any(b in of_branch for b in varying):
+            return None
+        trunk, own, starts = self.trunk(s, of_shortcut)
+        if own and not self.is_little(own):
+            return None
+        self.stream = starts.union(trunk)
+        m, merges = self.merges(m, s, of_branch)
+        of_branch.update(i for i in (x.branch for x in merges) if self.is_cut_of(i, of_branch))
+        ends = {merge.node for merge in merges}
+        tight = self.without_leaks(of_branch, ends)
+        whole = self.whole_calls(tight, m, ends)
+        found = self.placed(m, s, varying, trunk, own, of_branch, whole, merges)
+        if isinstance(found, Rejected) and tight != whole:
+            # Look into the calls that do more than it.
+            found = self.placed(m, s, varying, trunk, own, of_branch, tight, merges)
+        if isinstance(found, Rejected):
+            self.rejected.append(found)
+            return None
+        return found
+
+    def apart(self, branch: list[int], shortcut: int) -> tuple[set[int], set[int]]:
+        """What the one side needs alone, and what the other; inputs are nobody's."""
+        nodes = self.nodes
+        marks: dict[int, int] = {}
+        for side, starts in ((1, branch), (2, [shortcut])):
+            for i in starts:
+                if nodes[i].varies:
+                    marks[i] = marks.get(i, 0) | side
+        heap = [-i for i in marks]
+        heapq.heapify(heap)
+        alone = sum(mark != 3 for mark in marks.values())
+        found: tuple[set[int], set[int]] = set(), set()
+        while heap and alone:
+            i = -heapq.heappop(heap)
+            mark = marks[i]
+            if mark != 3:
+                alone -= 1
+                if nodes[i].op != "input":
+                    found[mark - 1].add(i)
+            for x in nodes[i].sources:
+                if not nodes[x].varies:
+                    continue
+                before = marks.get(x)
+                if before is None:
+                    marks[x] = mark
+                    heapq.heappush(heap, -x)
+                    alone += mark != 3
+                elif before | mark != before:
+                    marks[x] = 3
+                    alone -= 1
+        return found
+
+    def placed(
+        self, m: int, s: int, varying: list[int], trunk: list[int], own: set[int],
+        branch: set[int], kept: set[int], merges: tuple[Merge, ...],
+    ) -> Region | Rejected | None:  # fmt: skip
+        for block in self.flow.around(self.nodes[m].call):  # the innermost in which it is residual
+            start, end = self.calls[block].start, self.calls[block].end
+            if any(not start <= i < end for i in own):
+                continue
+            near = {i for i in branch if start <= i < end}
+            inside = {i for i in kept if start <= i < end}
+            if not self.is_residual(trunk, own, near, inside):
+                continue
+            calls = self.largest(inside or near, block, m)
+            name = self.calls[block].name
+            below = f"{name}." if name else ""
+            if all(self.calls[c].name.startswith(below) for c in calls):
+                break
+        else:
+            return None
+        if not self.is_substantial(near, m):
+            return None
+        if reason := self.objection(inside, near, varying, m):
+            return Rejected(block, calls, reason, m)
+        if self.is_shared(own, branch, m):
+            reason = "a sum of two branches of a cell, neither of which is its shortcut"
+            return Rejected(block, calls, reason, m)
+        if any(self.depth(own)) and block == 0 and not self.is_followed(m):
+            reason = "two ways to the model's output, wide and deep: no shortcut"
+            return Rejected(block, calls, reason, m)
+        output = next(b for b in varying if b in inside)
+        drops = tuple(
+            c for c in self.drops if any(n in inside for n in self.calls[c].made if n is not None)
+        )
+        kind: Literal["identity", "projection"] = "projection" if own else "identity"
+        nodes = frozenset(inside)
+        return Region(
+            m, s, output, nodes, block, calls, kind, merges, drops, self.stream, frozenset(branch)
+        )
+
+    def is_residual(self, trunk: list[int], own: set[int], near: set[int], kept: set[int]) -> bool:
+        """Whether the branch starts where the shortcut does."""
+        read = {x for i in near for x in self.nodes[i].sources}
+        if not self.nodes[trunk[-1]].varies:  # learned queries: what is computed of them alone
+            waiting = [x for x in read if not self.nodes[x].varies]
+            while waiting:
+                for x in self.nodes[waiting.pop()].sources:
+                    if x not in read:
+                        read.add(x)
+                        waiting.append(x)
+        if not own:
+            return not read.isdisjoint(self.stream)
+        start, depth = self.entries(own), self.depth(own)
+        if not start or not start <= read | self.entries(kept):
+            return False
+        if all(self.nodes[i].op in VIEWS for i in own):
+            return True
+        weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
+        deeper = self.depth(near) > depth if any(depth) else weighted
+        return len(start) == 1 and deeper
+
+    def is_shared(self, own: set[int], branch: set[int], m: int) -> bool:
+        """Whether others read what a projection of the shortcut makes with its weights."""
+        made: set[int] = set()
+        for i in sorted(own):
+            if any(self.weights(i)) or not made.isdisjoint(self.nodes[i].sources):
+                made.add(i)
+        readers = {r for i in made for r in self.readers[i]}
+        return not readers <= own | branch | {m}
+
+    def objection(self, branch: set[int], near: set[int], varying: list[int], m: int) -> str:
+        nodes = self.nodes
+        if not any(b in branch for b in varying) or not self.is_substantial(branch, m):
+            return self.leak(near, branch)
+        if not self.largest(branch, 0, m) and not any(self.depth(branch)):
+            return "it only weighs values: a token shift, an interpolation"
+        weighted = [i for i in branch if any(nodes[x].weights for x in nodes[i].sources)]
+        if weighted and all(self.is_grouped(i) for i in weighted):
+            return "it is made of grouped convolutions alone: a positional encoding"
+        if not weighted and any(nodes[x].random for i in branch for x in nodes[i].sources):
+            return "it is made of random numbers: noise"
+        return ""
+
+    def trunk(self, s: int, own: set[int]) -> tuple[list[int], set[int], frozenset[int]]:
+        """x + f(x) + g(x): the second branch reads the trunk x of the shortcut x + f(x).
+
+        Or what both start with, in x + f(norm(x)) + g(norm(x)).
+        """
+        trunk, starts = [s], frozenset[int]()
+        while own:
+            inner, node = self.found.get(trunk[-1]), self.nodes[trunk[-1]]
+            if inner is not None and inner.kind == "identity":
+                own = own - inner.needs - {trunk[-1]}
+                trunk.append(inner.shortcut)
+                call = self.calls[inner.block]
+                starts |= {i for i in inner.needs - inner.nodes if call.start <= i < call.end}
+            elif node.op in _COPIES and trunk[-1] in own:
+                own = own - {trunk[-1]}
+                trunk.append(node.sources[0])
+            else:
+                break
+        return trunk, own, starts
+
+    # Where it enters what goes on.
+
+    def merges(self, m: int, s: int, branch: set[int]) -> tuple[int, tuple[Merge, ...]]:
+        """The sum of slices, ``cat([b[:, :k] + s, b[:, k:]])``, is a sum of the whole."""
+        node = self.nodes[m]
+        if node.op == "sum":
+            stack = node.sources[0]
+            term = next(t for t in self.nodes[stack].sources if t != s)
+            return m, (self.merge(stack, term, plain=False),)
+        plain = node.op in ADD or node.op in SUBTRACT or node.op.startswith("lerp")
+        entering = next(p for p in node.parts if p != s and p in branch)
+        merges = [self.merge(m, entering, plain)]
+        if len(self.readers[m]) == 1:
+            cat = self.readers[m][0]
+            if self.nodes[cat].op in _JOINS:
+                rest = [x for x in self.nodes[cat].sources if x != m]
+                if rest and all(x in branch or self.is_cut_of(x, branch) for x in rest):
+                    merges += [self.merge(cat, x, plain=False) for x in rest]
+                    return cat, tuple(merges)
+        return m, tuple(merges)
+
+    def merge(self, m: int, branch: int, plain: bool) -> Merge:
+        node = self.nodes[m]
+        return Merge(m, branch, plain, node.key, node.sources.index(branch))
+
+    def is_cut_of(self, i: int, branch: set[int]) -> bool:
+        node = self.nodes[i]
+        return node.op in _SLICES and node.sources[0] in branch
+
+    def units(self, region: Region, top: int) -> tuple[int, ...]:
+        """The calls that are in a branch as a whole, where ``top`` is its frame."""
+        self.stream = region.stream
+        return self.largest(set(region.nodes), top, region.sum)

@@ -1,0 +1,323 @@
+"""Where values have the samples of the batch, and whether these stay apart: seen in two more runs.
+
+One has a sample more: what grows by one has the samples in that dimension, what grows by a multiple
+has so many entries of each. The other has the samples in other positions, and every second one
+replaced: a branch keeps samples apart if all that are left are what they were.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..branch import Branch, Place
+from .flow import Flow, Key
+from .meet import record
+from .plan import Gate, Plan
+from .plans import Planned
+from .record import Recorder
+from .regions import Region
+
+__all__ = ["place_samples"]
+
+_NOWHERE = Place(-1)  # the branch is dropped for the whole batch
+_WHOLE = ", so it is dropped for the whole batch"
+_NO_SAMPLES = f"no tensor of example_inputs has a dimension of samples{_WHOLE}"
+_TRIES = 4  # ways to take a dimension of the inputs for the batch's
+_PARTS = 256  # numbers by which a sample of a value is compared
+
+
+@dataclass
+class _Batch:
+    """One way to see the inputs: how many samples, and in which dimension of each tensor."""
+
+    size: int
+    dims: dict[int, int]  # by id
+
+
+@dataclass
+class _Evidence:
+    """What the runs say of each value that was looked at.
+
+    Attributes:
+        places: where it has the samples.
+        unclear: why that cannot be said.
+        changed: those of which samples changed that were only moved.
+        alike: those that are the same for all samples.
+    """
+
+    places: dict[int, Place | None]
+    unclear: dict[int, str]
+    changed: set[int]
+    alike: set[int]
+
+
+class _Watching(Recorder):
+    """Also looks at the samples of some values, which it finds again by where they are made."""
+
+    def __init__(
+        self, model: nn.Module, constants: list[Tensor], small: Flow, watched: set[int], size: int
+    ) -> None:
+        super().__init__(model, constants)
+        self.small, self.size = small, size
+        self.watched: dict[Key | None, int] = {small.nodes[n].key: n for n in watched}
+        self.places: dict[int, Place | None] = {}
+        self.unclear: dict[int, str] = {}
+        self.samples: dict[int, Tensor] = {}
+
+    def _name(self, t: Tensor, node: int) -> None:
+        super()._name(t, node)
+        at = self.watched.get(self.flow.nodes[node].key)
+        if at is None:
+            return
+        try:
+            place = _grown(self.small.nodes[at].shape, tuple(t.shape), self.size)
+        except LookupError as error:
+            self.unclear[at] = str(error)
+            return
+        self.places[at] = place
+        if place is not None:
+            self.paused = True
+            self.samples[at] = _digest(t.detach(), place, self.size + 1)
+            self.paused = False
+
+
+def _grown(small: tuple[int, ...], large: tuple[int, ...], size: int) -> Place | None:
+    """Where a value has the samples; LookupError where that is not clear."""
+    if len(small) != len(large):
+        raise LookupError("the number of dimensions depends on the number of samples")
+    apart = [d for d, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+    if not apart:
+        return None
+    if len(apart) > 1:
+        raise LookupError("several dimensions grow with the number of samples")
+    a, b = small[apart[0]], large[apart[0]]
+    if a % size or a * (size + 1) != b * size:
+        raise LookupError("a dimension does not grow as the number of samples does")
+    return Place(apart[0], a // size)
+
+
+def _digest(t: Tensor, place: Place, size: int) -> Tensor:
+    """Some numbers for each sample, in which any change of it shows; of large values no copy."""
+    t = torch.view_as_real(t) if t.is_complex() else t
+    shape = (*t.shape[: place.dim], size, place.fold, *t.shape[place.dim + 1 :])
+    t = t.reshape(shape).movedim(place.dim, 0).reshape(size, -1)
+    each = t.shape[1] // _PARTS
+    parts = t[:, : each * _PARTS].reshape(size, -1, max(each, 1))
+    sums, some = parts.sum(2).double(), parts[:, :, 0].double()
+    return torch.cat([sums, some, t[:, each * _PARTS :].double()], 1).nan_to_num().cpu()
+
+
+def place_samples(model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned) -> None:
+    """Say of each branch where its samples are, or why they cannot be selected."""
+    branches = planned.findings.branches
+    best: dict[Branch, tuple[Place | None, str]] = {}
+    chosen: _Evidence | None = None
+    reason = ""
+    for batch in _ways(list(_inputs((args, kwargs)))) if branches else ():
+        try:
+            evidence = _evidence(model, args, kwargs, flow, planned, batch)
+        except Exception as error:  # of any kind: the model does not take it
+            told = (str(error) or type(error).__name__).splitlines()[0][:120]
+            reason = reason or f"the model cannot be run with one sample more ({told}){_WHOLE}"
+            continue
+        judged = {b: _judge(flow, planned.regions[b], evidence) for b in branches}
+        apart = sum(place is not None for place, _ in judged.values())
+        if chosen is None or apart > sum(place is not None for place, _ in best.values()):
+            best, chosen = judged, evidence
+        if apart == len(branches):
+            break
+    for branch in branches:
+        branch.place, branch.reason = best.get(branch, (None, reason or _NO_SAMPLES))
+        branch.mask = _NOWHERE
+        if chosen is not None:
+            branch.mask = _mask(planned.regions[branch], chosen)
+            if branch.mask == _NOWHERE and _WHOLE not in branch.reason:
+                branch.reason += _WHOLE
+    if chosen is not None:
+        for plan in {id(p): p for _, p in planned.frames}.values():
+            _fill(flow, planned, plan, chosen)
+
+
+def _inputs(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple | dict):
+        for item in x.values() if isinstance(x, dict) else x:
+            yield from _inputs(item)
+
+
+def _ways(inputs: list[Tensor]) -> Iterator[_Batch]:
+    """The ways to take a dimension for the samples', the likeliest first."""
+    shaped = [t for t in inputs if t.dim()]
+    tried: list[dict[int, int]] = []
+    for dim in range(max((t.dim() for t in shaped), default=0)):
+        size = next(t for t in shaped if t.dim() > dim).shape[dim]
+        for anywhere in (False, True):
+            dims = {}
+            for t in shaped:
+                at = [d for d in (dim, *range(t.dim())) if d < t.dim() and t.shape[d] == size]
+                if at and (anywhere or at[0] == dim):
+                    dims[id(t)] = at[0]
+            if size and dims and dims not in tried and len(tried) < _TRIES:
+                tried.append(dims)
+                yield _Batch(size, dims)
+
+
+def _evidence(
+    model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned, batch: _Batch
+) -> _Evidence:
+    watched = set(_watched(flow, planned))
+
+    def run(change: Any) -> _Watching:
+        given, named = _mapped((args, kwargs), batch, change)
+        watch: _Watching = record(
+            model,
+            given,
+            named,
+            recorder=lambda m, constants: _Watching(m, constants, flow, watched, batch.size),
+            constants=flow.constants,
+        ).watch
+        return watch
+
+    if any(t.is_meta for t in _inputs((args, kwargs))):
+        raise ValueError("there are no values on the meta device")
+    more, other = run(_one_more), run(_moved)
+    unclear = dict(more.unclear)
+    for node in watched:
+        if node not in other.places or (node not in more.places and node not in unclear):
+            unclear.setdefault(node, "what the model does depends on the number of samples")
+    changed, alike = set(), set()
+    for node, samples in more.samples.items():
+        if node not in other.samples:
+            changed.add(node)
+            continue
+        apart = (samples.roll(1, 0) - other.samples[node]).abs()
+        kept, replaced = apart[::2].max(), apart[1::2].max()
+        dtype = flow.nodes[node].dtype
+        eps = torch.finfo(dtype).eps if dtype is not None and dtype.is_floating_point else 0.0
+        if kept > max(1e-3, 10 * eps) * replaced:
+            changed.add(node)
+        elif replaced == 0:
+            alike.add(node)
+    return _Evidence(more.places, unclear, changed, alike)
+
+
+def _mapped(x: Any, batch: _Batch, change: Any) -> Any:
+    if isinstance(x, Tensor):
+        return change(x.detach(), batch.dims[id(x)]) if id(x) in batch.dims else x
+    if isinstance(x, list | tuple):
+        items = [_mapped(item, batch, change) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    if type(x) is dict:
+        return {k: _mapped(v, batch, change) for k, v in x.items()}
+    return x
+
+
+def _other(t: Tensor, dim: int, factor: float) -> Tensor:
+    """Other samples of the same kind."""
+    t = t.roll(1, dim)
+    last = t.dim() - 1
+    if last != dim:
+        t = t.flip(last)
+    elif last:
+        t = t.flip(last - 1)
+    return t * factor + 0.1 if t.is_floating_point() else t
+
+
+def _one_more(t: Tensor, dim: int) -> Tensor:
+    return torch.cat([t, _other(t.narrow(dim, 0, 1), dim, 0.9)], dim)
+
+
+def _moved(t: Tensor, dim: int) -> Tensor:
+    """The same, each one on, and every second one replaced by a larger one, which max() takes."""
+    more = _one_more(t, dim)
+    moved = more.roll(1, dim)
+    odd = torch.arange(1, more.shape[dim], 2, device=t.device)
+    return moved.index_copy(dim, odd, _other(more, dim, 3.1).index_select(dim, odd))
+
+
+def _watched(flow: Flow, planned: Planned) -> Iterator[int]:
+    for regions in planned.regions.values():
+        for region in regions:
+            yield from (region.sum, region.shortcut, *_values(flow, region))
+    for frame, _ in planned.frames:
+        for c in frame.gate_of:
+            yield from (n for n in (*flow.calls[c].given, *flow.calls[c].made) if n is not None)
+
+
+def _entries(flow: Flow, region: Region) -> set[int]:
+    """What enters a branch."""
+    nodes = flow.nodes
+    read = {x for i in region.nodes for x in nodes[i].sources if nodes[x].varies}
+    return read - region.nodes
+
+
+def _values(flow: Flow, region: Region) -> set[int]:
+    """What a branch is given, what its calls give each other, and what comes out."""
+    calls = [flow.calls[c] for c in region.calls]
+    between = {n for call in calls for n in (*call.given, *call.made) if n is not None}
+    return _entries(flow, region) | between | {region.output}
+
+
+def _judge(flow: Flow, regions: list[Region], seen: _Evidence) -> tuple[Place | None, str]:
+    """The place of a branch's samples, or None and the reason."""
+    places = {seen.places.get(region.sum) for region in regions}
+    if len(places) > 1:
+        return None, "its calls have the samples in different dimensions"
+    (place,) = places
+    for region in regions:
+        entries, values = _entries(flow, region), _values(flow, region)
+        for n in (region.sum, region.shortcut, *values):
+            if n in seen.unclear:
+                return None, f"{seen.unclear[n]}, so samples cannot be told apart"
+        output, shortcut = (seen.places.get(n) for n in (region.output, region.shortcut))
+        if place is None or output != place or shortcut not in (place, None):
+            return None, "its sum does not grow with the number of samples"
+        if not seen.changed.isdisjoint((*entries, region.shortcut)):
+            return None, "samples have mixed before it, or are not next to each other"
+        if not seen.changed.isdisjoint((*values, region.sum)):
+            return None, "its samples depend on each other (statistics over the batch, neighbours)"
+        if all(n in seen.alike for n in entries if seen.places.get(n)):
+            return None, "the samples of example_inputs are alike: give some that differ"
+    return place, ""
+
+
+def _mask(regions: list[Region], seen: _Evidence) -> Place:
+    """Where the samples of a branch can be masked, all being computed."""
+    places = {seen.places.get(region.sum) for region in regions}
+    place = places.pop()
+    if places or place is None:
+        return _NOWHERE
+    if place.fold > 1 and any(region.sum in seen.changed for region in regions):
+        return _NOWHERE  # the entries of a sample may be anywhere
+    return place
+
+
+def _fill(flow: Flow, planned: Planned, plan: Plan, seen: _Evidence) -> None:
+    """Give the gates of a plan the places of what they are given and return."""
+    frame = next(frame for frame, made in planned.frames if made is plan)
+    block = flow.calls[frame.call].name
+    count: dict[int, int] = {}
+    path = f"{block}." if block else ""
+    module_of = flow.calls[0].module.get_submodule
+    names = {id(module_of(path + name if name else block)): name for name in plan.gates}
+    filled: dict[str, list[Gate]] = {name: list(gates) for name, gates in plan.gates.items()}
+    for c in frame.met:
+        call = flow.calls[c]
+        name = names.get(id(call.module))
+        if name is None:
+            continue
+        at = count[id(call.module)] = count.get(id(call.module), -1) + 1
+        gate = filled[name][at]
+        if gate.branch is None:
+            continue
+        given = tuple(None if n is None else seen.places.get(n) for n in call.given)
+        returned = tuple(
+            leaf._replace(place=None if n is None else seen.places.get(n))
+            for leaf, n in zip(gate.returned, call.made, strict=True)
+        )
+        filled[name][at] = replace(gate, given=given, returned=returned)
+    plan.gates = {name: tuple(gates) for name, gates in filled.items()}

@@ -1,0 +1,57 @@
+"""Where in the source an expression is: the same for a tensor's operation and for a stand-in's."""
+
+import os
+import sys
+from itertools import islice
+from types import CodeType
+
+import torch
+
+from .plan import Spot
+
+__all__ = ["spot"]
+
+_TORCH = os.path.dirname(torch.__file__)
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_BETWEEN = (
+    _OURS,
+    os.path.join(_TORCH, "overrides.py"),
+    os.path.join(_TORCH, "_tensor.py"),
+    os.path.join(_TORCH, "_ops.py"),
+    os.path.join(_TORCH, "utils") + os.sep,
+)
+_NOWHERE = Spot("", "", 0, 0)
+
+_between: dict[CodeType, bool] = {}
+_spots: dict[tuple[CodeType, int], Spot] = {}
+
+
+def spot(depth: int = 1) -> Spot:
+    """The innermost expression that is neither this library's nor torch's way to an operation.
+
+    Args:
+        depth: how many frames above this one to begin; 1 is the caller's.
+    """
+    frame = sys._getframe(depth)
+    while True:
+        code = frame.f_code
+        between = _between.get(code)
+        if between is None:
+            between = _between[code] = code.co_filename.startswith(_BETWEEN)
+        if not between:
+            break
+        if frame.f_back is None:
+            return _NOWHERE
+        frame = frame.f_back
+    key = code, frame.f_lasti
+    found = _spots.get(key)
+    if found is None:
+        found = _spots[key] = _spot(code, frame.f_lasti)
+    return found
+
+
+def _spot(code: CodeType, instruction: int) -> Spot:
+    line, _, column, _ = next(islice(code.co_positions(), instruction // 2, None))
+    return Spot(
+        code.co_filename, code.co_qualname, line or 0, instruction if column is None else column
+    )

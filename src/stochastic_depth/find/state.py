@@ -1,0 +1,204 @@
+"""Everything that a run may change, put back afterwards: state, random numbers, arguments."""
+
+import copy
+import random
+import sys
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import tensors_within
+
+__all__ = ["attributes", "copied", "in_mode", "untouched"]
+
+_DEPTH = 4  # of containers and plain objects within what a module keeps
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put everything back that a forward may change, and let no warning of its own out."""
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model will say it again
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = range(torch.cuda.device_count()) if on_gpu else ()
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None and hasattr(numpy, "random"):
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        kept = _Kept()
+        for module in model.modules():
+            kept.keep_module(vars(module))
+        stack.callback(kept.put_back)
+        for module in model.modules():
+            if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+                reshard: Any = module.reshard
+                stack.callback(reshard)  # FSDP2 keeps what it is doing to itself
+        yield
+
+
+class _Kept:
+    """What modules keep: containers, plain objects and generators in place, tensors by value."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.undo: list[Callable[[], None]] = []
+        self.alive: list[Any] = []  # so that no id is used again
+        self.empty: list[dict[Any, Any]] = []
+
+    def keep_module(self, state: dict[str, Any]) -> None:
+        """Keep the attributes of a module."""
+        before = dict(state)
+        self.undo.append(lambda: _refill_dict(state, before))
+        for name, x in before.items():
+            kind = type(x)
+            if kind in _PLAIN or x is None:
+                continue
+            if name in _OF_ALL:
+                if not isinstance(x, dict):
+                    continue  # a script's
+                if x:
+                    self._keep_dict(x, 1 if name == "_buffers" else 0)
+                else:
+                    self.empty.append(x)
+            else:
+                self.keep(x, _DEPTH)
+
+    def keep(self, x: Any, depth: int) -> None:
+        """Keep a value, and what is in it."""
+        if x is None or type(x) in _PLAIN or id(x) in self.seen or type(x) is nn.Parameter:
+            return
+        if isinstance(x, nn.Module | type | types.ModuleType):
+            return
+        if type(x).__module__.startswith("torch.distributed"):
+            return  # engines keep their own state, of which a part is worse than none
+        self.seen.add(id(x))
+        self.alive.append(x)
+        if isinstance(x, Tensor):
+            self._keep_tensor(x)
+        elif isinstance(x, dict):
+            self._keep_dict(x, depth)
+        elif isinstance(x, list | deque | set):
+            before = list(x)
+            self.undo.append(lambda: _refill(x, before))
+            self._keep_all(before, depth)
+        elif isinstance(x, tuple):
+            self._keep_all(x, depth)
+        elif isinstance(x, random.Random):
+            state = x.getstate()
+            self.undo.append(lambda: x.setstate(state))
+        elif isinstance(x, torch.Generator):
+            drawn = x.get_state()
+            self.undo.append(lambda: void(x.set_state(drawn)))
+        elif hasattr(x, "bit_generator"):  # numpy's
+            bits = x.bit_generator.state
+            self.undo.append(lambda: setattr(x.bit_generator, "state", bits))
+        elif depth and not callable(x) and isinstance(getattr(x, "__dict__", None), dict):
+            self._keep_dict(vars(x), depth)
+
+    def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
+        before = dict(x)
+        self.undo.append(lambda: _refill_dict(x, before))
+        self._keep_all(before.values(), depth)
+
+    def _keep_all(self, items: Any, depth: int) -> None:
+        if depth:
+            for item in items:
+                if item is not None and type(item) not in _PLAIN:
+                    self.keep(item, depth - 1)
+
+    def _keep_tensor(self, t: Tensor) -> None:
+        if t.is_inference() or t.is_meta:
+            return
+        version, value = t._version, t.detach().clone()
+
+        def put_back() -> None:
+            # Kernels write running statistics without a new version.
+            if t._version != version or not torch.equal(t, value):
+                with torch.no_grad():
+                    if t.shape != value.shape:
+                        t.resize_(value.shape)
+                    t.copy_(value)
+
+        self.undo.append(put_back)
+
+    def put_back(self) -> None:
+        """Put it all back."""
+        for undo in self.undo:
+            undo()
+        for x in self.empty:
+            if x:
+                x.clear()
+
+
+_OF_ALL = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(x, dict))
+_PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, types.FunctionType}
+
+
+def void(_: Any) -> None:
+    """Nothing."""
+
+
+def _same(before: list[Any], now: list[Any]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+
+
+def _refill(x: Any, before: list[Any]) -> None:
+    if not _same(before, list(x)):
+        x.clear()
+        x.update(before) if isinstance(x, set) else x.extend(before)
+
+
+def _refill_dict(x: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if len(x) != len(before) or any(x.get(k, x) is not v for k, v in before.items()):
+        x.clear()
+        x.update(before)
+
+
+def attributes(module: nn.Module) -> list[Any]:
+    """What a module keeps beside its children, parameters, buffers and hooks."""
+    return [
+        x
+        for name, x in vars(module).items()
+        if x is not None and type(x) not in _PLAIN and name not in _OF_ALL
+    ]
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set all modules to training or evaluation, without what a class may do in ``train``."""
+    changed = [m for m in model.modules() if m.training != training]
+    try:
+        for module in changed:
+            module.training = training
+        yield
+    finally:
+        for module in changed:
+            module.training = not training
+
+
+def copied(x: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Arguments that may be written to: tensors, containers and caches of their own."""
+    memo = {} if memo is None else memo
+    if id(x) in memo:
+        return memo[id(x)]
+    if isinstance(x, Tensor):
+        memo[id(x)] = t = x.detach().clone() if type(x) in (Tensor, nn.Parameter) else x
+        return t
+    if type(x) in (list, tuple):
+        return type(x)([copied(item, memo) for item in x])
+    if type(x) is dict:
+        return {key: copied(item, memo) for key, item in x.items()}
+    if x is None or type(x) in _PLAIN or callable(x):
+        return x
+    for t in tensors_within(x, _DEPTH):  # those with a graph have no deep copy
+        memo[id(t)] = t.detach().clone()
+    try:
+        return copy.deepcopy(x, memo)
+    except Exception:  # of any kind: it cannot be copied
+        return x

@@ -1,0 +1,114 @@
+"""Tensors in arguments and results, and what tells them apart."""
+
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from .._torch import tree_leaves
+
+__all__ = [
+    "held_by",
+    "is_in_function",
+    "kind_of",
+    "leaves_of",
+    "may_hold",
+    "memory_of",
+    "tensors_in",
+    "tensors_within",
+    "version_of",
+]
+
+_CALL = nn.Module._call_impl.__code__
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_CHECKPOINT = checkpoint.__file__
+
+
+def tensors_in(x: Any, found: list[Tensor], depth: int = 3) -> list[Tensor]:
+    """The tensors in arguments or results, looking into containers; appended to ``found``."""
+    if isinstance(x, Tensor):
+        found.append(x)
+    elif isinstance(x, list | tuple):
+        if depth:
+            for item in x:
+                if item is not None and type(item) is not int:
+                    tensors_in(item, found, depth - 1)
+    elif isinstance(x, dict):
+        if depth:
+            for item in x.values():
+                tensors_in(item, found, depth - 1)
+    elif isinstance(x, slice):
+        tensors_in((x.start, x.stop, x.step), found, depth)
+    return found
+
+
+def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The leaves of (args, kwargs)."""
+    if not kwargs and all(type(x) is Tensor for x in args):
+        return list(args)
+    return tree_leaves((args, kwargs))
+
+
+def kind_of(x: Any) -> Literal["tensor", "none", "value", "object"]:
+    """What a leaf is."""
+    if isinstance(x, Tensor):
+        return "tensor"
+    if x is None:
+        return "none"
+    plain = isinstance(x, bool | int | float | complex | str | torch.dtype | torch.device)
+    return "value" if plain else "object"
+
+
+def tensors_within(x: Any, depth: int) -> Iterator[Tensor]:
+    """The tensors in ``x``, looking into containers and plain objects."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple | set | frozenset):
+        for item in x:
+            yield from tensors_within(item, depth)
+    elif isinstance(x, dict):
+        for item in x.values():
+            yield from tensors_within(item, depth)
+    elif depth and not callable(x) and not isinstance(x, nn.Module | type):
+        state = getattr(x, "__dict__", None)
+        if isinstance(state, dict):
+            yield from tensors_within(state, depth - 1)
+
+
+def version_of(t: Tensor) -> int:
+    """How often a tensor has been written to."""
+    return 0 if t.is_inference() else t._version
+
+
+def memory_of(t: Tensor) -> int:
+    """A number for the memory that a tensor shares with its views."""
+    try:
+        return int(t.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or without memory of its own
+        return -id(t)
+
+
+def is_in_function(frame: FrameType | None) -> bool:
+    """Whether it is in the forward of a custom Function, which is none of checkpoint's."""
+    below = None
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            return False
+        if code is _APPLY:
+            return below is None or below.f_code.co_filename != _CHECKPOINT
+        below, frame = frame, frame.f_back
+    return False
+
+
+def may_hold(x: Any) -> bool:
+    """Whether an argument may be something that tensors are put into."""
+    return not (x is None or callable(x) or isinstance(x, Tensor | str | int | float))
+
+
+def held_by(x: Any) -> list[int]:
+    """The tensors in it, by id."""
+    return [id(t) for t in tensors_within(x, 4)]

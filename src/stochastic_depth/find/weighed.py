@@ -1,0 +1,90 @@
+"""The plain model, with each branch counted as often as one says: what dropping must agree with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..branch import Branch
+from .flow import Flow, Key
+from .meet import record
+from .plan import Findings
+from .record import Recorder
+
+__all__ = ["run_weighed"]
+
+
+class _Weighing(Recorder):
+    """Weighs the branches where they enter what goes on."""
+
+    weights: dict[Key, list[tuple[int, float]]]
+
+    def __init__(self, model: nn.Module, constants: list[Tensor]) -> None:
+        self.done: set[Key] = set()
+        super().__init__(model, constants)
+
+    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        key = self.key(name, self.stack[-1] if self.stack else -1)
+        if key not in self.weights or id(given[0]) in self.own:  # a buffer that is written to
+            return args, kwargs
+        self.done.add(key)
+        for position, weight in self.weights[key]:
+            if name.startswith("lerp"):
+                if len(args) > 2:
+                    args = (*args[:2], args[2] * weight, *args[3:])
+                else:
+                    kwargs = {**kwargs, "weight": kwargs["weight"] * weight}
+            else:
+                branch = given[position]
+                args = _weighed(args, branch, weight, name)
+                kwargs = _weighed(kwargs, branch, weight, name)
+        return args, kwargs
+
+    def finish(self, result: Any) -> Flow:
+        if missing := self.weights.keys() - self.done:
+            _, op, _ = next(iter(missing))
+            raise RuntimeError(f"the model does something else in a second run: there is no {op}")
+        return super().finish(result)
+
+
+def _weighed(x: Any, branch: Tensor, weight: float, name: str) -> Any:
+    if isinstance(x, dict):
+        return {k: _one(v, branch, weight, "") for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)([_one(v, branch, weight, "" if i else name) for i, v in enumerate(x)])
+    return x
+
+
+def _one(x: Any, branch: Tensor, weight: float, name: str) -> Any:
+    if x is not branch:
+        return x if isinstance(x, Tensor) else _weighed(x, branch, weight, "")
+    if name in ("__iadd__", "__isub__") or (name.endswith("_") and not name.startswith("__")):
+        return x.zero_() if weight == 0 else x.mul_(weight)
+    return torch.zeros_like(x) if weight == 0 else x * weight
+
+
+def run_weighed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weights: Mapping[Branch, float],
+    findings: Findings,
+) -> Any:
+    """What the plain model returns in evaluation where a branch counts ``weights[branch]`` times.
+
+    Args:
+        model: the model, whose stochastic depth is left aside.
+        args: what it was called with when its branches were found.
+        kwargs: the same.
+        weights: by branch; 0 leaves it out. The others count once.
+        findings: what was found.
+    """
+    at: dict[Key, list[tuple[int, float]]] = {}
+    for branch, weight in weights.items():
+        for merge in findings.merges[branch]:
+            at.setdefault(merge.key, []).append((merge.position, weight))
+    recorder = type("_Weighing", (_Weighing,), {"weights": at})
+    return record(
+        model, args, kwargs, findings.training, recorder, constants=findings.constants
+    ).result

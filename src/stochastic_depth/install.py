@@ -1,0 +1,283 @@
+"""From what was found to slots in the model, and from the first real batch to what was found."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .applied import branches
+from .branch import Branch, DroppedGrad, Mode, Scale
+from .find import find, find_blocks
+from .find.plan import Findings, Plan, Refused, only
+from .rates import DepthSchedule, depth_rates
+from .patterns import Filter, choose
+from .skip.draws import Draws
+from .skip.site import Site
+from .skip.whole import WholeSite
+from .skip.slot import Slot, outer_slot, put, slot_of, take_out
+
+__all__ = [
+    "Pending",
+    "Settings",
+    "block_of",
+    "choices",
+    "install",
+    "keep_identity",
+    "prefixed",
+    "remove",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the branches of a model are chosen and dropped: the arguments of ``apply``."""
+
+    p: Any
+    schedule: DepthSchedule
+    mode: Mode
+    scale: Scale
+    dropped_grad: DroppedGrad
+    include: Filter
+    exclude: Filter
+    blocks: Filter
+    draws: Draws
+
+
+def block_of(branch: Branch) -> str:
+    """The qualified name of the block of a branch."""
+    return branch.name.partition(":")[0]
+
+
+def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Branch]:
+    """Set up the branches of ``findings`` that are chosen, and put slots into their blocks.
+
+    Raises:
+        ValueError: nothing was found, a pattern matches nothing, rates that do not fit.
+    """
+    if not findings.branches:
+        raise ValueError(nothing_found(model, findings, settings.blocks))
+    chosen = choose(model, findings.branches, settings.include, settings.exclude)
+    set_rates(model, chosen, settings)
+    for order, branch in enumerate(chosen):
+        branch.order = order
+        branch.mode, branch.scale = settings.mode, settings.scale
+        branch.dropped_grad = settings.dropped_grad
+    about = replace(findings, plans={}, nodes={}, merges={}, constants=[])
+    for name, plans in findings.plans.items():
+        mine = [b for b in chosen if block_of(b) == name]
+        if mine:
+            kept = {form: only(plan, mine) for form, plan in plans.items()}
+            kind = WholeSite if mine[0].kind == "block" else Site
+            block = model.get_submodule(name)
+            site = kind(block, mine, kept, settings.draws, watch_block, about)
+            site.install()
+            for wrapper in compiled_around(model, name):
+                put(wrapper).site = site
+    return chosen
+
+
+def compiled_around(model: nn.Module, name: str) -> list[nn.Module]:
+    """What torch.compile(block) has put in the place of a block: decisions are made outside of it."""
+    parent, _, last = name.rpartition(".")
+    return [model.get_submodule(parent)] if last == "_orig_mod" else []
+
+
+def set_rates(model: nn.Module, chosen: list[Branch], settings: Settings) -> None:
+    """The rates of the branches, by the depth of their blocks or from their DropPath modules."""
+    if settings.p == "model":
+        rates = _own_rates(model, chosen)
+    else:
+        blocks = list(dict.fromkeys(map(block_of, chosen)))
+        by_block = dict(
+            zip(blocks, depth_rates(settings.schedule, settings.p, len(blocks)), strict=True)
+        )
+        rates = [by_block[block_of(branch)] for branch in chosen]
+    for branch, rate in zip(chosen, rates, strict=True):
+        branch.p = rate
+
+
+def _own_rates(model: nn.Module, chosen: list[Branch]) -> list[float]:
+    own = [
+        [own_rate(model.get_submodule(name)) for name in branch.existing] for branch in chosen
+    ]
+    if all(rate is None for rates in own for rate in rates):
+        raise ValueError(
+            "p='model' keeps the rates of a model's DropPath modules, but "
+            f"{type(model).__name__} has none in its residual branches; give p as a number"
+        )
+    return [max((rate or 0.0 for rate in rates), default=0.0) for rates in own]
+
+
+def own_rate(module: nn.Module) -> float | None:
+    """The drop probability of a DropPath module."""
+    for name in ("p", "drop_prob", "drop_path_prob", "prob", "drop_rate", "drop_path"):
+        rate: Any = getattr(module, name, None)
+        if isinstance(rate, int | float) and not isinstance(rate, bool):
+            return float(rate)
+    return None
+
+
+def nothing_found(model: nn.Module, findings: Findings, blocks: Filter) -> str:
+    """The error for a model without branches, with the reasons that are known."""
+    refused = [*findings.refused, *findings.unused]
+    reasons = "".join(f"\n  {r.name or 'the model'}: {r.reason}" for r in refused[:10])
+    told = f" Skipped:{reasons}" if reasons else ""
+    if blocks not in (None, "all"):
+        return f"none of the blocks of blocks={blocks!r} can be dropped.{told}"
+    return (
+        f"no residual branch found in {type(model).__name__}: stochastic depth needs sums of a "
+        f"shortcut and a branch. To drop blocks that have none, name them with blocks=.{told}"
+    )
+
+
+def keep_identity(findings: Findings, before: Mapping[str, Branch]) -> Findings:
+    """The same findings, with the branches of before where they are found again."""
+    for i, found in enumerate(findings.branches):
+        known = before.get(found.name)
+        if known is None:
+            continue
+        known.__dict__.update(
+            {name: value for name, value in vars(found).items() if name not in _COUNTS}
+        )
+        findings.branches[i] = known
+        findings.nodes[known] = findings.nodes.pop(found, frozenset())
+        findings.merges[known] = findings.merges.pop(found, ())
+        for plans in findings.plans.values():
+            for plan in plans.values():
+                plan.branches = [known if b is found else b for b in plan.branches]
+    return findings
+
+
+_COUNTS = {"decided", "dropped"}
+
+
+# Calls in a form that has not been seen.
+
+
+def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None:
+    """What is known of a call of the site's block, from a run on just these values.
+
+    The branches keep their identity: they are found again by what they call.
+    """
+    samples = any(branch.mode != "batch" for branch in site.branches)
+    try:
+        if isinstance(site, WholeSite):
+            findings = find_blocks(site.block, args, dict(kwargs), [""], samples=samples)
+        else:
+            findings = find(site.block, args, dict(kwargs), samples=samples)
+    except Exception:  # of any kind: the call itself will raise it
+        return None
+    plan = next(iter(findings.plans.get("", {}).values()), Plan())
+    known: list[Branch | None] = [_same(branch, site) for branch in plan.branches]
+    _tell_refused(site, [b for b in site.branches if b not in known], findings)
+    _tell_new(site, plan)
+    for branch, found in zip(known, plan.branches, strict=True):
+        if branch is not None:
+            branch.sums |= found.sums
+            branch.joins |= found.joins
+            if samples and found.place is None:
+                branch.place, branch.reason = None, found.reason
+    plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])
+    return replace(plan, branches=[b for b in known if b is not None])
+
+
+def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None:
+    """Warn of branches that this call has, too, and that cannot be dropped in it."""
+    reasons = {refused.name.partition(":")[2]: refused.reason for refused in findings.refused}
+    for branch in missing:
+        reason = reasons.get(branch.name.partition(":")[2])
+        if reason is not None:
+            warnings.warn(
+                f"stochastic depth: {branch.name} is not dropped where "
+                f"{type(site.block).__name__} is called in this way: {reason}",
+                stacklevel=2,
+            )
+
+
+def _tell_new(site: Site, plan: Plan) -> None:
+    """Warn of branches that only this call has, which are not dropped."""
+    before = {branch.name.partition(":")[2] for branch in site.findings.branches}
+    before |= {branch.name.partition(":")[2] for branch in site.branches}
+    new = [b.name for b in plan.branches if b.name.partition(":")[2] not in before]
+    if new and not any(_same(branch, site) for branch in plan.branches if branch.name in new):
+        warnings.warn(
+            f"stochastic depth: {type(site.block).__name__} has branches in this call that apply() "
+            f"did not see, and they are not dropped: {', '.join(new)}; give it example_inputs like "
+            "those of training",
+            stacklevel=2,
+        )
+
+
+def _same(found: Branch, site: Site) -> Branch | None:
+    """The branch of the site that ``found``, with names below the block, is."""
+    label = found.name.partition(":")[2]
+    same = [b for b in site.branches if b.name.partition(":")[2] == label]
+    return same[0] if same else next((b for b in site.branches if b.sums.keys() & found.sums.keys()), None)
+
+
+def choices(branch: Branch) -> dict[str, Any]:
+    """What a user may set of a branch."""
+    return {name: getattr(branch, name) for name in ("target", "mode", "scale", "dropped_grad")}
+
+
+class Pending:
+    """Stands in the slot of a model whose branches only the first real batch settles.
+
+    Until then the branches are those that were found on inputs that were made up, or none.
+
+    Args:
+        model: what stochastic depth was applied to.
+        part: the module whose first call settles what is in it: the model, or a child of one that
+            is not called itself.
+        settings: the arguments of ``apply``.
+    """
+
+    def __init__(self, model: nn.Module, part: nn.Module, settings: Settings) -> None:
+        self.model, self.part, self.settings = model, part, settings
+        self.site = put(part).site  # of the part itself, if it is a block
+        self.given = {branch: choices(branch) for branch in branches(part)}
+
+    def is_active(self) -> bool:
+        return self.part.training and not torch.compiler.is_compiling()
+
+    def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
+        """Find on a real batch, then make the call."""
+        from .apply import settle
+
+        settle(self.model, self.part, self.settings, self.given, args, dict(kwargs))
+        return self.part(*args, **kwargs)
+
+
+def prefixed(findings: Findings, prefix: str) -> Findings:
+    """The same with the names of the whole model, of which a part was run."""
+    if not prefix:
+        return findings
+
+    def below(name: str) -> str:
+        return f"{prefix}.{name}" if name and not name.startswith(":") else prefix + name
+
+    for branch in findings.branches:
+        branch.name = below(branch.name)
+        branch.modules = tuple(map(below, branch.modules))
+        branch.existing = tuple(map(below, branch.existing))
+    findings.plans = {below(name): plans for name, plans in findings.plans.items()}
+    findings.refused = [Refused(below(r.name), r.reason) for r in findings.refused]
+    findings.unused = [Refused(below(r.name), r.reason) for r in findings.unused]
+    return findings
+
+
+def remove(model: nn.Module) -> None:
+    """Take out all slots of ``model``."""
+    for module in model.modules():
+        slot = outer_slot(module) or slot_of(module)
+        if slot is not None:
+            if isinstance(slot.site, Site):
+                slot.site.uninstall()
+                take_out(module)
+            elif isinstance(slot.site, Pending):
+                if slot.site.site is not None:
+                    slot.site.site.uninstall()
+                take_out(module)

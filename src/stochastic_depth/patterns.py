@@ -1,0 +1,98 @@
+"""Which branches, or which modules, a filter of the user's selects."""
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .branch import Branch
+
+__all__ = ["Filter", "choose", "matching_modules"]
+
+Pattern = str | type[nn.Module] | Callable[..., bool]
+Filter = Pattern | Iterable[Pattern] | None
+
+
+def choose(
+    model: nn.Module, found: list[Branch], include: Filter, exclude: Filter
+) -> list[Branch]:
+    """The branches that ``include`` selects and ``exclude`` does not.
+
+    Raises:
+        TypeError, ValueError: a pattern of another kind; one that matches no branch.
+    """
+    chosen = found
+    if include is not None:
+        chosen = _matching(model, chosen, include, "include")
+    if exclude is not None:
+        excluded = _matching(model, chosen, exclude, "exclude")
+        chosen = [branch for branch in chosen if branch not in excluded]
+        if not chosen:
+            raise ValueError(f"exclude={exclude!r} leaves no branch")
+    return chosen
+
+
+def _matching(
+    model: nn.Module, found: list[Branch], patterns: Filter, argument: str
+) -> list[Branch]:
+    """The branches that a pattern matches; every pattern must match one."""
+    modules = dict(model.named_modules())
+    matched: set[Branch] = set()
+    for pattern in _patterns(patterns):
+        hits = {branch for branch in found if _selects(pattern, branch, modules, argument)}
+        if not hits:
+            known = ", ".join(branch.name for branch in found[:8])
+            more = ", ..." if len(found) > 8 else ""
+            raise ValueError(f"{argument}={pattern!r} matches no branch; there are {known}{more}")
+        matched |= hits
+    return [branch for branch in found if branch in matched]
+
+
+def _selects(
+    pattern: Any, branch: Branch, modules: Mapping[str, nn.Module], argument: str
+) -> bool:
+    block = branch.name.partition(":")[0]
+    if isinstance(pattern, str):
+        below = pattern in modules and (block == pattern or block.startswith(f"{pattern}."))
+        return below or fnmatchcase(branch.name, pattern)
+    if isinstance(pattern, type):
+        return isinstance(modules[block], pattern)
+    if callable(pattern):
+        return bool(pattern(branch))
+    raise TypeError(
+        f"{argument} must be globs on names, names of modules, module types or functions of a "
+        f"Branch, got {pattern!r}"
+    )
+
+
+def matching_modules(model: nn.Module, patterns: Filter) -> list[str]:
+    """The names of the modules that a pattern of ``blocks`` matches, in the model's order.
+
+    Raises:
+        TypeError, ValueError: a pattern of another kind; one that matches no module.
+    """
+    named = dict(model.named_modules())
+    names: set[str] = set()
+    for pattern in _patterns(patterns):
+        if isinstance(pattern, str):
+            hits = {n for n in named if fnmatchcase(n, pattern)}
+        elif isinstance(pattern, type):
+            hits = {n for n, m in named.items() if isinstance(m, pattern)}
+        elif callable(pattern):
+            hits = {n for n, m in named.items() if pattern(n, m)}
+        else:
+            raise TypeError(
+                "blocks must be 'all', globs on names, module types or functions "
+                f"(name, module) -> bool, got {pattern!r}"
+            )
+        if not hits:
+            raise ValueError(f"blocks={pattern!r} matches no module of {type(model).__name__}")
+        names |= hits
+    return [name for name in named if name in names]
+
+
+def _patterns(given: Filter) -> Iterable[Any]:
+    if isinstance(given, str | type) or not isinstance(given, Iterable):
+        return [given]
+    return given

@@ -1,0 +1,250 @@
+"""Balanced decisions: every step drops equally many branches, each with exactly its own rate.
+
+Systematic sampling with unequal probabilities. Lay an interval of length p_i for every branch end
+to end, draw one u ~ U[0, 1), and drop the branches whose intervals contain u + k for a whole
+number k. Then every branch drops with its own p_i, in whatever order they lie; the number dropped
+is the sum of the rates, rounded down or up; and which of the two depends on u alone. So ranks that
+share u and lay the branches in orders of their own drop equally many, and different ones.
+
+Reference:
+    Madow, On the Theory of Systematic Sampling, II, Annals of Mathematical Statistics 20, 1949.
+"""
+
+import copy
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = ["Rounds", "balanced_order", "coins", "cost_classes", "slowest", "streams", "systematic"]
+
+ONE = 1 << 53  # lengths, rounded up, and positions are whole parts of 1, so nothing drifts
+STEP = int((5**0.5 - 1) / 2 * ONE) | 1  # the golden section of it, odd: no position comes twice
+
+
+def coins(rates: Sequence[float], order: Sequence[int], u: float) -> list[float]:
+    """One number in [0, 1) for each branch, to be dropped where it is below the branch's rate.
+
+    It is the distance from the start of the branch's interval to the next point u + k. Each is
+    uniform by itself, so a rate that changes after the draw is exact at once, 0 and 1 included;
+    together they are balanced for ``rates``.
+
+    Args:
+        rates: the probability to drop of each branch, in [0, 1].
+        order: the numbers of the branches, as their intervals lie.
+        u: uniform in [0, 1), and independent of the order.
+    """
+    drawn = [0.0] * len(rates)
+    distance = int(u * ONE)
+    for i in order:
+        drawn[i] = distance / ONE
+        distance = (distance - math.ceil(rates[i] * ONE)) % ONE
+    return drawn
+
+
+def systematic(rates: Sequence[float], order: Sequence[int], u: float) -> list[bool]:
+    """Which branches are dropped: the sum of ``rates`` of them, rounded down or up.
+
+    Example:
+        >>> from stochastic_depth.skip.balance import systematic
+        >>> systematic([0.5, 0.5, 0.5, 0.5], [0, 2, 1, 3], 0.3)
+        [True, True, False, False]
+    """
+    return [c < p for c, p in zip(coins(rates, order, u), rates, strict=True)]
+
+
+def cost_classes(costs: Sequence[float], tolerance: float = 0.1, least: int = 4) -> list[int]:
+    """The class of each branch, counted from the most costly: those that cost about the same.
+
+    Every class then drops the sum of its own rates to within one, and equally many on all ranks.
+    A very small class has hardly any orders: where all costs differ, the same few sets of branches
+    would be dropped over and over, on all ranks. So it is filled up with the next in cost.
+
+    Args:
+        costs: of each branch, in any unit; the same on all ranks, so counted and not timed.
+        tolerance: by which part of the highest cost of a class its others may be lower.
+        least: the fewest branches of a class, where there are so many.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        group = groups[-1] if groups else []
+        if group and (len(group) < least or costs[i] >= (1.0 - tolerance) * costs[group[0]]):
+            group.append(i)
+        else:
+            groups.append([i])
+    if len(groups) > 1 and len(groups[-1]) < least:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    number = {i: g for g, group in enumerate(groups) for i in group}
+    return [number[i] for i in range(len(costs))]
+
+
+def balanced_order(classes: Sequence[int], generator: Generator) -> list[int]:
+    """An order of the branches: at random in each class, and the classes always one after another.
+
+    So u alone says how many branches of each class are dropped, on all ranks.
+    """
+    order: list[int] = torch.randperm(len(classes), generator=generator, device="cpu").tolist()
+    return sorted(order, key=classes.__getitem__)
+
+
+def streams(seed: int, rank: int) -> tuple[Generator, Generator]:
+    """A generator for u, the same on all ranks, and one for the orders of this rank.
+
+    torch's CPU generator looks at the lower 32 bits of its seed; these differ between all ranks.
+    """
+    digest = hashlib.blake2b(repr(seed).encode(), digest_size=4).digest()
+    of_rank = (int.from_bytes(digest) + (rank + 1) * 0x9E3779B1) % (1 << 32)
+    return Generator().manual_seed(int.from_bytes(digest)), Generator().manual_seed(of_rank)
+
+
+@dataclass
+class _Pass:
+    """One run through the model: where it began, its u, its rounds, and who took how many."""
+
+    first: int
+    u: float
+    taken: list[int]
+    rounds: list[list[float]] = field(default_factory=list)
+
+
+class Rounds:
+    """The coins of all branches of a model, drawn in rounds.
+
+    Where a forward begins is seen from who calls: a *pass* begins with a call of the branch with
+    which the last one began, or of one before it. In a pass, a branch's n-th call takes its coin of
+    round n, and the first to ask for a round draws it, for all branches. Hence
+
+    - a forward that runs several times a step, or a part of the model that is called by itself,
+      makes further passes or rounds, and the next whole forward is again one round;
+    - a block that runs several times in a pass takes one coin of each of several rounds, while the
+      branches that run once share the first;
+    - only the rounds of the present pass are kept, whoever has not been called. Where the branch
+      with which it began is called no more, one that has taken ``limit`` coins begins the next.
+
+    Whatever is called, and how often, each coin is uniform, so every rate is exact; the calls
+    decide only how well balanced the decisions are. The one exception: a branch that runs only
+    where another is kept (it is inside) needs rounds of its own, as its coin knows of the other's.
+
+    The shared generator is asked once a pass; the further rounds of a pass follow from its u, in
+    steps of the golden section. So a block that ranks run unequally often in a pass does not bring
+    their u apart. Each thread has passes of its own; copies and pickles begin with a new one.
+
+    Args:
+        classes: of each branch, in the order of execution: see :func:`cost_classes`.
+        limit: the most rounds of a pass.
+    """
+
+    def __init__(self, classes: Sequence[int], limit: int = 64) -> None:
+        self.classes = list(classes)
+        self.limit = limit
+        self._of_thread = threading.local()  # so that no lock is needed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rounds, (self.classes, self.limit)
+
+    def take(
+        self, key: int, rates: Callable[[], Sequence[float]], shared: Generator, own: Generator
+    ) -> float:
+        """The coin for a call of a branch, which is dropped where it is below its present rate.
+
+        A branch whose rate is 0 or 1 may take it or not.
+
+        Args:
+            key: the number of the branch, in the order of execution.
+            rates: tells the present rates of all branches; asked when a round is drawn.
+            shared: where u comes from, in the same state on all ranks.
+            own: where the order comes from, in another state on each rank.
+        """
+        now: _Pass | None = getattr(self._of_thread, "now", None)
+        if now is None or key <= now.first or now.taken[key] == self.limit:
+            u = torch.rand((), dtype=torch.float64, device="cpu", generator=shared).item()
+            now = self._of_thread.now = _Pass(key, u, [0] * len(self.classes))
+        n = now.taken[key]
+        if n == len(now.rounds):
+            u = (int(now.u * ONE) + n * STEP) % ONE / ONE
+            now.rounds.append(coins(rates(), balanced_order(self.classes, own), u))
+        now.taken[key] = n + 1
+        return now.rounds[n][key]
+
+    def state(self) -> dict[str, Any]:
+        """The present pass of this thread, in numbers and lists; empty where there is none."""
+        now: _Pass | None = getattr(self._of_thread, "now", None)
+        return asdict(now) if now is not None else {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state`, of a model with as many branches."""
+        if state and len(state["taken"]) != (count := len(self.classes)):
+            raise ValueError(
+                f"the state is of {len(state['taken'])} branches, and here are {count}"
+            )
+        self._of_thread.now = _Pass(**copy.deepcopy(state)) if state else None
+
+
+def slowest(
+    rates: Sequence[float],
+    costs: Sequence[float],
+    ranks: int,
+    draw: Literal["independent", "shared", "balanced"] = "independent",
+    *,
+    steps: int = 200,
+    generator: Generator | None = None,
+) -> float:
+    """The expected share of the branches' compute that the slowest of ``ranks`` executes a step.
+
+    Computed, but for balanced draws where the costs in a class differ: these are simulated.
+
+    Args:
+        rates: the probability to drop of each branch.
+        costs: of each branch, in any unit.
+        ranks: how many take part in a step.
+        draw: ``"independent"``, by each rank for each branch; ``"shared"``, all ranks drop the
+            same branches; ``"balanced"``, equally many, by :func:`cost_classes`.
+        steps: that are simulated.
+        generator: for the simulation; None is one with a fixed seed.
+    """
+    total = sum(costs)
+    if not total:
+        return 1.0
+    if draw == "independent" and ranks > 1:
+        return _slowest_independent(rates, [c / total for c in costs], ranks)
+    classes = cost_classes(costs)
+    equal = len(set(zip(classes, costs, strict=True))) == len(set(classes))
+    if draw != "balanced" or ranks == 1 or equal:
+        return sum((1.0 - p) * c for p, c in zip(rates, costs, strict=True)) / total
+    weights = torch.tensor(costs, dtype=torch.float64) / total
+    draws = simulated(rates, classes, ranks, steps, generator or Generator().manual_seed(0))
+    return 1.0 - sum((dropped.double() @ weights).min().item() for dropped in draws) / steps
+
+
+def _slowest_independent(rates: Sequence[float], shares: Sequence[float], ranks: int) -> float:
+    """From the distribution of what one rank executes, F: the mean of the highest is Σ 1 - F^N."""
+    units = [round(share * (1 << 14)) for share in shares]
+    chances = torch.zeros(sum(units) + 1, dtype=torch.float64)
+    chances[0] = 1.0
+    for p, unit in zip(rates, units, strict=True):  # roll: what would come round is 0 as yet
+        chances = p * chances + (1.0 - p) * chances.roll(unit)
+    below = chances.cumsum(0).clamp(max=1.0) ** ranks
+    return 1.0 - below[:-1].mean().item()
+
+
+def simulated(
+    rates: Sequence[float], classes: Sequence[int], ranks: int, steps: int, generator: Generator
+) -> Iterator[Tensor]:
+    """Balanced draws of many ranks, step by step: which branch (column) each rank (row) drops.
+
+    The u of the steps are spread evenly, one in each part of [0, 1).
+    """
+    p = torch.tensor(rates, dtype=torch.float64)
+    number = torch.tensor(classes)
+    for step in range(steps):
+        u = (step + torch.rand((), dtype=torch.float64, generator=generator)) / steps
+        at_random = torch.rand(ranks, len(p), dtype=torch.float64, generator=generator)
+        order = (at_random + number).argsort(1)
+        ends = p[order].cumsum(1)
+        dropped = (u - ends + p[order]) % 1.0 < p[order]
+        yield torch.empty_like(dropped).scatter_(1, order, dropped)

@@ -1,0 +1,102 @@
+"""Modules that wait for the other ranks: a branch with such a one is dropped on all or on none."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
+
+from .._torch import is_view_of_flat_parameter
+from ..branch import Branch
+
+__all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "parameters_of"]
+
+
+def modules_of(branch: Branch, block: nn.Module) -> list[nn.Module]:
+    """The modules that a branch calls, found by their names below its block."""
+    if branch.kind == "block":
+        return [block]
+    return [_below(block, name) for name in _relative(branch, branch.modules)]
+
+
+def existing_of(branch: Branch, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The drop modules in a branch, and their names below its block."""
+    return [(name, _below(block, name)) for name in _relative(branch, branch.existing)]
+
+
+def _relative(branch: Branch, names: tuple[str, ...]) -> list[str]:
+    prefix = branch.name.partition(":")[0]
+    prefix = f"{prefix}." if prefix else ""
+    return [name.removeprefix(prefix) for name in names]
+
+
+def _below(block: nn.Module, name: str) -> nn.Module:
+    for part in name.split("."):
+        block = getattr(block, part)  # wrappers of FSDP and of checkpointing pass this on
+    return block
+
+
+def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
+    """The type of a module in the branch that waits for other ranks, "" if none does, and whether
+    the parameters of ``block`` are sharded, seen from inside of its forward."""
+    inside = [m for module in modules_of(branch, block) for m in module.modules() if m is not block]
+    talking = next((type(m).__name__ for m in inside if _is_collective(m)), "")
+    sharded = any(map(_is_unit, block.modules())) or any(
+        is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
+    )
+    return talking, sharded
+
+
+def _is_collective(module: nn.Module) -> bool:
+    if isinstance(module, SyncBatchNorm) or _is_unit(module):
+        return True
+    return any(map(_is_tensor_parallel, module.parameters(recurse=False)))
+
+
+def _is_tensor_parallel(parameter: Tensor) -> bool:
+    """Whether it is split over ranks that compute together.
+
+    A DTensor is also what FSDP keeps outside of a unit's forward, on a mesh of one dimension and
+    then marked so.
+    """
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    return isinstance(parameter, kind) and not _is_of_fsdp(parameter)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether FSDP gathers the parameters of ``module`` when it is called."""
+    return is_fsdp_wrapper(module) or any(
+        _is_a(module, package, "FSDPModule")
+        for package in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+    )
+
+
+def is_fsdp_wrapper(module: nn.Module) -> bool:
+    """Whether ``module`` is a wrapper of FSDP1."""
+    return _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def _is_a(module: nn.Module, package: str, name: str) -> bool:
+    # Slow to import, and not imported where it is not used.
+    return isinstance(module, getattr(sys.modules.get(package), name, ()))
+
+
+def _tensors(module: nn.Module) -> Iterable[Any]:
+    return (*module.parameters(recurse=False), *vars(module).values())
+
+
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of ``module``, or what FSDP1 puts in their place."""
+    if is_fsdp_wrapper(module):  # which gathers them when it is called, on all ranks or none
+        return
+    for value in _tensors(module):
+        if isinstance(value, nn.Parameter) or is_view_of_flat_parameter(value):
+            yield value
+    for child in module.children():
+        yield from parameters_of(child)
+
+
+def _is_of_fsdp(parameter: Any) -> bool:
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return parameter.device_mesh.ndim == 1 and not any("tp" in name for name in names)

@@ -1,0 +1,194 @@
+"""One call of a block: its decisions, and what becomes of the calls that its forward makes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import (
+    graph_task,
+    saved_tensors_hooks,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
+from ..find.plan import Gate, Plan
+from .decide import kept_weight
+from .part import Part, first_part, form, parts_in, whole
+from .repeats import Repeat
+from .run import Run
+from .slot import INSIDE, Slot, here
+
+__all__ = ["Frame"]
+
+
+class Frame:
+    """A call of a block in progress.
+
+    Args:
+        site: the block.
+        plan: what is known of its calls.
+        args, kwargs: what it is given.
+        outer: compiled code makes the call, and its decisions are made out here.
+    """
+
+    def __init__(self, site: Any, plan: Plan, args: Any, kwargs: Any, outer: bool = False) -> None:
+        self.site, self.plan, self.outer = site, plan, outer
+        self.slots = site.reach()
+        self.counts: dict[str, int] = {}
+        self.gradients = torch.is_grad_enabled()
+        self.hooks: Any = None
+        self.task = -1
+        self.compiling = torch.compiler.is_compiling()  # by whom this frame is opened
+        if not self.compiling:
+            self.hooks, self.task = saved_tensors_hooks(), graph_task()
+        self.runs: list[Run] = self._open(_device(args, kwargs))
+
+    def _open(self, device: torch.device) -> list[Run]:
+        """Decide for every branch, before anything of the block runs."""
+        branches, site = self.plan.branches, self.site
+        training = site.is_training()
+        decisions: list[Any] = [False] * len(branches)
+        if training:
+            if self.compiling:
+                site.draws.check_graph()
+                decisions = [b.p == 1.0 if b.is_certain else None for b in branches]
+            else:
+                decisions = site.draws.decide(branches, site.block)
+                if self.outer:  # samples are masked in the graph, whose shapes stay the same
+                    decisions = [d if isinstance(d, bool) else None for d in decisions]
+        runs: list[Run] = []
+        for i, (branch, decision) in enumerate(zip(branches, decisions, strict=True)):
+            weight: Any = 1.0 if decision is None else kept_weight(branch, training)
+            by_hand = here.forced is not None and branch in here.forced
+            if by_hand:
+                decision, weight = here.forced[branch]
+            if self.outer and weight != 1.0:
+                weight = torch.tensor(weight, dtype=torch.float32)  # one graph for any rate
+            dtype = self.plan.dtypes.get(i)
+            in_graph = self.compiling or self.outer
+            runs.append(Run(branch, decision, weight, device, site, dtype, in_graph))
+            runs[-1].counts = site.block.training and not by_hand
+            counts = runs[-1].counts and branch.mode == "batch"
+            if counts and self.task == -1 and decision is not None:
+                branch.decided += 1
+                branch.dropped += decision
+        return runs
+
+    def call(
+        self, path: str, slot: Slot, args: Any, kwargs: Any, again: Repeat | None = None
+    ) -> Any:
+        """A call that the block's forward makes.
+
+        Args:
+            path: the name of the called module below the block.
+            slot: its slot.
+            args, kwargs: what it is given.
+            again: checkpointing repeats the call that has this on record.
+        """
+        gates, index = self.plan.gates.get(path, ()), 0
+        if len(gates) > 1:
+            if again is None:
+                index = self.counts[path] = self.counts.get(path, -1) + 1
+            else:
+                index = again.index
+            gate = gates[min(index, len(gates) - 1)]
+        else:
+            gate = gates[0] if gates else _OTHER
+        part = first_part(args)
+        if part is None and kwargs:
+            part = first_part(kwargs.values())
+        run = None
+        if getattr(slot.module, "takes_parts", False):  # of a branch that was pruned
+            gate = _OTHER
+        elif part is not None:
+            run = part._run
+            if gate.branch is None or self.runs[gate.branch] is not run:  # not as it was watched
+                last = any([p._last for p in parts_in((*args, *kwargs.values()))])
+                gate = Gate(self.runs.index(run) if run in self.runs else None, last)
+        elif gate.branch is not None:
+            run = self.runs[gate.branch]
+        if again is None and run is not None and self._may_be_repeated():
+            # A reentrant checkpoint within another makes no such call in the outer one's forward,
+            # so no number may be taken for it when that is repeated.
+            apart = self._is_apart()
+            repeat = Repeat(self, path, index, apart)
+            slot.may_be_repeated(repeat, self.site.draws.is_default or apart)
+        if run is not None and gate.drops and (run.dropped or self.site.replaces):
+            return args[0]
+        if run is not None and not self.outer:
+            run.apart = self._is_apart() if again is None else again.apart
+        before, here.frame = here.frame, INSIDE
+        try:
+            if run is None:
+                return slot.run(*args, **kwargs)
+            return run.call(
+                gate,
+                slot.run,
+                args,
+                kwargs,
+                part is not None,
+                lambda: self.site.form_of(slot.module, args, kwargs),
+            )
+        finally:
+            here.frame = before
+
+    def _is_apart(self) -> bool:
+        """Whether a custom autograd.Function makes this call, as reentrant checkpointing does."""
+        return torch.is_grad_enabled() is not self.gradients
+
+    def _may_be_repeated(self) -> bool:
+        """Whether a backward pass may repeat what is called now, without this frame."""
+        return not (self.compiling or self.outer) and (
+            self._is_apart() or saved_tensors_hooks() is not self.hooks
+        )
+
+    def decisions(self) -> Any:
+        return [(run.dropped, run.seed) for run in self.runs]
+
+    def close(self, out: Any) -> Any:
+        """What the block returns.
+
+        Raises:
+            RuntimeError: a value of a branch is in it, which was not so when it was watched.
+        """
+        if not isinstance(out, Tensor) and first_part(_contents(out)) is not None:
+            leaves, structure = tree_flatten(out)
+            for i in self.plan.dead:
+                if i < len(leaves) and type(leaves[i]) is Part:
+                    leaves[i] = _settled(leaves[i])
+            for part in leaves:
+                if type(part) is Part:
+                    raise part._run.error(
+                        "returns one of its values from its block, or reaches another sum than the "
+                        "one that was found; give apply() example_inputs like those of training"
+                    )
+            out = tree_unflatten(leaves, structure)
+        for run in self.runs:
+            run.split = None  # a frame on record keeps no tensors
+        return out
+
+
+_OTHER = Gate(None)
+
+
+def _contents(out: Any) -> Any:
+    return (out,) if type(out) in (Part, tuple, list, dict) else tree_leaves(out)
+
+
+def _settled(part: Part) -> Any:
+    """A value of the branch that nobody read when it was watched: zeros where it is dropped."""
+    if part._value is not None:
+        return whole(part)
+    known = form(part)
+    return torch.zeros((), dtype=known.dtype, device=part._run.device).expand(known.shape)
+
+
+def _device(args: Any, kwargs: Any) -> torch.device:
+    for x in args:
+        if isinstance(x, Tensor):
+            return x.device
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor):
+            return x.device
+    return torch.device("cpu")

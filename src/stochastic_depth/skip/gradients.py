@@ -1,0 +1,56 @@
+"""What the parameters of a dropped branch get: no gradient, or zeros where somebody waits for one.
+
+That is the optimizer, if asked for, and in a process group the other ranks, which may have kept
+the branch: DistributedDataParallel waits for every parameter, and zeros from a rank that dropped
+make the average the unbiased gradient. (An undefined gradient is enough for it, but not with
+``static_graph=True``, where it leaves this rank without the average.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..branch import Branch
+from .collectives import parameters_of
+from .draws import is_distributed
+
+__all__ = ["left_out"]
+
+
+def left_out(shortcut: Tensor, branch: Branch, owner: Any, in_place: bool = False) -> Tensor:
+    """The sum of a branch that is dropped.
+
+    Args:
+        shortcut: what the branch would have been added to.
+        branch: the branch.
+        owner: asked for its modules and parameters.
+        in_place: it would have been added into ``shortcut`` itself. Otherwise the result is a
+            copy, since what comes next may work in place, which must not reach the shortcut.
+    """
+    counted_on = branch.dropped_grad == "zero" or is_distributed()
+    if counted_on and torch.is_grad_enabled():
+        owned = [p for module in owner.modules_of(branch) for p in parameters_of(module)]
+        everything = dict.fromkeys((*owned, *owner.parameters_of(branch)))
+        wanted = [p for p in everything if p.requires_grad]
+        if wanted:
+            return _Unused.apply(shortcut, *wanted)  # type: ignore[no-untyped-call,no-any-return]
+    return shortcut if in_place else shortcut.clone()
+
+
+class _Unused(torch.autograd.Function):
+    """Copy ``x``, with zero gradients for parameters that were not used."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.parameters = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(p) for p in ctx.parameters)

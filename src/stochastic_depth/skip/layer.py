@@ -1,0 +1,218 @@
+"""``StochasticDepth``: the wrapper module, for people who change their model by hand."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import tree_leaves, tree_map_only
+from ..branch import Branch, Mode, Place, Scale, check_choice, check_p
+from .around import Take, around, describe
+from .decide import kept_weight
+from .draws import Draws
+from .projections import Recipe, check_recipe, check_shapes, guess_input_shape, make_projection
+from .run import Run
+from .slot import here
+
+__all__ = ["StochasticDepth"]
+
+_ROWS = Place(0)
+
+
+class StochasticDepth(nn.Module):
+    r"""Wrap a module so that training skips it with probability ``p``.
+
+    With the shortcut :math:`s` (the projection of the input, or the input itself) and the
+    wrapped module :math:`m`:
+
+    ======== ======================== ================================
+    \        training, dropped        training, kept
+    ======== ======================== ================================
+    output   :math:`s`                :math:`s + (m(x) - s) / (1 - p)`
+    ======== ======================== ================================
+
+    and in evaluation exactly :math:`m(x)`. This is for scale ``"train"``; with ``"none"`` a kept
+    output is :math:`m(x)`, and with ``"eval"`` it is :math:`m(x)` in training and
+    :math:`s + (1-p)(m(x) - s)` in evaluation. A dropped module is not executed.
+
+    To add stochastic depth to the residual branches that a model already has, and keep its
+    parameter names, use :func:`stochastic_depth.apply`.
+
+    Args:
+        module: the module to wrap.
+        p: probability to drop, in [0, 1].
+        projection: what stands in for the module where it is dropped. None: the input. A module
+            or function: its output on the input. Or a recipe, for a module that changes the
+            shape: ``"tied"``, the wrapped module's own first layer (linear or convolution)
+            that maps the input's shape to the output's, with the same weights; ``"copy"``, an
+            independent copy of it; ``"new"``, a fresh linear layer or 1x1 convolution with
+            the strides inferred. The recipes look at the shapes when the layer is built; where
+            these cannot be inferred, at the first batch: then build the optimizer after it.
+        mode: ``"batch"``, one decision for the call; ``"row"``, one for each sample (dimension 0);
+            or ``"subset"``, a fixed number of samples.
+        scale: ``"train"``, ``"eval"`` or ``"none"``.
+
+    Shape:
+        The module's output must have the structure and shapes of the shortcut. Where the input is
+        a tuple, list or dict, every tensor in it is a stream with a shortcut of its own. Further
+        arguments go to the module as they are; where samples are chosen, if one of them is a
+        tensor with as many entries as there are samples, it cannot be known whether these are the
+        samples, so the module is computed on all and the dropped ones are left out.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or shapes that do not fit.
+
+    Example:
+        >>> import torch, stochastic_depth as sd
+        >>> block = sd.StochasticDepth(torch.nn.Conv2d(8, 16, 3, 2, 1), p=0.2, projection="new")
+        >>> block(torch.randn(4, 8, 32, 32)).shape
+        torch.Size([4, 16, 16, 16])
+
+    Reference:
+        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        p: float,
+        projection: nn.Module | Callable[[Any], Any] | Recipe | None = None,
+        *,
+        mode: Mode = "batch",
+        scale: Scale = "train",
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        check_choice(mode, Mode, "mode")
+        check_choice(scale, Scale, "scale")
+        self.module = module
+        self.branch = Branch(
+            type(self).__name__, "block", ("module",), mode=mode, scale=scale, target=check_p(p)
+        )
+        self.draws = Draws()
+        self.projection: Callable[[Any], Any] | None = None
+        self.recipe: Recipe | None = None  # a recipe that still waits for the first batch
+        if isinstance(projection, str):
+            self.recipe = check_recipe(projection)
+            shape = guess_input_shape(module)
+            if shape is not None:
+                self._follow_recipe(shape)
+        elif projection is None or callable(projection):
+            self.projection = projection
+            if projection is None:
+                check_shapes(module)
+        else:
+            raise TypeError(
+                "projection must be a module, a function, 'tied', 'copy', 'new' or None, got "
+                f"{type(projection).__name__}"
+            )
+
+    @property
+    def p(self) -> float:
+        """The probability to drop; may be set at any time."""
+        return self.branch.p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.branch.p = value
+
+    @property
+    def mode(self) -> Mode:
+        return self.branch.mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        check_choice(value, Mode, "mode")
+        self.branch.mode = value
+
+    @property
+    def scale(self) -> Scale:
+        return self.branch.scale
+
+    @scale.setter
+    def scale(self, value: Scale) -> None:
+        check_choice(value, Scale, "scale")
+        self.branch.scale = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        branch = self.branch
+        by_hand = here.forced is not None and branch in here.forced
+        training = self.training or branch in here.sampled
+        if not by_hand and not (branch.is_active and (training or branch.scale == "eval")):
+            return self.module(*args, **kwargs)
+        if not args:
+            raise TypeError("StochasticDepth needs its input as the first positional argument")
+        x, *more = args
+        select = True
+        if branch.mode != "batch":
+            select = self._check_samples(x, (more, kwargs))
+        tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        decision = here.forced[branch] if here.forced and by_hand else self._decide(training)
+        run = Run(branch, *decision, device, self)
+        run.counts = self.training and not by_hand
+        if branch.mode == "batch" and not torch.compiler.is_compiling():
+            run.count(1)
+        if self.recipe is not None:
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"projection={self.recipe!r} needs a tensor as input, got {describe(x)}; give "
+                    "a projection module or function"
+                )
+            self._follow_recipe(x.shape)
+        shortcut = x if self.projection is None else self.projection(x)
+
+        def call(take: Take) -> Any:
+            taken = x if take is None else tree_map_only(Tensor, lambda t: take(t, _ROWS), x)
+            return self.module(taken, *more, **kwargs)
+
+        return around(run, shortcut, call, select)
+
+    def _decide(self, training: bool) -> tuple[Any, float]:
+        if not training:
+            return False, kept_weight(self.branch, training=False)
+        if torch.compiler.is_compiling() and not self.branch.is_certain:
+            self.draws.check_graph()
+            return None, 1.0
+        decision = self.draws.decide([self.branch], self)[0]
+        return decision, kept_weight(self.branch, training=True)
+
+    def modules_of(self, branch: Branch) -> list[nn.Module]:
+        return [self.module]
+
+    def parameters_of(self, branch: Branch) -> list[Tensor]:
+        return []
+
+    def _follow_recipe(self, shape: torch.Size) -> None:
+        assert self.recipe is not None
+        self.projection = make_projection(self.module, self.recipe, shape)
+        self.recipe = None
+
+    def _check_samples(self, x: Any, others: Any) -> bool:
+        """Whether all arguments tell the samples apart."""
+        tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+        counts = {t.shape[:1] for t in tensors}
+        if len(counts) != 1 or counts <= {()}:
+            raise ValueError(
+                "choosing samples needs an input whose tensors have the same number of them in "
+                f"dimension 0, got shapes {[tuple(t.shape) for t in tensors]}; use mode='batch'"
+            )
+        ((size,),) = counts
+        ambiguous = any(
+            isinstance(t, Tensor) and t.shape[:1] == (size,) for t in tree_leaves(others)
+        )
+        if ambiguous:
+            warnings.warn(
+                "StochasticDepth: another tensor argument has as many entries as the input has "
+                "samples, which may or may not be theirs: computing all samples and masking the "
+                "dropped ones (correct, but no speed-up). Pass tensors with samples together with "
+                "the input, in a tuple, to have them selected.",
+                stacklevel=3,
+            )
+        return not ambiguous
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, mode={self.mode!r}, scale={self.scale!r}"

@@ -1,0 +1,245 @@
+"""A value of a branch on its way through the block's forward, where it is no ordinary tensor.
+
+Three kinds: *absent*, of a branch that is dropped; *compact*, the kept samples of a value;
+*marked*, a whole value that has yet to be weighed in the branch's sum. A plain object with
+``__torch_function__``: autograd and dispatch never see it, and torch.compile traces it.
+
+Whatever is computed from an absent part is absent. Any other function is given the whole value of
+a part, so user code never meets a partial batch. A branch ends where finding saw its sum in the
+source: there, and only there, the part joins its shortcut.
+"""
+
+import dis
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import tree_leaves, tree_map
+
+__all__ = ["SUMS", "Part", "first_part", "form", "parts_in", "whole"]
+
+
+class Part:
+    """Stands in for a tensor of a branch.
+
+    Args:
+        run: the branch in this call.
+        value: the tensor; None where absent.
+        last: it comes from the last call of the branch, so it carries the branch's weight.
+        place: where a compact value has its samples.
+        make: makes a tensor of the absent value's form, on the meta device.
+    """
+
+    def __init__(
+        self,
+        run: Any,
+        value: Tensor | None,
+        last: bool,
+        place: Any = None,
+        make: Callable[[], Any] | None = None,
+    ) -> None:
+        self._run, self._value, self._last, self._place, self._make = run, value, last, place, make
+        self._form: Any = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name in SUMS:
+            sides = _sides(name, args, kwargs)
+            if sides is not None and sides[1]._last and sides[1]._run.is_sum():
+                return sides[1]._run.merge(*sides)
+        parts = parts_in((*args, *kwargs.values()))
+        run, last = parts[0]._run, any([part._last for part in parts])
+        if run.branch.joins and run.is_join():
+            args, kwargs = tree_map(_joining, (tuple(args), kwargs))
+            return func(*args, **kwargs)
+        if run.dropped:
+            return Part(
+                run,
+                None,
+                last,
+                None,
+                lambda: func(*tree_map(form, tuple(args)), **tree_map(form, kwargs)),
+            )
+        args, kwargs = tree_map(whole, (tuple(args), kwargs))
+        out = func(*args, **kwargs)
+        return run.mark(out) if last else out
+
+    def __getattr__(self, name: str) -> Any:
+        kind = getattr(Tensor, name)  # an AttributeError names the attribute
+        if callable(kind):
+            if name in _ASKS:
+                return getattr(form(self), name)
+            return lambda *args, **kwargs: Part.__torch_function__(kind, (), (self, *args), kwargs)
+        if self._value is None:
+            if name == "device":
+                return self._run.device
+            if name in _VIEWS:
+                return self._derived(lambda: getattr(form(self), name))
+        known = getattr(form(self), name)
+        return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
+
+    def _derived(self, make: Callable[[], Any]) -> "Part":
+        return Part(self._run, None, self._last, None, make)
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._value is None:  # of a tuple, perhaps
+            return self._derived(lambda: form(self)[key])
+        return Part.__torch_function__(Tensor.__getitem__, (), (self, key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._value is not None:
+            raise self._run.error("overwrites a part of what it computes")
+
+    def __iter__(self) -> Iterator[Any]:
+        n = None
+        if self._value is None and not torch.compiler.is_compiling():
+            n = _unpacked(sys._getframe(1))
+        return iter([self[i] for i in range(len(form(self)) if n is None else n)])
+
+    def __len__(self) -> int:
+        return len(form(self))
+
+    def _number(self) -> Tensor:
+        if self._value is None:
+            raise self._run.error("is dropped, and the value of something that it computes is read")
+        return whole(self)
+
+    def __bool__(self) -> bool:
+        return bool(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def item(self) -> Any:
+        return self._number().item()
+
+    def tolist(self) -> Any:
+        return self._number().tolist()
+
+    def __repr__(self) -> str:
+        kind = "absent" if self._value is None else "compact" if self._place else "marked"
+        return f"<{kind} value of the branch {self._run.branch.name}>"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    if name == "__rmatmul__":  # dynamo swaps the operands of the tensors' own
+        return lambda self, other: Part.__torch_function__(torch.matmul, (), (other, self))
+    kind = torch.matmul if name == "__matmul__" else getattr(Tensor, name)
+    return lambda self, *args: Part.__torch_function__(kind, (), (self, *args))
+
+
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
+    for _form in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
+        if hasattr(Tensor, _form):
+            setattr(Part, _form, _operator(_form))
+for _form in "__neg__ __abs__ __invert__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__".split():
+    setattr(Part, _form, _operator(_form))
+Part.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+_ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
+SUMS = _ADD | {"sub", "__sub__", "sub_", "__isub__", "subtract", "__rsub__", "rsub"}
+_IN_PLACE = {"add_", "__iadd__", "sub_", "__isub__"}
+_VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data"}
+_ASKS = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device",
+    "is_floating_point", "is_complex", "element_size", "type", "new_zeros", "new_ones",
+}  # fmt: skip
+
+
+def parts_in(values: Iterable[Any]) -> list[Part]:
+    """The parts in ``values``, looking into containers."""
+    found: list[Part] = []
+    for x in values:
+        if type(x) is Part:
+            found.append(x)
+        elif type(x) in (tuple, list):
+            found += parts_in(x)
+        elif type(x) is dict:
+            found += parts_in(x.values())
+        elif x is not None and not isinstance(x, Tensor | str | int | float | nn.Module):
+            found += [leaf for leaf in tree_leaves(x) if type(leaf) is Part]
+    return found
+
+
+def first_part(values: Iterable[Any]) -> Part | None:
+    """The first part in ``values``, for the usual arguments, made fast."""
+    for x in values:
+        kind = type(x)
+        if kind is Part:
+            return x  # type: ignore[no-any-return]
+        if kind is tuple or kind is list:
+            if (part := first_part(x)) is not None:
+                return part
+        elif kind is dict and (part := first_part(x.values())) is not None:
+            return part
+    return None
+
+
+def whole(x: Any) -> Any:
+    """The value of a part in its full size; anything else as it is."""
+    if type(x) is not Part:
+        return x
+    return x._value if x._place is None else x._run.spread(x._value, x._place)
+
+
+def form(x: Any) -> Any:
+    """A tensor of the same form: the value, or one on the meta device where it is absent."""
+    if type(x) is not Part:
+        return x.detach().to("meta") if isinstance(x, Tensor) else x
+    if x._value is not None:
+        return whole(x)
+    if x._make is not None:
+        with torch.no_grad():
+            x._form, x._make = x._make(), None
+    return x._form
+
+
+def _joining(x: Any) -> Any:
+    """A part as it enters something that is linear in it: weighed, zeros where it is dropped."""
+    return x._run.joining(x) if type(x) is Part else x
+
+
+def _sides(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Part, float, bool] | None:
+    """(shortcut, part, factor of the part, in place) where a part is added to another tensor."""
+    if kwargs:
+        args = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])
+    if len(args) < 2:
+        return None
+    a, b = args[:2] if name not in ("__rsub__", "rsub") else args[1::-1]
+    factor = kwargs.get("alpha", 1)
+    if _is_outside(a) and type(b) is Part:
+        return a, b, factor if name in _ADD else -factor, name in _IN_PLACE
+    if _is_outside(b) and type(a) is Part and name in _ADD and factor == 1:
+        return b, a, 1, False
+    return None
+
+
+def _is_outside(x: Any) -> bool:
+    """Whether it may be a shortcut: all that can be told of it inside of a compiled graph."""
+    if type(x) is Tensor:
+        return x.dim() > 0
+    return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 0
+
+
+_counts: dict[tuple[Any, int], int | None] = {}
+
+
+def _unpacked(frame: Any) -> int | None:
+    """Into how many the code of ``frame`` unpacks what it iterates over, if it does."""
+    key = frame.f_code, frame.f_lasti
+    if key not in _counts:
+        at = (i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+        _counts[key] = next((i.argval for i in at if i.opname == "UNPACK_SEQUENCE"), None)
+    return _counts[key]

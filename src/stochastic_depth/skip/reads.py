@@ -1,0 +1,89 @@
+"""What only a look at every operation of a block's forward can tell: parameters, and some sums."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._torch import tree_leaves, tree_map
+from ..find.spot import spot
+from .part import SUMS, Part
+from .slot import here
+
+__all__ = ["Reads"]
+
+
+class Reads(TorchFunctionMode):
+    """Gives stand-ins for the parameters of branches to functions that a block's forward calls.
+
+    A parameter of a dropped branch is absent. Where a branch calls no module, its parameters carry
+    its weight, too. A branch on which a custom autograd.Function works, which passes on the
+    gradients of tensors only, is met at its sum.
+    """
+
+    def __init__(self, frame: Any) -> None:
+        super().__init__()
+        self.frame = frame
+        self.runs = {
+            id(parameter): run
+            for run in frame.runs
+            for name, parameter in zip(
+                run.branch.weights, frame.site.parameters_of(run.branch), strict=True
+            )
+            if name in run.branch.parameters
+        }
+        self.sums = [
+            run
+            for run in frame.runs
+            if run.branch.in_function and run.is_weighed and not run.dropped
+        ]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if here.frame is not self.frame:
+            return func(*args, **kwargs)
+        if self.sums and func.__name__ in SUMS:
+            at = spot()
+            for run in self.sums:
+                if at in run.branch.sums and len(args) > 1:
+                    terms = list(args)
+                    position = run.branch.sums[at]
+                    if isinstance(terms[position], Tensor):
+                        terms[position] = Part(run, terms[position], True)
+                        return Part.__torch_function__(func, (), tuple(terms), kwargs)
+        if self.runs and self._reads((*args, *kwargs.values())):
+            swapped = tree_map(self._stand_in, (tuple(args), kwargs))
+            if any([type(x) is Part for x in tree_leaves(swapped)]):
+                return _call(func, *swapped)
+        return func(*args, **kwargs)
+
+    def _reads(self, values: Any) -> bool:
+        for x in values:
+            if isinstance(x, Tensor):
+                if id(x) in self.runs:
+                    return True
+            elif type(x) in (list, tuple) and self._reads(x):
+                return True
+        return False
+
+    def _stand_in(self, x: Any) -> Any:
+        run = self.runs.get(id(x)) if isinstance(x, Tensor) else None
+        if run is None:
+            return x
+        alone = not run.branch.modules
+        if run.dropped:
+            return Part(run, None, alone, None, lambda: x.detach().to("meta"))
+        return Part(run, x, True) if alone and run.is_weighed else x
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func`` of values among which there are parts."""
+    first, name = args[0] if args else None, func.__name__
+    if type(first) is Part:
+        if name == "__get__":
+            return getattr(first, func.__self__.__name__)
+        if getattr(Tensor, name, None) is func:
+            return getattr(first, name)(*args[1:], **kwargs)
+    return Part.__torch_function__(func, (), args, kwargs)

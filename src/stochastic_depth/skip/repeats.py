@@ -1,0 +1,73 @@
+"""Calls of a block's children that checkpointing inside of its forward makes again.
+
+Its backward pass repeats them when the call of the block, with its decisions, is long over. It is
+found again by the number that torch's default generator, whose state checkpointing restores, would
+give next.
+"""
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from .replay import ticket_of
+
+__all__ = ["Repeat", "Repeats"]
+
+_MOST = 1 << 10  # for one child; forwards between a forward and its backward
+
+
+class Repeat(NamedTuple):
+    """A call: of which frame, by which path, which call of this child, and whether apart."""
+
+    frame: Any
+    path: str
+    index: int
+    apart: bool
+
+
+class Repeats:
+    """The latest such calls of one child, by ticket."""
+
+    def __init__(self) -> None:
+        self.calls: OrderedDict[int, list[Repeat | None]] = OrderedDict()
+        self.repeated: set[int] = set()  # tickets whose backward pass has been seen
+
+        self.default = True
+
+    def add(self, repeat: Repeat, default: bool) -> None:
+        """Put a call on record; ``default`` as in :func:`ticket_of`."""
+        self.default = default
+        ticket = ticket_of(default)
+        known = self.calls.get(ticket)
+        if known and known[0] is not None and known[0].frame is repeat.frame:
+            known.append(repeat)  # the same child twice, with no random number in between
+            return
+        clash = known and (
+            known[0] is None or known[0].frame.decisions() != repeat.frame.decisions()
+        )
+        if clash and ticket not in self.repeated:
+            self.calls[ticket] = [None]  # which of the two?
+        else:
+            self.calls[ticket] = [repeat]
+        self.repeated.discard(ticket)
+        while len(self.calls) > _MOST:
+            self.repeated.discard(self.calls.popitem(last=False)[0])
+
+    def find(self) -> Repeat:
+        """The call that the backward pass repeats now.
+
+        Raises:
+            RuntimeError: it is not known which one that is.
+        """
+        ticket = ticket_of(self.default)
+        calls = self.calls.get(ticket)
+        if not calls or calls[0] is None:
+            raise RuntimeError(
+                "stochastic depth: gradient checkpointing repeats a call of which it is not known "
+                "whether it was dropped: keep preserve_rng_state=True, and seed torch differently "
+                "in each step"
+            )
+        self.repeated.add(ticket)
+        calls.append(calls.pop(0))
+        again = calls[-1]
+        assert again is not None
+        return again

@@ -1,0 +1,314 @@
+"""A block with branches: what is known of its calls, and the slots of the modules that it calls."""
+
+import copy
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+
+from .._torch import has_hooks, tree_flatten, tree_map_only
+from ..branch import Branch
+from ..find.form import form_of
+from ..find.plan import Findings, Form, Plan
+from .collectives import existing_of, modules_of
+from .draws import Draws
+from .forms import output_form
+from .frame import Frame
+from .part import Part, form
+from .reads import Reads
+from .slot import INSIDE, Slot, here, outer_slot, put, slot_of, take_out
+
+__all__ = ["Site"]
+
+Watch = Callable[["Site", Any, Any], "Plan | None"]
+
+
+class Site:
+    """What the slot of a block asks when the block is called.
+
+    Args:
+        block: the block.
+        branches: those that can be dropped, in the order of execution.
+        plans: by the form of the call, what is known of it.
+        draws: makes the decisions.
+        watch: finds the plan of a call in a form that has not been seen.
+        findings: of the whole model, for reports.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        branches: list[Branch],
+        plans: dict[Form, Plan],
+        draws: Draws,
+        watch: Watch,
+        findings: Findings,
+    ) -> None:
+        self.block, self.branches, self.plans = block, branches, plans
+        self.draws, self.watch, self.findings = draws, watch, findings
+        self.replaces = any(branch.existing for branch in branches)
+        self.has_scale = any(branch.scale == "eval" for branch in branches)
+        self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
+        self.slots: dict[str, Slot] = {}
+        self.seen: list[tuple[dict[str, Any], list[Any], list[Any]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "forms": {}, "slots": {}, "seen": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
+        """A copy with slots in place: torch.compile, which may come next, cannot put them there.
+
+        The block's children have been copied before its slot, which was added after them.
+        """
+        site = memo[id(self)] = object.__new__(type(self))
+        for name, value in self.__getstate__().items():
+            setattr(site, name, copy.deepcopy(value, memo))
+        if all(id(modules) in memo for modules, *_ in self.seen):
+            for name, slot in self.slots.items():
+                child = memo.get(id(slot.module))
+                if child is not None:
+                    site.slots[name] = put(child)
+                    site.slots[name].names = slot.names
+            for modules, children, _ in self.seen:
+                copies = [memo.get(id(m)) for m in children]
+                slots = [None if m is None else outer_slot(m) for m in copies]
+                site.seen.append((memo[id(modules)], copies, slots))
+        return site
+
+    def is_active(self) -> bool:
+        """Whether a call of the block now may drop or weigh anything."""
+        forced = here.forced
+        if forced is not None and (not forced or any([b in forced for b in self.branches])):
+            return bool(forced)
+        if self.is_training():
+            return self.replaces or any([b.is_active for b in self.branches])
+        return self.has_scale and any([b.is_active for b in self.branches])
+
+    def is_training(self) -> bool:
+        """Whether decisions are drawn: in training, and in evaluation while it is sampled."""
+        if self.block.training:
+            return True
+        sampled = here.sampled
+        return bool(sampled) and any([b in sampled for b in self.branches])
+
+    # The slots of the modules that the block's forward calls.
+
+    def install(self) -> None:
+        slot = put(self.block)
+        slot.site = self
+        inner = slot_of(self.block)
+        inner.site = self  # where what is compiled goes
+        self.block.__dict__["compile"] = inner.compile
+        self._renew()
+        for module in self._existing():
+            put(module).site = PassOn(module)
+
+    def _existing(self) -> list[nn.Module]:
+        """The drop modules inside of what the branches call, where no frame meets their calls."""
+        called = {path for plan in self.plans.values() for path in plan.gates}
+        named = [existing_of(branch, self.block) for branch in self.branches]
+        return [module for found in named for name, module in found if name not in called]
+
+    def uninstall(self) -> None:
+        for module in self._existing():
+            if (slot := slot_of(module)) is not None:
+                slot.site = None
+                take_out(module)
+        for _, _, slots in self.seen:
+            for slot in slots:
+                if isinstance(slot, Slot) and slot.site is None:
+                    take_out(slot.module)
+        if (slot := outer_slot(self.block)) is not None:
+            slot.site = None
+        take_out(self.block)
+
+    def reach(self) -> dict[str, Slot]:
+        """The slots of the modules that the frame can call, by name; all are in place."""
+        if torch.compiler.is_compiling() and self.slots:
+            return self.slots
+        if not self._is_as_seen():
+            self._renew()
+        return self.slots
+
+    def _renew(self) -> None:
+        called: dict[str, None] = {}
+        opened: set[str] = set()
+        for plan in self.plans.values():
+            called |= dict.fromkeys(plan.gates)
+            opened |= plan.opened
+        # A module that hangs in several places goes by the name that the plan has for it.
+        names = {id(self._below(name)): name for name in called}
+        inner = {id(self._below(name)) for name in opened}
+        ways = {path for name in (*called, *opened) for path in _above(name)}
+        self.slots, self.seen = {}, []
+        parents = [("", self.block)]
+        for path, parent in parents:
+            for name, child in parent._modules.items():
+                below = f"{path}.{name}" if path else name
+                if child is None:
+                    continue
+                if below in ways or id(child) in inner:
+                    parents.append((below, child))
+                if id(child) not in inner and (below not in ways or id(child) in names):
+                    slot, known = put(child), names.get(id(child), below)
+                    self.slots[known] = slot
+                    if known not in slot.names:
+                        slot.names += (known,)
+            children = list(parent._modules.values())
+            slots = [None if m is None else outer_slot(m) for m in children]
+            self.seen.append((parent._modules, children, slots))
+
+    def _below(self, name: str) -> nn.Module | None:
+        try:
+            return self.block.get_submodule(name)
+        except AttributeError:  # it has been taken out since
+            return None
+
+    def _is_as_seen(self) -> bool:
+        for modules, children, slots in self.seen:
+            if list(modules.values()) != children:
+                return False
+            if [None if m is None else outer_slot(m) for m in children] != slots:
+                return False
+        return bool(self.seen)
+
+    # A call.
+
+    def plan_of(self, args: Any, kwargs: Any) -> Plan | None:
+        """What is known of a call in this form; it is watched where nothing is."""
+        key = form_of(args, kwargs)
+        if key not in self.plans:
+            if torch.compiler.is_compiling():
+                return next(iter(self.plans.values()), None)
+            self.plans[key] = self.watch(self, args, kwargs) or Plan()
+            self.seen = []
+        return self.plans[key]
+
+    def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
+        """A call of the block with branches that may be dropped."""
+        frame = here.frame
+        if frame is not None and frame.site is self and frame.outer and not self.is_outer(slot):
+            return slot.through(*args, **kwargs)  # decided outside of the compiled code
+        plan = self.plan_of(args, kwargs)
+        if plan is not None and here.forced:
+            self._check_forced(plan)
+        if plan is None or not plan.branches:
+            return slot.through(*args, **kwargs)
+        return self.run_plan(plan, slot, args, kwargs)
+
+    def is_outer(self, slot: Slot) -> bool:
+        """Whether compiled code makes the call, and its decisions are made out here."""
+        compiled = slot.inner is not None or slot.module is not self.block
+        return compiled and not torch.compiler.is_compiling()
+
+    def _check_forced(self, plan: Plan) -> None:
+        """Raise where a branch is to be left out by hand that a call of this form needs."""
+        forced = here.forced or {}
+        for branch in self.branches:
+            if forced.get(branch, (False,))[0] and branch not in plan.branches:
+                raise RuntimeError(
+                    f"stochastic depth: the branch {branch.name} cannot be left out of a call in "
+                    "this form, in which something else reads what it computes or keeps, as a "
+                    "cache; call the model without one (use_cache=False), or prune it"
+                )
+
+    def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
+        before = here.frame
+        frame = here.frame = Frame(self, plan, args, kwargs, self.is_outer(slot))
+        fences = self._fences(frame)
+        try:
+            mode = self._mode(frame)
+            if mode is not None:
+                with mode:
+                    out = slot.through(*args, **kwargs)
+            else:
+                out = slot.through(*args, **kwargs)
+            return frame.close(out)
+        finally:
+            here.frame = before
+            for fence in fences:
+                fence.remove()
+
+    def _fences(self, frame: Frame) -> list[Any]:
+        """Around the block's forward, where it has hooks of its own: these are no part of it."""
+        if frame.compiling or not has_hooks(self.block):
+            return []
+        here.frame, thread = INSIDE, get_ident()
+
+        def enter(block: nn.Module, args: Any) -> None:
+            if get_ident() == thread and here.frame is INSIDE:
+                here.frame = frame
+
+        def leave(block: nn.Module, args: Any, out: Any) -> None:
+            if here.frame is frame:
+                here.frame = INSIDE
+
+        return [
+            self.block.register_forward_pre_hook(enter),
+            self.block.register_forward_hook(leave, prepend=True),
+        ]
+
+    def _mode(self, frame: Frame) -> TorchFunctionMode | None:
+        """What has to see the operations of the block's forward, if anything."""
+        if any([b.parameters or b.in_function for b in frame.plan.branches]):
+            return Reads(frame)
+        if isinstance(self.block, nn.TransformerEncoderLayer) and not self.block.training:
+            return BaseTorchFunctionMode()  # torch's fused kernel, which calls no child, stays out
+        return None
+
+    # What a run asks.
+
+    def modules_of(self, branch: Branch) -> list[nn.Module]:
+        return modules_of(branch, self.block)
+
+    def parameters_of(self, branch: Branch) -> list[Tensor]:
+        return [_attribute(self.block, name) for name in branch.weights]
+
+    def form_of(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a call that is not made would return, on the meta device."""
+        given = tree_map_only(Part, form, (args, kwargs))
+        leaves, structure = tree_flatten(given)
+        key = id(module), structure, tuple(
+            (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else x for x in leaves
+        )
+        before, here.frame = here.frame, INSIDE
+        try:
+            if key not in self.forms:
+                self.forms[key] = output_form(module, *given)
+            return self.forms[key]
+        except TypeError:  # something in the key cannot be hashed
+            return output_form(module, *given)
+        finally:
+            here.frame = before
+
+    def of_replica(self, replica: nn.Module) -> "Site":
+        site = copy.copy(self)
+        site.block, site.slots, site.seen = replica, {}, []
+        return site
+
+
+class PassOn:
+    """Stands in the slot of a DropPath whose branch we decide on: it hands on what it is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def is_active(self) -> bool:
+        return self.module.training and here.forced != {}
+
+    def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules that the one of this name is in."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _attribute(block: nn.Module, name: str) -> Any:
+    path, _, last = name.rpartition(".")
+    return getattr(block.get_submodule(path), last)

@@ -1,0 +1,200 @@
+"""Where calls of modules are met: in an attribute of the instance that ``nn.Module`` looks up.
+
+``nn.Module.__call__`` calls what stands there; a slot decides whether the class's own call runs.
+The block's forward, its ``self`` and all children are the user's. Hooks of a child whose branch is
+dropped do not run: they are a part of that call. torch.compile follows the slot, too, and
+``module.compile()`` compiles what is in it.
+
+What a slot does depends on ``here.frame``, the call of a block that is in progress on this thread:
+None outside of blocks, INSIDE while a child runs, whose calls are its own affair.
+"""
+
+import threading
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._torch import (
+    CALL,
+    COMPILED_CALL,
+    REPLICATE,
+    class_call,
+    class_replicate,
+    graph_task,
+)
+from .repeats import Repeat, Repeats
+
+__all__ = ["INSIDE", "Slot", "here", "keep_slots", "outer_slot", "put", "slot_of", "take_out"]
+
+
+class _Inside:
+    """Stands for the frame while a child runs."""
+
+    slots: dict[str, "Slot"] = {}
+    task = -2  # of no backward pass
+    site = None
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:  # dynamo's guards want the attribute on every thread
+        self.frame: Any = None
+        # Decisions that were made by hand; an empty dict stops all sites.
+        self.forced: dict[Any, tuple[int, float]] | None = None
+        # The branches that are dropped in evaluation, too.
+        self.sampled: frozenset[Any] = frozenset()
+
+
+here, INSIDE = _Here(), _Inside()
+_GETSTATE = "__getstate__"
+_COMPILE = "compile"
+
+
+class Slot:
+    """Meets the calls of one module.
+
+    Attributes:
+        module: whose slot it is.
+        site: what the module's own calls run through, where it is a block with branches.
+        inner: what runs in place of the class's call: compiled code.
+        names: by which frames may know it: its module's names below their blocks.
+        repeats: the calls that checkpointing inside of a block may repeat.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.__setstate__({"module": module, "site": None})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "site": self.site}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module: nn.Module = state["module"]
+        self.site: Any = state["site"]
+        self.inner: Any = None
+        self.names: tuple[str, ...] = ()
+        self.repeats: Repeats | None = None
+        self.module.__dict__[REPLICATE] = self.replicate
+        self.module.__dict__[_GETSTATE] = self.state_of_module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame = here.frame
+        if self.repeats is not None and (task := graph_task()) != -1:
+            if frame is None or frame.task != task:
+                again = self.repeats.find()
+                return again.frame.call(again.path, self, args, kwargs, again)
+        if frame is not None:
+            for name in self.names:
+                if frame.slots.get(name) is self:
+                    return frame.call(name, self, args, kwargs)
+        if self.site is None and self.inner is None:  # the usual one, without a detour
+            module = self.module
+            return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The call itself, through the module's own site where it has one."""
+        site = self.site
+        if site is not None and site.is_active():
+            return site.run(self, args, kwargs)
+        return self.through(*args, **kwargs)
+
+    def through(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of the class, hooks and forward, or what it was compiled to."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return class_call(self.module, *args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``module.compile()`` for a block: its decisions stay outside of what is compiled."""
+        call = MethodType(type(self.module)._call_impl, self.module)
+        self.module.__dict__[COMPILED_CALL] = torch.compile(call, *args, **kwargs)
+        put(self.module)
+
+    def may_be_repeated(self, repeat: Repeat, default: bool) -> None:
+        """Put a call on record that checkpointing inside of a block may repeat."""
+        if self.repeats is None:
+            self.repeats = Repeats()
+        self.repeats.add(repeat, default)
+
+    def state_of_module(self) -> Any:
+        """What copies and pickles of the module hold: of a child no trace of us, of a block all."""
+        module = self.module
+        state = type(module).__getstate__(module)  # type: ignore[attr-defined]
+        if isinstance(state, dict):
+            ours = {_GETSTATE, REPLICATE, _COMPILE}
+            if slot_of(module).site is None:
+                ours |= {CALL}
+            state = {name: value for name, value in state.items() if name not in ours}
+        return state
+
+    def replicate(self) -> nn.Module:
+        """DataParallel's replicas share the ``__dict__``; their slots have to be their own."""
+        replica = class_replicate(self.module)
+        replica.__dict__.pop(COMPILED_CALL, None)
+        slot = replica.__dict__[CALL] = Slot(replica)
+        site = slot_of(self.module).site
+        if site is not None:
+            slot.site = site.of_replica(replica)
+        return replica
+
+
+def slot_of(module: nn.Module) -> Any:
+    """The slot of ``module``, or None."""
+    slot = module.__dict__.get(CALL)
+    return slot if isinstance(slot, Slot) and slot.module is module else None
+
+
+def outer_slot(module: nn.Module) -> Any:
+    """What calls of ``module`` meet first, if it is a slot."""
+    own = module.__dict__
+    slot = own.get(COMPILED_CALL) or own.get(CALL)
+    return slot if type(slot) is Slot and slot.module is module else None
+
+
+def put(module: nn.Module) -> Slot:
+    """The slot that calls of ``module`` meet first: around what ``module.compile()`` made, if it
+    did."""
+    own = module.__dict__
+    slot = slot_of(module)
+    if slot is None:
+        slot = own[CALL] = Slot(module)
+    compiled = own.get(COMPILED_CALL)
+    if compiled is None:
+        return slot
+    if not isinstance(compiled, Slot):
+        outer = own[COMPILED_CALL] = Slot(module)
+        outer.inner, outer.site = compiled, slot.site
+        return outer
+    return compiled
+
+
+def keep_slots(model: nn.Module) -> Callable[[], None]:
+    """What puts all slots of ``model`` back as they are now."""
+    names = {CALL, COMPILED_CALL, REPLICATE, _GETSTATE, _COMPILE}
+    before = [
+        (m, {name: x for name, x in m.__dict__.items() if name in names}) for m in model.modules()
+    ]
+    slots = [x for _, held in before for x in held.values() if isinstance(x, Slot)]
+    sites = [slot.site for slot in slots]
+
+    def put_back() -> None:
+        for module, held in before:
+            for name in names & module.__dict__.keys():
+                del module.__dict__[name]
+            module.__dict__.update(held)
+        for slot, site in zip(slots, sites, strict=True):
+            slot.site = site
+
+    return put_back
+
+
+def take_out(module: nn.Module) -> None:
+    """Leave the module as if it had never had a slot."""
+    own = module.__dict__
+    if isinstance(own.get(CALL), Slot):
+        for name in (CALL, REPLICATE, _GETSTATE, _COMPILE):
+            own.pop(name, None)
+    if isinstance(compiled := own.get(COMPILED_CALL), Slot):
+        own[COMPILED_CALL] = compiled.inner

@@ -1,0 +1,61 @@
+"""A block that is dropped as a whole (LayerDrop)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._torch import tree_flatten, tree_map, tree_unflatten
+from ..branch import Branch
+from ..find.plan import Plan
+from .around import Take, around
+from .frame import Frame
+from .site import Site
+from .slot import Slot, put, slot_of
+
+__all__ = ["WholeSite"]
+
+
+class WholeSite(Site):
+    """What the slot of such a block asks: it has one branch, itself."""
+
+    def install(self) -> None:
+        put(self.block).site = self
+        slot_of(self.block).site = self
+
+    def reach(self) -> dict[str, Slot]:
+        return {}
+
+    def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
+        run = Frame(self, plan, args, kwargs, self.is_outer(slot)).runs[0]
+        branch, gate = run.branch, plan.gates[""][0]
+        given, structure = tree_flatten((args, kwargs))
+        output, main = next((i, g.argument) for i, g in enumerate(gate.returned) if g.kind == "branch")
+        place = branch.place or branch.mask
+        select = branch.place is not None and len(gate.given) == len(given)
+        returned: list[list[Any]] = []
+
+        def call(take: Take) -> Tensor:
+            taken = given
+            if take is not None:
+                taken = [
+                    take(x, at) if at is not None and isinstance(x, Tensor) else x
+                    for x, at in zip(given, gate.given, strict=True)
+                ]
+            inner_args, inner_kwargs = tree_unflatten(taken, structure)
+            out = slot.through(*inner_args, **inner_kwargs)
+            returned.append(tree_flatten(out)[0])
+            result: Tensor = returned[0][output]
+            return result
+
+        merged = around(run, given[main], call, select, place)
+        if returned:
+            leaves = returned[0]
+        else:
+            leaves = [given[g.argument] if g.kind == "argument" else None for g in gate.returned]
+        leaves[output] = merged
+        return merged if gate.structure is None else tree_map(lambda i: leaves[i], gate.structure)
+
+    def modules_of(self, branch: Branch) -> list[nn.Module]:
+        return [self.block]
+
+

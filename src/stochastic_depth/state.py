@@ -1,0 +1,103 @@
+"""The state of stochastic depth, to be kept beside a model's and an optimizer's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .applied import branches, sites
+from .skip.draws import Draws
+from .skip.layer import StochasticDepth
+
+__all__ = ["draws_of", "load_state_dict", "state_dict"]
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """All that decides what ``model`` drops next, and what its branches have counted.
+
+    Save it beside the model's and the optimizer's state, in a process group one on each rank, and
+    a resumed run continues bit for bit. It holds the RNG state of torch's default CPU generator
+    and, where CUDA is in use, of the current device's, the states of the model's own generators
+    (``seed``, ``ranks``), and the rates and counts of every branch. RNG states of Python and NumPy
+    are not in it.
+
+    Args:
+        model: a module, with or without stochastic depth.
+
+    Returns:
+        A dict of tensors, numbers and strings, which ``torch.load(..., weights_only=True)`` reads.
+
+    Example:
+        >>> import torch, stochastic_depth as sd
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        >>> x = torch.randn(2, 3, 16)
+        >>> model = torch.nn.TransformerEncoder(layer, 2)
+        >>> model = sd.apply(model, p=0.5, seed=0, example_inputs=x)
+        >>> state = sd.state_dict(model)
+        >>> out = model(x)
+        >>> sd.load_state_dict(model, state)
+        >>> torch.equal(model(x), out)
+        True
+    """
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "draws": [draws.state() for draws in draws_of(model)],
+        "branches": [
+            {
+                "name": branch.name,
+                "p": branch.p,
+                "target": branch.target,
+                "decided": branch.decided,
+                "dropped": branch.dropped,
+            }
+            for branch in branches(model)
+        ],
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Resume from what :func:`state_dict` returned, for the same or an equal model.
+
+    Args:
+        model: a module to which stochastic depth is applied as it was then.
+        state: the state; nothing is changed where it does not fit. A RateSchedule's may be loaded
+            before or after it.
+
+    Raises:
+        ValueError: the state is that of a model with other branches.
+
+    Example:
+        >>> import io, torch, torchvision, stochastic_depth as sd
+        >>> file = io.BytesIO()
+        >>> torch.save(sd.state_dict(sd.apply(torchvision.models.resnet18(), p=0.5)), file)
+        >>> resumed = sd.apply(torchvision.models.resnet18(), p=0.5)
+        >>> sd.load_state_dict(resumed, torch.load(io.BytesIO(file.getvalue())))
+    """
+    sources, own = draws_of(model), branches(model)
+    saved = [branch["name"] for branch in state["branches"]]
+    if saved != [branch.name for branch in own] or len(state["draws"]) != len(sources):
+        raise ValueError(
+            f"the state is that of a model with the branches {saved}, and this one has "
+            f"{[branch.name for branch in own]}: apply stochastic depth as it was when the state "
+            "was saved"
+        )
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    for draws, generators in zip(sources, state["draws"], strict=True):
+        draws.set_state(generators)
+    for branch, values in zip(own, state["branches"], strict=True):
+        branch.p = values["target"]
+        branch.set_rate(values["p"])
+        branch.decided, branch.dropped = values["decided"], values["dropped"]
+
+
+def draws_of(model: nn.Module) -> list[Draws]:
+    """Where the decisions of ``model`` are drawn, each source once."""
+    found = [site.draws for site in sites(model)]
+    found += [m.draws for m in model.modules() if isinstance(m, StochasticDepth)]
+    return list({id(draws): draws for draws in found}.values())

@@ -1,0 +1,200 @@
+"""checkpoint() inside of a forward keeps saving memory, and its gradients stay right."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import stochastic_depth as sd
+
+from .twins import MODES, assert_same, assert_weighed, data, feed, net, seed_all, twins
+
+REENTRANT = [True, False]
+# Torch's, of a reentrant checkpoint whose example inputs need no gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+
+
+class Block(nn.Module):
+    """Checkpoints its branch, or a part of it, in one of several ways."""
+
+    def __init__(self, way: str, reentrant: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.way, self.reentrant = way, reentrant
+        self.f = nn.Sequential(
+            nn.Linear(4, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 16), nn.Tanh()
+        )
+        self.g = nn.Linear(16, 4)
+
+    def checkpointed(self, function: Callable, x: Tensor) -> Tensor:
+        return checkpoint(function, x, use_reentrant=self.reentrant)
+
+    def both(self, x: Tensor) -> Tensor:
+        return self.g(self.f(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.way:
+            case "a child":
+                return x + self.g(self.checkpointed(self.f, x))
+            case "all children":
+                return x + self.checkpointed(self.both, x)
+            case "one after the other":
+                return x + self.checkpointed(self.g, self.checkpointed(self.f, x))
+            case "one in the other":
+                return x + self.checkpointed(lambda y: self.g(self.checkpointed(self.f, y)), x)
+            case "the sum as well":
+                return self.checkpointed(lambda y: y + self.both(y), x)
+            case _:
+                h = checkpoint_sequential(self.f, 2, x, use_reentrant=self.reentrant)
+                return x + self.g(h)
+
+
+WAYS = [
+    "a child",
+    "all children",
+    "one after the other",
+    "one in the other",
+    "the sum as well",
+    "checkpoint_sequential",
+]
+
+
+def build(way: str, reentrant: bool, dropout: float = 0.0) -> nn.Module:
+    return net(Block, way, reentrant, dropout)
+
+
+@contextmanager
+def numbers_saved() -> Iterator[list[int]]:
+    saved: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield saved
+
+
+def costs(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """How many numbers a step saves, and how often it runs the branch."""
+    runs: list[int] = []
+    handle = model.f[0].register_forward_hook(lambda *_: runs.append(1))
+    with numbers_saved() as saved:
+        output = model(x.clone().requires_grad_() * 1.0)
+    output.sum().backward()
+    handle.remove()
+    return sum(saved), len(runs)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpointed_branch_is_recomputed_and_saves_no_more(
+    way: str, reentrant: bool, mode: str, given: bool
+) -> None:
+    x = data(8, 4)
+    ours, plain = twins(build(way, reentrant), x, mode=mode, given=given)
+    for step in range(2):
+        assert_same(ours, plain, x, seed=step)
+    (saved, runs), (plain_saved, plain_runs) = costs(ours, x), costs(plain, x)
+    assert runs == plain_runs >= 2
+    # The numbers of the kept rows may be saved besides; a checkpoint is worth hundreds.
+    assert saved <= plain_saved + 4 + 4 * len(x) * (mode == "row")
+    without = build(way, reentrant)
+    without.checkpointed = lambda function, x: function(x)
+    if way != "checkpoint_sequential":
+        assert costs(without, x)[0] > plain_saved + 4 * len(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpointed_branch_is_weighed_and_dropped(way: str, reentrant: bool, mode: str) -> None:
+    ours, plain = twins(build(way, reentrant), data(), mode=mode, p=0.5)
+    assert_weighed(ours, plain, data())
+
+
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_in_a_checkpointed_branch_is_the_same_when_recomputed(
+    way: str, reentrant: bool, seed: int | None
+) -> None:
+    gradients = []
+    for checkpointing in (True, False):
+        model = build(way, reentrant, dropout=0.3)
+        sd.apply(model, 0.5, schedule="uniform", seed=seed, example_inputs=data())
+        if not checkpointing:
+            model.checkpointed = lambda function, x: function(x)
+            model.way = "a child" if way == "checkpoint_sequential" else way
+        (branch,) = sd.branches(model)
+        for step in range(10):
+            seed_all(step)
+            x = data(seed=step).requires_grad_()
+            output = model(feed(x))
+            torch.rand(3)  # the random state moves on before the backward
+            output.square().sum().backward()
+            gradients.append((checkpointing, output, x.grad))
+        assert 0 < branch.dropped < 10
+        gradients.append((checkpointing, *[p.grad for p in model.parameters()]))
+    half = len(gradients) // 2
+    for with_it, without_it in zip(gradients[:half], gradients[half:], strict=True):
+        for a, b in zip(with_it[1:], without_it[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("reentrant", REENTRANT)
+def test_a_dropped_branch_is_not_recomputed_either(reentrant: bool) -> None:
+    ours, _ = twins(build("all children", reentrant), data(), p=1.0)
+    assert costs(ours, data())[1] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reentrant", REENTRANT)
+def test_blocks_that_checkpoint_inside_may_be_checkpointed_from_outside(
+    reentrant: bool, mode: str
+) -> None:
+    class Outer(nn.Module):
+        def __init__(self, outside: bool) -> None:
+            super().__init__()
+            self.outside = outside
+            self.blocks = nn.ModuleList(Block("all children", reentrant, 0.2) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant) if self.outside else block(x)
+            return x
+
+    results = []
+    for outside in (True, False):
+        model = net(Outer, outside)
+        sd.apply(model, 0.5, schedule="uniform", mode=mode, seed=1, example_inputs=data())
+        for step in range(6):
+            seed_all(step)
+            x = data(seed=step).requires_grad_()
+            model(feed(x)).square().sum().backward()
+            results.append(x.grad)
+        results += [p.grad for p in model.parameters()]
+        assert sum(b.dropped for b in sd.branches(model)) > 0
+    half = len(results) // 2
+    assert half > 6
+    for a, b in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_two_forwards_may_wait_for_their_backwards_in_any_order() -> None:
+    gradients = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        model = build("all children", False, dropout=0.3)
+        sd.apply(model, 0.5, schedule="uniform", seed=3, example_inputs=data())
+        inputs = [data(seed=i).requires_grad_() for i in range(3)]
+        seed_all(0)
+        outputs = [model(feed(x)) for x in inputs]
+        for i in order:
+            outputs[i].square().sum().backward()
+        gradients.append([x.grad for x in inputs])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

@@ -1,0 +1,195 @@
+"""Hooks of a block and of its children run where they would, with what they would see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+from .twins import MODES, assert_same, assert_weighed, data, feed, net, outcome, twins
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.act, self.g = nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, extra: float = 1.0) -> Tensor:
+        return x + self.g(self.act(self.f(x))) * extra
+
+
+class Output(nn.Module):
+    """Adds to what it is handed, as BertOutput does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Linear(4, 4)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.g(h) + x
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.output = nn.Linear(4, 4), Output()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.f(x), x)
+
+
+Log = list[tuple[str, str, list[Tensor | None]]]
+
+
+def observe(model: nn.Module) -> Log:
+    """Everything that hooks of any kind on all modules get to see."""
+    log: Log = []
+
+    def note(kind: str, name: str, *values: Any) -> None:
+        flat: list[Any] = []
+        for value in values:
+            flat += value if isinstance(value, tuple) else [value]
+        for value in flat:
+            assert value is None or type(value) is Tensor
+        log.append((kind, name, [None if x is None else x.detach().clone() for x in flat]))
+
+    for name, module in model.named_modules():
+
+        def before(_: Any, args: Any, name: str = name) -> None:
+            note("before", name, args)
+
+        def after(_: Any, args: Any, output: Any, name: str = name) -> None:
+            note("after", name, args, output)
+
+        def backward_before(_: Any, gradient: Any, name: str = name) -> None:
+            note("backward, before", name, gradient)
+
+        def backward(_: Any, inputs: Any, outputs: Any, name: str = name) -> None:
+            note("backward", name, inputs, outputs)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+        module.register_full_backward_pre_hook(backward_before)
+        module.register_full_backward_hook(backward)
+    return log
+
+
+@pytest.mark.parametrize("first", ["apply", "hooks"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [Block, Layer])
+def test_all_hooks_see_what_they_see_in_the_plain_model(
+    kind: type[nn.Module], mode: str, first: str
+) -> None:
+    model, plain = net(kind), net(kind)
+    theirs = observe(plain)
+    if first == "hooks":
+        mine = observe(model)
+        sd.apply(model, 1e-30, mode=mode, seed=0, example_inputs=data())
+    else:
+        sd.apply(model, 1e-30, mode=mode, seed=0, example_inputs=data())
+        mine = observe(model)
+    assert sd.branches(model)
+    mine.clear()
+    assert_same(model, plain, data())
+    assert [entry[:2] for entry in mine] == [entry[:2] for entry in theirs]
+    assert len(mine) == 4 * len(list(model.modules()))
+    for (*where, ours), (*_, others) in zip(mine, theirs, strict=True):
+        for a, b in zip(ours, others, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-11, atol=1e-11, msg=lambda t, w=where: f"{w} {t}"
+            )
+
+
+def test_hooks_of_a_dropped_branch_do_not_run_but_those_of_its_block_do() -> None:
+    model, _ = twins(net(Block), data(), p=1.0)
+    log = observe(model)
+    x = data().requires_grad_()
+    model(feed(x)).square().sum().backward()
+    assert [entry[:2] for entry in log] == [
+        ("before", ""),
+        ("after", ""),
+        ("backward, before", ""),
+        ("backward", ""),
+    ]
+    torch.testing.assert_close(log[1][2][1], data())
+    torch.testing.assert_close(x.grad, 2 * data())
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "a hook changes what a child returns": lambda m: m.f.register_forward_hook(
+        lambda _, args, output: output * 2
+    ),
+    "a hook changes what the last child returns": lambda m: m.g.register_forward_hook(
+        lambda _, args, output: output.sin()
+    ),
+    "a hook changes what a child gets": lambda m: m.g.register_forward_pre_hook(
+        lambda _, args: (args[0] + 1,)
+    ),
+    "a hook takes keywords": lambda m: m.g.register_forward_hook(
+        lambda _, args, kwargs, output: output - args[0], with_kwargs=True
+    ),
+    "a hook changes gradients": lambda m: m.g.register_full_backward_hook(
+        lambda _, inputs, outputs: (inputs[0] * 3,)
+    ),
+    "a hook runs also after errors": lambda m: m.g.register_forward_hook(
+        lambda _, args, output: output * 2, always_call=True
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_changes_something_is_heeded(hook: str, mode: str) -> None:
+    ours, plain = twins(net(Block), data(), mode=mode)
+    unhooked = outcome(plain, data())
+    for model in (ours, plain):
+        HOOKS[hook](model)
+    hooked = assert_same(ours, plain, data())
+    key = "gradient of f.weight"
+    assert not torch.allclose(hooked[key], unhooked[key])
+    sd.branches(ours)[0].p = 0.5
+    assert_weighed(ours, plain, data())
+
+
+def test_a_hook_of_the_block_gets_ordinary_children() -> None:
+    ours, plain = twins(net(Block), data(), p=1.0)
+    seen = []
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(module.f(args[0]).detach())
+        return output * 2
+
+    ours.register_forward_hook(look)
+    ours.register_forward_pre_hook(lambda module, args: seen.append(module.g(args[0]).detach()))
+    torch.testing.assert_close(ours(data()), 2 * data())
+    torch.testing.assert_close(seen, [plain.g(data()), plain.f(data())])
+
+
+def test_global_hooks_see_ordinary_tensors() -> None:
+    ours, _ = twins(net(Block), data(), p=0.5)
+    seen: list[str] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        assert all(type(x) is Tensor for x in (*args, output))
+        seen.append(type(module).__name__)
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        for step in range(12):
+            outcome(ours, data(), seed=step)
+    finally:
+        handle.remove()
+    (branch,) = sd.branches(ours)
+    assert 0 < branch.dropped < 12
+    assert seen.count("Block") == 12
+    assert seen.count("Linear") == 2 * (12 - branch.dropped)
+
+
+def test_keywords_of_a_call_reach_the_forward() -> None:
+    ours, plain = twins(net(Block), data(), p=1e-30)
+    for extra in (2.0, 0.0):
+        torch.testing.assert_close(ours(data(), extra=extra), plain(data(), extra=extra))
+    assert not torch.equal(plain(data(), extra=2.0), plain(data(), extra=0.0))

@@ -1,0 +1,344 @@
+"""In row mode a row is a sample; empty batches and mixed precision are as in the plain model."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+from .twins import assert_weighed, data, net, twins
+
+ALL_MODES = ["batch", "row", "subset"]
+
+
+def count_rows(module: nn.Module, dim: int = 0) -> list[int]:
+    rows: list[int] = []
+    module.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[dim]))
+    return rows
+
+
+class OwnAttention(nn.Module):
+    """Mixes the first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.einsum("sbd,tbd->bst", x, x).softmax(-1)
+        return torch.einsum("bst,tbd->sbd", weights, self.v(x))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = OwnAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+
+class TimeFirstModel(nn.Module):
+    """Takes batch first, and computes time first."""
+
+    def __init__(self, block: type[nn.Module] = TimeFirst) -> None:
+        super().__init__()
+        self.block = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Transposing(nn.Module):
+    """A batch-first block around a time-first attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        return x + self.attention(y, y, y, need_weights=False)[0].transpose(0, 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lstm(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+class Frames(nn.Module):
+    """Folds three frames of each sample into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = PerToken()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.flatten(0, 1)).view_as(x)
+
+
+class PerToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Windows(nn.Module):
+    """Attention in windows that are folded into the batch, and taken apart by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.reshape(-1, 2, 4)
+        mixed = self.inner(windows.flip(1)).tanh() * windows.mean(1, keepdim=True)
+        rows = int(mixed.shape[0] / (x.shape[1] / 2))
+        return x + mixed.view(rows, -1, 4)
+
+
+class TimeMajorFold(nn.Module):
+    """All samples' first frames, then all second ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = PerToken()
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = x.transpose(0, 1).flatten(0, 1)
+        return self.block(folded).view(x.shape[1], len(x), -1).transpose(0, 1)
+
+
+APART = {
+    "time first": TimeFirstModel,
+    "batch first around time first": Transposing,
+    "LSTM": Recurrent,
+    "frames": Frames,
+    "windows": Windows,
+    "frames, time major": TimeMajorFold,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # masked, said once
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("model", APART)
+def test_a_sample_is_dropped_as_a_whole(model: str, given: bool) -> None:
+    x = data(7, 6, 4)
+    ours, plain = twins(net(APART[model]), x, mode="row", p=0.5, given=given)
+    if not given:
+        ours(x)
+    assert_weighed(ours, plain, x)
+    assert_weighed(ours, plain, data(3, 6, 4), steps=20)
+
+
+@pytest.mark.parametrize(
+    "model", ["time first", "batch first around time first", "frames", "windows"]
+)
+def test_a_dropped_sample_is_not_computed(model: str) -> None:
+    x = data(7, 6, 4)
+    ours, _ = twins(net(APART[model]), x, mode="row", p=0.5)
+    (name,) = sd.branches(ours)[0].modules
+    dim = {"time first": 1, "batch first around time first": 1}.get(model, 0)
+    rows, each = (
+        count_rows(ours.get_submodule(name), dim),
+        {"frames": 6, "windows": 3}.get(model, 1),
+    )
+    for _ in range(8):
+        ours(x)
+    (branch,) = sd.branches(ours)
+    assert sum(rows) == each * (branch.decided - branch.dropped)
+    assert 0 < branch.dropped < branch.decided == 56
+
+
+class Mean(PerToken):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.f(x) - self.f(x.mean(0, keepdim=True)))
+
+
+class Largest(PerToken):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return x + y / y.abs().max()
+
+
+class Shift(PerToken):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(torch.cat([x[1:], x[:1]]))
+
+
+class Normed(PerToken):
+    """Statistics of the batch, by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return x + (y - y.mean(0)) / (y.std(0, correction=0) + 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # masked, said once
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("kind", [Mean, Largest, Shift, Normed])
+def test_where_samples_mix_each_is_computed_from_all_and_masked(
+    kind: type[nn.Module], mode: str
+) -> None:
+    ours, plain = twins(net(kind), data(), mode=mode, p=0.5)
+    assert_weighed(ours, plain, data())
+
+
+@pytest.mark.parametrize("kind", [Mean, Largest, Shift])
+def test_that_samples_mix_is_said_once(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(net(kind), net(kind), net(kind))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sd.apply(model, 0.5, mode="row", example_inputs=data())
+        for _ in range(4):
+            model(data())
+    assert len(said) == 1
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def convolve(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = self.f(x)
+        return torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # masked, said once
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_nodes_of_a_graph_are_computed_from_all_their_neighbours(mode: str) -> None:
+    class Conv(Graph):
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return self.convolve(x, edges)
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = Conv()
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return x + self.conv(x, edges)
+
+    edges = torch.stack([torch.arange(16) % 12, torch.arange(16) * 5 % 12])
+    ours, plain = twins(net(Residual), data(12, 4), edges, mode=mode, p=0.5)
+    x = data(12, 4, seed=3)
+    for step in range(8):
+        torch.manual_seed(step)
+        added = (ours(x, edges) - x).detach()
+        full = 2 * (plain(x, edges) - x).detach()
+        # Nodes without an edge get nothing at all; all others all or nothing.
+        right = (added - full).abs().amax(1) < 1e-10
+        nothing = added.abs().amax(1) == 0
+        assert (right | nothing).all()
+    assert sd.branches(ours)[0].dropped > 0
+
+
+def test_a_number_beside_the_batch_does_not_keep_samples_from_being_selected() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+            assert num_items_in_batch is None or num_items_in_batch.dim() == 0
+            return x + self.f(x)
+
+    ours, plain = twins(net(Counted), data(), mode="row", p=0.5)  # and warnings are errors
+    ours(data(), torch.tensor(24))  # a form of call that has not been seen is watched first
+    (branch,) = sd.branches(ours)
+    rows, before = count_rows(ours.f), branch.decided - branch.dropped
+    assert_weighed(ours, plain, data(), torch.tensor(24))
+    assert 0 < sum(rows) == branch.decided - branch.dropped - before < 72
+
+
+# --- empty batches
+
+
+@pytest.mark.filterwarnings("ignore:.*samples cannot be selected:UserWarning")
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("given", [True, False])
+def test_an_empty_batch_stays_empty(mode: str, p: float, given: bool) -> None:
+    ours, plain = twins(net(Transposing), data(5, 6, 4), mode=mode, p=p, given=given)
+    module = sd.StochasticDepth(nn.Linear(4, 4).double(), p, mode=mode)
+    for _ in range(4):
+        x = data(0, 6, 4).requires_grad_()
+        results = [
+            ours(x * 1),
+            sd.residual(x * 1, plain.attention.out_proj, p=p, mode=mode),
+            module(x * 1),
+        ]
+        for result in results:
+            assert result.shape == (0, 6, 4)
+            result.sum().backward()
+        assert x.grad.shape == x.shape
+
+
+# --- the dtype under autocast
+
+
+class Mixed(nn.Module):
+    """A float32 shortcut and a branch that autocast computes in bfloat16, or the reverse."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+        self.gamma = nn.Parameter(torch.ones(4)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return x + (h if self.gamma is None else self.gamma * h)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_the_dtype_of_the_output_does_not_depend_on_the_decision(
+    mode: str, scaled: bool, first: torch.dtype
+) -> None:
+    x = torch.randn(4, 4).to(first)
+    plain = Mixed(scaled)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x).dtype
+    for given in (True, False):
+        for p in (1e-30, 0.5, 1.0):
+            with torch.autocast("cpu", torch.bfloat16):
+                model, _ = twins(Mixed(scaled), x, mode=mode, p=p, given=given)
+                dtypes = {model(x).dtype for _ in range(8)}
+            assert dtypes == {expected}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("options", [{}, {"mode": "row"}, {"blocks": Mixed, "scale": "eval"}])
+def test_a_first_step_under_autocast_leaves_ordinary_tensors(
+    options: dict[str, Any], given: bool
+) -> None:
+    model = nn.Sequential(Mixed(True), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0))
+    twins(model, torch.randn(4, 3, 4), p=0.1, given=given, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(torch.randn(4, 3, 4))
+            loss = output.square().mean()
+        assert type(output) is Tensor
+        assert loss.item() > 0
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    kinds = {type(s["momentum_buffer"]) for s in optimizer.state.values()}
+    kinds |= {type(p.grad) for p in model.parameters() if p.grad is not None}
+    assert kinds == {Tensor}

@@ -1,0 +1,294 @@
+"""What a forward does besides computing is done in each step, and only there."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+from .twins import MODES, assert_same, assert_weighed, data, net, outcome, seed_all, twins
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # a branch may be left in place
+
+
+class Residual(nn.Module):
+    """Ordinary, so that there is always a branch to be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Styled(nn.Linear):
+    style: Any = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.style
+
+
+class Acting(nn.Module):
+    """A residual block that does something else in each call."""
+
+    def __init__(self, act: Callable[["Acting", Tensor, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.f, self.child, self.act = nn.Linear(4, 4), Styled(4, 4), act
+        self.log: list[Any] = []
+        self.counts: dict[str, int] = {}
+        self.calls, self.last = 0, None
+        self.register_buffer("memory", torch.zeros(3, 4))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        changed = self.act(self, x, h)
+        return x + self.child(h if changed is None else changed)
+
+
+class Net(nn.Module):
+    def __init__(self, act: Callable) -> None:
+        super().__init__()
+        self.first, self.acting = Residual(), Acting(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.acting(self.first(x))
+
+
+def count(block: Acting, x: Tensor, h: Tensor) -> None:
+    block.counts["calls"] = block.counts.get("calls", 0) + 1
+
+
+def append(block: Acting, x: Tensor, h: Tensor) -> None:
+    block.log.append(h)
+
+
+def set_child(block: Acting, x: Tensor, h: Tensor) -> None:
+    block.child.style = x.mean(1, keepdim=True)
+
+
+def set_self(block: Acting, x: Tensor, h: Tensor) -> None:
+    block.calls += 1
+    block.last = h.detach()
+
+
+def alternate(block: Acting, x: Tensor, h: Tensor) -> Tensor:
+    block.calls += 1
+    return h if block.calls % 2 else -h
+
+
+def write(block: Acting, x: Tensor, h: Tensor) -> None:
+    with torch.no_grad():
+        block.memory[int(block.seen) % 3] = x.mean(0)
+        block.seen += 1
+
+
+def remember(block: Acting, x: Tensor, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        block.memory.mul_(0.9).add_(h.mean(0))
+    return h - block.memory.mean(0)
+
+
+def grow(block: Acting, x: Tensor, h: Tensor) -> Tensor:
+    block.log.append(x.detach().mean(0))
+    return h + torch.stack(block.log).sum(0)
+
+
+EFFECTS = [count, append, set_child, set_self, alternate, write, remember, grow]
+
+
+def trace(model: nn.Module) -> list[Any]:
+    """What the block keeps, comparable with ==."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, Tensor) else value
+
+    block = model.acting
+    kept = [plain(x) for x in block.log], dict(block.counts), block.calls, plain(block.last)
+    return [*kept, plain(block.memory), int(block.seen), plain(block.child.style)]
+
+
+def kinds(model: nn.Module) -> set[type]:
+    block = model.acting
+    values = [*block.log, block.last, block.memory, block.child.style]
+    return {type(x) for x in values if not isinstance(x, float | int | None)}
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_side_effects_happen_once_a_step(effect: Callable, mode: str, given: bool) -> None:
+    model = net(Net, effect)
+    before = trace(model)
+    ours, plain = twins(model, data(), mode=mode, given=given)
+    assert trace(ours) == before
+    for step in range(3):
+        assert_same(ours, plain, data(seed=step))
+        for mine, theirs in zip(trace(ours), trace(plain), strict=True):
+            if isinstance(mine, list):
+                mine, theirs = torch.tensor(mine), torch.tensor(theirs)
+                torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+            else:
+                assert mine == theirs
+    assert kinds(ours) == kinds(plain) <= {Tensor}
+    assert trace(ours) != before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_what_a_model_keeps_of_a_dropped_branch_is_a_tensor(effect: Callable, mode: str) -> None:
+    ours, _ = twins(net(Net, effect), data(), mode=mode, p=0.7)
+    for step in range(8):
+        outcome(ours, data(seed=step), seed=step)
+    assert kinds(ours) <= {Tensor}
+    assert sum(branch.dropped for branch in sd.branches(ours)) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_list_that_is_handed_down_is_filled(mode: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, before: list[Tensor], after: list[Tensor]) -> Tensor:
+            before.append(x)
+            x = x + self.g(self.f(x))
+            after += [x]
+            return x
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            before: list[Tensor] = []
+            after: list[Tensor] = []
+            for block in self.blocks:
+                x = block(x, before, after)
+            return {"x": x, "before": before, "after": after}
+
+    ours, plain = twins(net(Deep), data(), mode=mode)
+    assert len(sd.branches(ours)) == 3
+    assert_same(ours, plain, data())
+    for branch in sd.branches(ours):
+        branch.p = 1.0
+    results = ours(data())
+    assert len(results["before"]) == len(results["after"]) == 3
+    for x in [results["x"], *results["before"], *results["after"]]:
+        torch.testing.assert_close(x, data())
+
+
+# --- what apply, summary and verify leave behind
+
+
+class Fussy(nn.Module):
+    """Counts and draws in all the ways there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = Residual(), nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.acting = Acting(append)
+        self.generator = torch.Generator().manual_seed(3)
+        self.random, self.numpy = random.Random(3), np.random.default_rng(3)
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.acting.counts["calls"] = self.acting.counts.get("calls", 0) + 1
+        noise = torch.rand(len(x), 1, generator=self.generator, dtype=x.dtype)
+        scale = self.random.random() + self.numpy.random() + random.random()
+        x = self.drop(self.norm(self.first(x))) * scale + noise * np.random.rand()  # noqa: NPY002
+        if self.fails:
+            raise KeyError("a fault of the model")
+        return self.acting(x)
+
+
+class WithoutSums(Fussy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first.f(self.acting.f(super().forward(x) * 0))
+
+
+def state(model: Fussy) -> list[Any]:
+    tensors = [(k, v.tolist()) for k, v in model.state_dict().items()]
+    kept = [list(model.acting.log), dict(model.acting.counts), model.acting.calls]
+    drawn = model.generator.get_state().tolist(), model.random.getstate()
+    drawn += str(model.numpy.bit_generator.state), random.getstate()
+    drawn += str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    flags = [m.training for m in model.modules()], [p.grad for p in model.parameters()]
+    return [tensors, kept, drawn, flags]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_apply_summary_and_verify_leave_the_models_state_as_it_was(training: bool) -> None:
+    model = net(Fussy).train(training)
+    model.norm.eval()
+    seed_all(7)
+    before, log = state(model), model.acting.log
+    sd.apply(model, 0.5, example_inputs=data())
+    assert state(model) == before
+    sd.summary(model, example_inputs=data())
+    assert state(model) == before
+    sd.verify(model, data())
+    assert state(model) == before
+    assert model.acting.log is log
+
+
+def test_an_apply_that_fails_leaves_everything_as_it_was() -> None:
+    model = net(Fussy)
+    model.fails = True
+    seed_all(7)
+    before, contents = state(model), [dict(vars(m)) for m in model.modules()]
+    with pytest.raises((KeyError, ValueError), match="a fault of the model"):
+        sd.apply(model, 0.5, example_inputs=data())
+    assert state(model) == before
+    assert [dict(vars(m)) for m in model.modules()] == contents
+    assert not sd.is_applied(model)
+
+
+def test_an_apply_that_is_interrupted_leaves_everything_as_it_was() -> None:
+    model = net(Fussy)
+    interrupted = model.acting.child.register_forward_hook(interrupt)
+    contents = [dict(vars(m)) for m in model.modules()]
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        sd.apply(model, 0.5, example_inputs=data())
+    assert state(model) == before
+    assert [dict(vars(m)) for m in model.modules()] == contents
+    interrupted.remove()
+    assert model(data()).shape == (6, 4)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_model_where_nothing_is_found_is_left_as_it_was() -> None:
+    model = net(Fussy)
+    with pytest.raises(ValueError, match="nowhere"):
+        sd.apply(model, 0.5, example_inputs=data(), include="nowhere*")
+    assert model.acting.log == []
+    assert model.acting.counts == {}
+    assert not sd.is_applied(model)
+
+
+def test_weighing_and_dropping_leave_side_effects_alone() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.log = nn.Linear(4, 4), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.log.append(x.detach().mean())
+            return x + self.f(x)
+
+    ours, plain = twins(net(Counted), data(), p=0.5)
+    ours.log.clear()
+    assert_weighed(ours, plain, data(), steps=12)
+    assert ours.log == [data().mean()] * 12

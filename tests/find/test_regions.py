@@ -1,0 +1,147 @@
+"""Which sums have a residual branch, and which only look like it."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from find import small
+from find.small import WIDTH
+from stochastic_depth.find import find
+from stochastic_depth.find.plan import Findings
+
+
+def look(model: nn.Module, *shape: int) -> Findings:
+    torch.manual_seed(0)
+    return find(model, (torch.randn(*(shape or (3, WIDTH))),), {}, samples=False)
+
+
+def modules(model: nn.Module, *shape: int) -> list[tuple[str, ...]]:
+    return [b.modules for b in look(model, *shape).branches]
+
+
+def test_branches_that_are_given_as_functions() -> None:
+    assert modules(small.Lambdas()) == [("first.norm", "a"), ("second.norm", "b")]
+
+
+def test_residuals_that_are_carried_to_the_next_layer() -> None:
+    expected = [(f"layers.{i}.norm", f"layers.{i}.f") for i in range(3)]
+    assert modules(small.Carried()) == expected
+
+
+def test_sums_that_are_handed_down() -> None:
+    assert modules(small.HandedDown()) == [("inner", "middle.output.f")]
+
+
+def test_sums_by_siblings() -> None:
+    assert modules(small.Siblings()) == [("layers.0.f",), ("layers.2.f",)]
+
+
+SPELLINGS = {
+    "x + y": lambda x, y: x + y,
+    "y + x": lambda x, y: y + x,
+    "x - y": lambda x, y: x - y,
+    "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
+    "keywords": lambda x, y: torch.add(input=x, other=y),
+    "in place": lambda x, y: y.add_(x),
+    "stack": lambda x, y: torch.stack([x, y]).sum(0),
+    "addcmul": lambda x, y: torch.addcmul(x, y, torch.ones(WIDTH)),
+    "addmm": lambda x, y: torch.addmm(x, y, torch.eye(WIDTH)),
+    "index_add": lambda x, y: x.clone().index_add_(0, torch.arange(3), y),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_sums_in_any_spelling(name: str) -> None:
+    (branch,) = look(small.Spelled(SPELLINGS[name])).branches
+    assert branch.modules == ("f",)
+    plain = list(SPELLINGS).index(name) < 6
+    assert (len(branch.sums), len(branch.joins)) == ((1, 0) if plain else (0, 1))
+
+
+def test_a_sum_of_slices() -> None:
+    (branch,) = look(small.Slices()).branches
+    assert (len(branch.sums), len(branch.joins)) == (1, 1)
+    assert branch.kind == "identity"
+
+
+def test_a_projection() -> None:
+    class Projection(small.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(small.linear(), nn.ReLU(), small.linear())
+            self.project = small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x) + self.f(x)
+
+    (branch,) = look(nn.Sequential(Projection(), small.linear())).branches
+    assert (branch.name, branch.kind) == ("0:f", "projection")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [small.Gates(), small.Noisy(), small.ParameterAsShortcut(), small.TokenShift(),
+     small.WideAndDeep()],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+def test_no_branch_where_there_is_none(model: nn.Module) -> None:
+    assert look(model).branches == []
+
+
+def test_positional_convolutions_are_no_branch_and_are_told() -> None:
+    found = look(small.PositionalConvolutions(), 2, 5, WIDTH)
+    assert [b.name for b in found.branches] == ["block:f"]
+    assert [(r.name, "positional" in r.reason) for r in found.refused] == [(":positions", True)]
+
+
+def test_the_outer_of_two_branches_is_the_branch() -> None:
+    class Outer(nn.Module):
+        def __init__(self, inner: int) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*[small.Block() for _ in range(inner)], small.linear())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.body(x)
+
+    assert [b.name for b in look(Outer(1)).branches] == [":body"]
+    found = look(Outer(2))
+    assert [b.name for b in found.branches] == ["body.0:f", "body.1:f"]
+    assert "a long skip around 2" in found.refused[0].reason
+
+
+def test_a_part_that_somebody_else_uses_is_no_part_of_the_branch() -> None:
+    class Leaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = small.linear(), small.linear()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.f(x)
+            return x + self.g(h), h
+
+    assert modules(Leaky()) == [("g",)]
+
+
+def test_a_module_that_also_returns_what_is_used_is_looked_into() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.scale = small.linear(), small.linear()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.f(x), self.scale(x)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two, self.head = Two(), small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, scale = self.two(x)
+            return self.head(x + y) * scale
+
+    assert modules(Scaled()) == [("two.f",)]
+
+
+def test_a_thousand_sums_one_after_the_other_take_no_recursion() -> None:
+    assert len(look(nn.Sequential(*[small.Block() for _ in range(1000)])).branches) == 1000

@@ -1,0 +1,156 @@
+"""Where values have the samples, and whether these stay apart."""
+
+import torch
+from torch import Tensor, nn
+
+from find import small
+from find.small import WIDTH
+from stochastic_depth.branch import Place
+from stochastic_depth.find import find
+
+
+def places(model: nn.Module, *args: Tensor) -> list[tuple[Place | None, str]]:
+    torch.manual_seed(0)
+    found = find(model, args, {}, samples=True)
+    assert found.branches
+    return [(b.place, b.reason) for b in found.branches]
+
+
+class TimeFirst(nn.Module):
+    """Attention over the first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.f = small.linear(), small.linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).transpose(0, 1)
+        weights = (q @ q.transpose(1, 2)).softmax(-1)
+        return x + self.f((weights @ q).transpose(0, 1))
+
+
+def test_samples_in_the_first_dimension() -> None:
+    assert places(small.Block(), torch.randn(3, WIDTH)) == [(Place(0), "")]
+    assert places(small.Block(), torch.randn(1, 4, WIDTH)) == [(Place(0), "")]
+
+
+def test_time_first() -> None:
+    assert places(TimeFirst(), torch.randn(5, 3, WIDTH)) == [(Place(1), "")]
+    assert places(TimeFirst(), torch.randn(3, 3, WIDTH)) == [(Place(1), "")]
+
+
+def test_a_time_first_layer_in_a_batch_first_block() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.LSTM(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x.transpose(0, 1))[0].transpose(0, 1)
+
+    x = torch.randn(3, 5, WIDTH)
+    found = find(Recurrent(), (x,), {}, samples=True)
+    assert found.branches[0].place == Place(0)
+    ((gate,),) = next(iter(found.plans[""].values())).gates.values()
+    assert gate.given == (Place(1),)
+    assert gate.returned[0].place == Place(1)
+
+
+def test_frames_that_are_folded_into_the_batch_belong_to_a_sample() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = small.Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, t, c = x.shape
+            return self.block(x.reshape(n * t, c)).view(n, t, c).mean(1)
+
+    assert places(Frames(), torch.randn(3, 5, WIDTH)) == [(Place(0, 5), "")]
+
+
+def test_copies_that_are_not_next_to_each_other_are_not_selected() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = small.Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x.repeat(4, 1)).view(4, -1, WIDTH).mean(0)
+
+    ((place, reason),) = places(Ensemble(), torch.randn(3, WIDTH))
+    assert place is None
+    assert "next to each other" in reason
+
+
+def test_samples_that_mix() -> None:
+    model = small.Spelled(lambda x, y: x + y / y.abs().max())
+    ((place, reason),) = places(model, torch.randn(3, WIDTH))
+    assert place is None
+    assert "depend on each other" in reason
+
+
+def test_nodes_of_a_graph_are_no_samples() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = small.linear()
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return x + self.f(torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+
+    edges = torch.stack([torch.arange(6), torch.arange(6).roll(-1)])
+    ((place, _),) = places(Graph(), torch.randn(6, WIDTH), edges)
+    assert place is None
+
+
+def test_batch_norm_does_not_count_as_mixing() -> None:
+    class Normed(small.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+    assert places(Normed().train(), torch.randn(3, WIDTH)) == [(Place(0), "")]
+
+
+def test_arguments_without_dimensions_have_no_samples() -> None:
+    class Counted(small.Block):
+        def forward(self, x: Tensor, count: Tensor) -> Tensor:  # type: ignore[override]
+            return x + self.f(x) / count
+
+    assert places(Counted(), torch.randn(3, WIDTH), torch.tensor(7)) == [(Place(0), "")]
+
+
+def test_several_inputs_with_samples_in_different_dimensions() -> None:
+    class Two(small.Block):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return x + self.f(x * y.t())
+
+    assert places(Two(), torch.randn(3, WIDTH), torch.randn(WIDTH, 3)) == [(Place(0), "")]
+
+
+def test_a_model_that_takes_no_other_number_of_samples_says_so() -> None:
+    class Fixed(small.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] != 3:
+                raise ValueError("just 3")
+            return super().forward(x)
+
+    ((place, reason),) = places(Fixed(), torch.randn(3, WIDTH))
+    assert place is None
+    assert "one sample more" in reason
+    assert "just 3" in reason
+
+
+def test_samples_that_are_all_the_same_prove_nothing() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.block = nn.Embedding(9, WIDTH), small.Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.words(x))
+
+    ((place, reason),) = places(Tokens(), torch.zeros(2, 4, dtype=torch.long))
+    assert place is None
+    assert "alike" in reason

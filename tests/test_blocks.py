@@ -1,0 +1,264 @@
+"""Blocks dropped as a whole: LayerDrop, and blocks without a residual sum."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+
+class Layer(nn.Module):
+    """A decoder layer in the way of transformers: keywords, a mask, a cache, a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, cache: Cache | None = None):
+        mixed = torch.tanh(self.first(hidden))
+        if mask is not None:
+            mixed = mixed * mask
+        if cache is not None:
+            cache.keys.append(mixed)
+        hidden = hidden + mixed
+        return hidden + self.gain * self.second(hidden), cache, None
+
+
+class Decoder(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(depth))
+
+    def forward(self, x: Tensor, **more: object) -> Tensor:
+        states = [x]
+        for layer in self.layers:
+            x, cache, weights = layer(hidden=x, **more)
+            assert weights is None
+            assert cache is more.get("cache")
+            states.append(x.detach())
+        self.states = states
+        return x
+
+
+class Asking(nn.Module):
+    """What it does depends on its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.isfinite().all():
+            raise ValueError("not finite")
+        return self.linear(x)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def rows_run(model: nn.Module) -> list[int]:
+    """Filled with the rows that every layer's first linear computes."""
+    counts: list[int] = []
+    for layer in model.layers:
+        layer.first.register_forward_hook(lambda _, args, __: counts.append(len(args[0])))
+    return counts
+
+
+def expected(plain: Decoder, x: Tensor, weights: list[Tensor], **more: object) -> Tensor:
+    """All computed; ``weights`` are those of each layer's change, by row."""
+    for layer, weight in zip(plain.layers, weights, strict=True):
+        x = x + weight.view(-1, 1) * (layer(x, **more)[0] - x)
+    return x
+
+
+def weights(model: Decoder, weight: float) -> list[Tensor]:
+    """By row, ``weight`` where a layer counted in the last call of the model, and 0 elsewhere."""
+    steps = zip(model.states, model.states[1:], strict=False)
+    return [torch.where((after != x).any(-1), weight, 0.0).double() for x, after in steps]
+
+
+def applied(model: nn.Module, p: float, **options: object) -> nn.Module:
+    """``sd.apply`` with an example in the model's dtype."""
+    x = torch.randn(4, 4, dtype=next(model.parameters()).dtype)
+    return sd.apply(model, p, **{"schedule": "uniform", "example_inputs": x, **options})
+
+
+@pytest.mark.parametrize(("scale", "weight"), [("train", 2.0), ("none", 1.0)])
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_output_and_gradients_are_those_of_masked_layers(mode, scale, weight):
+    plain = Decoder().double()
+    model = applied(copy.deepcopy(plain), 0.5, mode=mode, scale=scale, blocks=Layer)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    for _ in range(8):
+        loss = model(x).square().sum()
+        losses = [loss, expected(plain, x, weights(model, weight)).square().sum()]
+        torch.testing.assert_close(*losses)
+        leaves = [[x, *m.parameters()] for m in (model, plain)]
+        ours, theirs = (
+            torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+            for loss, wrt in zip(losses, leaves, strict=True)
+        )
+        torch.testing.assert_close(ours, theirs)
+    decided = sum(branch.decided for branch in sd.branches(model))
+    assert decided == 3 * 8 * (5 if mode == "row" else 1)
+    assert 0 < sum(branch.dropped for branch in sd.branches(model)) < decided
+
+
+def test_only_kept_rows_run():
+    model = applied(Decoder(), 0.5, mode="subset", blocks=Layer)
+    model(torch.randn(6, 4))
+    counts = rows_run(model)
+    model(torch.randn(6, 4))
+    assert counts == [3, 3, 3]
+
+
+def test_p_1_runs_nothing_from_the_first_call_and_p_0_is_the_plain_model():
+    plain = Decoder()
+    x = torch.randn(2, 4)
+    model = applied(copy.deepcopy(plain), 1.0, blocks="layers.*")
+    calls: list[int] = []
+    for layer in model.layers:
+        layer.first.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model(x), x)
+    assert calls == []
+    assert torch.equal(applied(model, 0.0, blocks="layers.*")(x), plain(x))
+
+
+def test_evaluation_is_the_plain_model_and_the_paper_s_scaling_weighs_the_change():
+    plain = Decoder().double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = applied(copy.deepcopy(plain), 0.5, blocks=Layer)
+    assert torch.equal(model(x), plain(x))
+    applied(model, 0.25, scale="eval", blocks=Layer).eval()
+    by_row = [torch.full((3,), 0.75, dtype=torch.float64)] * 3
+    torch.testing.assert_close(model(x), expected(plain, x, by_row))
+
+
+@pytest.mark.parametrize("rows", [5, 1])
+def test_a_mask_that_the_examples_do_not_have_is_told_when_it_comes(rows):
+    plain = Decoder().double()
+    model = applied(copy.deepcopy(plain), 0.5, mode="subset", blocks=Layer)
+    x, mask = torch.randn(6, 4).double(), torch.randn(6 if rows > 1 else 1, 4).double()
+    model(x, mask=mask)  # watched
+    counts = rows_run(model)
+    out = model(x, mask=mask)
+    torch.testing.assert_close(out, expected(plain, x, weights(model, 2.0), mask=mask))
+    assert counts == [3, 3, 3]
+
+
+def test_where_a_cache_is_written_no_layer_is_dropped_and_a_warning_says_so():
+    model, cache, x = applied(Decoder(), 0.5, blocks=Layer), Cache(), torch.randn(2, 4)
+    with pytest.warns(UserWarning, match=r"layers\.\d.*is not dropped .* use_cache=False") as told:
+        model(x, cache=cache)
+    assert len(told) == 3
+    for _ in range(9):
+        model(x, cache=cache)
+    assert len(cache.keys) == 30
+
+
+def test_a_block_without_a_residual_sum_is_dropped():
+    model = nn.Sequential(Asking(), Asking())
+    with pytest.raises(ValueError, match="blocks="):
+        applied(model, 0.5)
+    applied(model, 1.0, blocks=Asking)
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), x)
+    assert sd.verify(model, x).passed
+
+
+class Bad(nn.Module):
+    def __init__(self, result) -> None:
+        super().__init__()
+        self.linear, self.result = nn.Linear(4, 3), result
+
+    def forward(self, x: Tensor):
+        return self.result(self, x)
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (lambda self, x: self.linear(x), "wrap it in StochasticDepth with a projection"),
+        (lambda self, x: (x + 1, self.linear(x)), "besides its output it returns a tensor"),
+        (lambda self, x: (x + 1, len(x)), "besides its output it returns a value"),
+        (lambda self, x: "nothing", "it returns no tensor"),
+        (lambda self, x: x.argsort(), "it returns no floating-point tensor"),
+    ],
+)
+def test_what_cannot_be_dropped_is_reported_and_runs(result, reason):
+    bad, x = Bad(result), torch.randn(2, 4)
+    plain = bad(x)
+    with pytest.raises(ValueError, match=rf"none of the blocks of blocks=.*\n.*{reason}"):
+        applied(nn.Sequential(bad), 1.0, blocks=Bad)
+    model = applied(nn.Sequential(Asking(), bad), 1.0, blocks=[Asking, Bad])
+    ((name, why),) = sd.summary(model).refused
+    assert name == "1:(block)"
+    assert reason in why
+    assert str(model(x)) == str(plain)
+
+
+def test_state_is_kept_and_remove_undoes():
+    plain = Decoder()
+    model = applied(copy.deepcopy(plain), 0.5, blocks=lambda name, m: isinstance(m, Layer))
+    x = torch.randn(2, 4)
+    model(x)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.manual_seed(3)
+        ours = model(x)
+        torch.manual_seed(3)
+        assert torch.equal(twin(x), ours)
+    sd.remove(model)
+    assert torch.equal(model(x), plain(x))
+    assert vars(model.layers[0]).keys() == vars(plain.layers[0]).keys()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_replays(reentrant):
+    model = applied(Decoder(), 0.5, mode="row", blocks=Layer)
+    x = torch.randn(4, 4, requires_grad=True)
+    gradients = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        run(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["batch", "subset"])
+def test_compiles_into_one_graph(mode):
+    torch._dynamo.reset()
+    model = applied(Decoder(), 0.5, mode=mode, blocks=Layer)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 4)
+    results = {round(fast(x).sum().item(), 4) for _ in range(20)}
+    assert len(results) > 2
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"blocks='blocks\.\*' matches no module of Decoder"):
+        applied(Decoder(), 0.5, blocks="blocks.*")
+    with pytest.raises(TypeError, match="blocks must be 'all', globs"):
+        applied(Decoder(), 0.5, blocks=3)
+    with pytest.raises(ValueError, match="include and exclude are for branches"):
+        applied(Decoder(), 0.5, blocks=Layer, exclude="layers.0")
+
+
+def test_summary_lists_blocks_and_not_what_is_in_them():
+    text = str(sd.summary(applied(Decoder(), 0.5, blocks=Layer), torch.randn(2, 4)))
+    assert "layers.2:(block)" in text
+    assert "not dropped" not in text
+    assert "expected depth  1.50 of 3" in text

@@ -1,0 +1,224 @@
+"""In mixed precision weights move as the plain model's do, and ranks stay equal."""
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stochastic_depth.cli.torchvision_ops import ensure_torchvision
+
+ensure_torchvision()  # the processes of other ranks have no conftest
+
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torchvision.models.convnext import CNBlockConfig  # noqa: E402
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel  # noqa: E402
+
+import stochastic_depth as sd  # noqa: E402
+from ranks import gathered, launch  # noqa: E402
+
+KEPT = 1e-30  # drops never, while everything that could drop is in place
+STEPS, BATCH = 4, 4
+Batch = dict[str, Tensor]
+
+
+class Images(nn.Module):
+    """Takes its images by name, as the text models take their tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+class Hidden(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, use_cache=False).last_hidden_state
+
+
+def convnext() -> nn.Module:
+    """Its layer scale keeps the sums in float32, whatever autocast makes of the branches."""
+    stages = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 1)]
+    return Images(torchvision.models.ConvNeXt(stages, layer_scale=1.0, num_classes=5))
+
+
+def vit() -> nn.Module:
+    sizes = {"image_size": 8, "patch_size": 4, "num_layers": 2, "num_heads": 2}
+    return Images(torchvision.models.VisionTransformer(**sizes, hidden_dim=8, mlp_dim=16))
+
+
+def timm_vit() -> nn.Module:
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    return Images(timm.models.VisionTransformer(**sizes, num_classes=5))
+
+
+SIZES = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 32,
+}
+
+
+def bert() -> nn.Module:
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return Hidden(BertModel(BertConfig(**SIZES, **none), add_pooling_layer=False))
+
+
+def llama() -> nn.Module:
+    return Hidden(LlamaModel(LlamaConfig(**SIZES, num_key_value_heads=2)))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Embedding(32, 8), nn.Linear(8, 1)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(self.encoder(self.first(tokens)))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    f.__name__: f for f in (convnext, vit, timm_vit, bert, llama, Encoder)
+}
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda weights: torch.optim.SGD(weights, 0.05, momentum=0.9),
+    "AdamW": lambda weights: torch.optim.AdamW(weights, 0.01),
+}
+
+
+def batch(name: str, step: int, rank: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    if name in ("bert", "llama", "Encoder"):
+        return {"tokens": torch.randint(0, 32, (BATCH, 6), generator=generator)}
+    size = 32 if name == "convnext" else 8
+    return {"images": torch.randn(BATCH, 3, size, size, generator=generator)}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().train()
+    with torch.no_grad():
+        for p in model.parameters():  # nothing is 0, so that every branch matters
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def apply(model: nn.Module, name: str, given: bool, p: float = KEPT, **options: Any) -> nn.Module:
+    example = batch(name, 99) if given else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that something has to be seen first
+        return sd.apply(model, p, schedule="uniform", example_inputs=example, **options)
+
+
+def train(
+    model: nn.Module, name: str, optimizer: str, dtype: torch.dtype, rank: int = 0
+) -> list[Tensor]:
+    """A few steps; returns the losses."""
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype is torch.float16)
+    losses = []
+    for step in range(STEPS):
+        with torch.autocast("cpu", dtype):
+            output = model(**batch(name, step, rank))
+            loss = (output.float().mean(-1) - 1).square().mean()
+        assert type(loss) is Tensor
+        stepper.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(stepper)
+        scaler.update()
+        losses.append(loss.detach())
+    for state in stepper.state.values():
+        assert {type(x) for x in state.values() if x is not None} == {Tensor}
+    return losses
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def assert_moved_alike(ours: nn.Module, plain: nn.Module, start: nn.Module) -> None:
+    mine, theirs = weights(ours) - weights(start), weights(plain) - weights(start)
+    assert theirs.isfinite().all()
+    assert theirs.norm() > 0.01
+    # The sums are rounded alike; what is allowed is a hundredth of the way.
+    assert (mine - theirs).norm() < 0.01 * theirs.norm()
+
+
+# Convolutions in float16 take seconds on a CPU.
+CASES = [
+    (name, dtype)
+    for name in MODELS
+    for dtype in (torch.bfloat16, torch.float16)
+    if name != "convnext" or dtype is torch.bfloat16
+]
+
+
+@pytest.mark.parametrize(("mode", "given"), [("batch", False), ("batch", True), ("row", True)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_weights_move_as_the_plain_models(
+    name: str, optimizer: str, dtype: torch.dtype, mode: str, given: bool
+) -> None:
+    start = build(name)
+    plain, ours = copy.deepcopy(start), copy.deepcopy(start)
+    expected = train(plain, name, optimizer, dtype)
+    apply(ours, name, given, mode=mode, seed=0)
+    losses = train(ours, name, optimizer, dtype)
+    assert sd.branches(ours)
+    torch.testing.assert_close(losses, expected, rtol=0.01, atol=0.001)
+    assert_moved_alike(ours, plain, start)
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_move_and_stay_finite_where_branches_drop(name: str, mode: str) -> None:
+    start = build(name)
+    ours = apply(copy.deepcopy(start), name, True, p=0.5, mode=mode, seed=0)
+    train(ours, name, "SGD", torch.bfloat16)
+    moved = weights(ours) - weights(start)
+    assert moved.isfinite().all()
+    assert moved.norm() > 0.01
+    assert sum(branch.dropped for branch in sd.branches(ours)) > 0
+
+
+def on_each_rank(rank: int) -> None:
+    warnings.simplefilter("ignore")
+    for name, optimizer in itertools.product(MODELS, OPTIMIZERS):
+        start = build(name)
+        plain = DistributedDataParallel(copy.deepcopy(start))
+        train(plain, name, optimizer, torch.bfloat16, rank)
+        cases = [(KEPT, False, "batch"), (0.5, True, "batch"), (KEPT, True, "row")]
+        for p, given, mode in cases[: 3 if optimizer == "SGD" else 2]:
+            try:
+                ours = apply(copy.deepcopy(start), name, given, p=p, mode=mode)
+                torch.manual_seed(rank)
+                train(DistributedDataParallel(ours), name, optimizer, torch.bfloat16, rank)
+                if p == KEPT:
+                    assert_moved_alike(ours, plain.module, start)
+                everyone = gathered(weights(ours))
+                assert everyone[0].isfinite().all()
+                assert torch.equal(*everyone)
+                assert not torch.equal(weights(ours), weights(start))
+                assert p == KEPT or sum(b.dropped for b in sd.branches(ours)) > 0
+            except BaseException as error:
+                error.add_note(f"{name=}, {optimizer=}, {p=}, {given=}, {mode=}")
+                raise
+
+
+def test_two_ranks_stay_equal_and_move_as_plain_ones() -> None:
+    launch(on_each_rank, 2)
