@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from stochastic_depth.skip.balance import cost_classes, simulated, slowest
+from stochastic_depth.drop.balance import cost_classes, simulated, slowest
 
 RANKS = (1, 2, 8, 64, 1024, 4096)
 STEPS = 100

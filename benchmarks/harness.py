@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import stochastic_depth as sd
-from stochastic_depth.skip.force import forced
+from stochastic_depth.drop.force import forced
 
 
 @dataclass

@@ -35,7 +35,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
-from stochastic_depth.skip.balance import slowest
+from stochastic_depth.drop.balance import slowest
 
 from .harness import machine, turn
 

@@ -74,13 +74,17 @@ def measure(
     plain.train()
     on_tokens = any(isinstance(m, TokenBlock) for m in plain.modules())
     peers = [peer for peer in peers if on_tokens or peer not in ON_TOKENS]
-    shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0, example_inputs=x), x, dtype=dtype))
+    shares = branch_shares(
+        Side(sd.apply(copy.deepcopy(plain), p=0.0, example_inputs=x), x, dtype=dtype)
+    )
     results = []
     for setting in settings:
         p, schedule = read_setting(setting)
         sides = {"plain": Side(plain, x, dtype=dtype)}
         for mode in modes:
-            ours = sd.apply(copy.deepcopy(plain), p=p, schedule=schedule, mode=mode, example_inputs=x)
+            ours = sd.apply(
+                copy.deepcopy(plain), p=p, schedule=schedule, mode=mode, example_inputs=x
+            )
             sides[mode] = Side(ours, x, shares, dtype)
         for mode in ["plain", *modes] if compiling else []:
             side = Side(copy.deepcopy(sides[mode].model), x, dtype=dtype)

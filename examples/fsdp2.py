@@ -33,7 +33,9 @@ def train(rank: int, device: torch.device) -> None:
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
 
     torch.manual_seed(0)
-    model = sd.apply(Network(), p=0.3, mode="row", example_inputs=torch.zeros(2, 3, 8, 8)).to(device)
+    model = sd.apply(Network(), p=0.3, mode="row", example_inputs=torch.zeros(2, 3, 8, 8)).to(
+        device
+    )
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

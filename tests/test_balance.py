@@ -19,7 +19,7 @@ import pytest
 import torch
 from benchmarks import balance as benchmark
 
-from stochastic_depth.skip.balance import (
+from stochastic_depth.drop.balance import (
     Rounds,
     balanced_order,
     coins,

@@ -159,9 +159,7 @@ def test_private_generator_is_refused_in_a_compiled_graph(options):
 
 def test_copy_of_an_applied_model_compiles():
     model, x = build(Mlp)
-    fast, counter = compiled(
-        copy.deepcopy(sd.apply(model, p=0.5, mode="subset", example_inputs=x))
-    )
+    fast, counter = compiled(copy.deepcopy(sd.apply(model, p=0.5, mode="subset", example_inputs=x)))
     fast(x)
     assert counter.frame_count == 1
 

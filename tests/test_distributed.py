@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from ranks import gathered, launch
-from stochastic_depth.skip.draws import Draws
+from stochastic_depth.drop.draws import Draws
 
 STEPS = 20
 MODES = ["batch", "row", "subset"]
@@ -31,9 +31,7 @@ class Block(nn.Module):
 def build(mode: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), *[Block() for _ in range(4)]).double()
-    return sd.apply(
-        model, p=0.5, schedule="uniform", mode=mode, example_inputs=batch(0, 0)
-    )
+    return sd.apply(model, p=0.5, schedule="uniform", mode=mode, example_inputs=batch(0, 0))
 
 
 def batch(rank: int, step: int) -> Tensor:

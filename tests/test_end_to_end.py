@@ -21,8 +21,8 @@ from torchvision.models.convnext import CNBlockConfig
 
 import reference
 import stochastic_depth as sd
-from stochastic_depth.skip import run
-from stochastic_depth.skip.draws import Draws
+from stochastic_depth.drop import run
+from stochastic_depth.drop.draws import Draws
 from zoo.transformers_models import FAMILIES, build
 
 ROWS, STEPS = 4, 2

@@ -39,4 +39,6 @@ def test_an_example_runs_on_two_processes(script, tmp_path):
 
 
 def test_every_example_is_run():
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted([*SCRIPTS, "task.py", *ALONE])
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(
+        [*SCRIPTS, "task.py", *ALONE]
+    )

@@ -30,7 +30,7 @@ class Net(nn.Module):
 # --- where calls of modules are met
 
 
-def test_what_stands_on_an_instance_for_its_call_meets_every_call_and_goes_without_a_trace() -> None:
+def test_what_stands_on_an_instance_meets_its_calls_and_goes_without_a_trace() -> None:
     net, x = Net(), torch.ones(2, 3)
     expected = net(x)
     net.linear.__dict__[_torch.CALL] = lambda x: x + 1
@@ -170,9 +170,7 @@ def test_fsdp1_marks_its_flat_parameters_and_their_views(original: bool) -> None
     assert not any(map(_torch.is_flat_parameter, plain.parameters()))
     assert not _torch.is_view_of_flat_parameter(plain.linear.weight)
     assert not _torch.is_view_of_flat_parameter(None)
-    model = FullyShardedDataParallel(
-        plain, use_orig_params=original, device_id=torch.device("cpu")
-    )
+    model = FullyShardedDataParallel(plain, use_orig_params=original, device_id=torch.device("cpu"))
     assert any(map(_torch.is_flat_parameter, model.parameters()))
     seen: list[bool] = []
     plain.linear.register_forward_pre_hook(

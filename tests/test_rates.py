@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import reference
 import stochastic_depth as sd
-from stochastic_depth.skip.decide import subset_size
+from stochastic_depth.drop.decide import subset_size
 from stochastic_depth.rates import depth_rates
 
 FALSE_ALARM = 1e-3
@@ -274,7 +274,9 @@ def test_a_list_is_taken_as_it_is(rates: list[float]) -> None:
 
 
 def test_a_named_schedule_needs_p() -> None:
-    with pytest.raises(TypeError, match="p must be a number in .* for schedule='linear', got None"):
+    with pytest.raises(
+        TypeError, match=r"p must be a number in .* for schedule='linear', got None"
+    ):
         depth_rates("linear", None, 2)
 
 

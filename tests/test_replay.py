@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from stochastic_depth.skip import replay
+from stochastic_depth.drop import replay
 
 MODES = ["batch", "row", "subset"]
 ROW_MODES = ["row", "subset"]
@@ -274,9 +274,7 @@ def applied(mode: str, inside: str | None, seed: int | None = None, **options: b
     model = nn.Sequential(*[Block() for _ in range(3)]).double()
     for block in model:
         block.inside, block.options = inside, options
-    return sd.apply(
-        model, 0.5, schedule="uniform", mode=mode, seed=seed, example_inputs=batch()
-    )
+    return sd.apply(model, 0.5, schedule="uniform", mode=mode, seed=seed, example_inputs=batch())
 
 
 @no_gradient

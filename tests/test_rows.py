@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochastic_depth as sd
-from stochastic_depth.skip.rows import add_rows, put_rows, split_rows, take_rows
+from stochastic_depth.drop.rows import add_rows, put_rows, split_rows, take_rows
 
 LAYOUTS = {
     "rows first": lambda: torch.randn(5, 3, 4, 6),

@@ -57,9 +57,7 @@ def test_shares_are_those_counted_by_hand() -> None:
     ("rows", "rates"), [(3, [0, 1 / 3, 1 / 3, 1 / 3]), (10, RATES), (1, [0] * 4)]
 )
 def test_subset_shows_the_rates_that_take_effect_on_the_example(rows, rates) -> None:
-    model = sd.apply(
-        small(), None, schedule=RATES, mode="subset", example_inputs=small_batch()
-    )
+    model = sd.apply(small(), None, schedule=RATES, mode="subset", example_inputs=small_batch())
     result = sd.summary(model, small_batch(rows))
     assert [row.p for row in result.rows] == pytest.approx(rates)
     for branch in sd.branches(model):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.skip.run import Run
+from stochastic_depth.drop.run import Run
 
 D = 8
 

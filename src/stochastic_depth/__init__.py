@@ -1,14 +1,14 @@
 """Stochastic depth for any PyTorch model: ``sd.apply(model, p=0.2)``."""
 
+from .applied import branches, is_applied
 from .apply import apply, remove
 from .branch import Branch, DroppedGrad, Mode, Scale
-from .applied import branches, is_applied
 from .check.summary import Summary, summary
 from .check.verify import Verification, verify
 from .depth import Importance, Pruned, importance, prune, pruned, sampling, shallow, skip
+from .drop.layer import StochasticDepth
+from .drop.residual import residual
 from .rates import RateSchedule
-from .skip.layer import StochasticDepth
-from .skip.residual import residual
 from .state import load_state_dict, state_dict
 
 __all__ = [

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from .branch import Branch
-from .skip.layer import StochasticDepth
-from .skip.over import Over
-from .skip.site import Site
-from .skip.slot import outer_slot, slot_of
+from .drop.layer import StochasticDepth
+from .drop.over import Over
+from .drop.site import Site
+from .drop.slot import outer_slot, slot_of
 
 __all__ = ["branches", "is_applied", "sites"]
 

@@ -9,16 +9,16 @@ from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
 from .applied import branches
+from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
 from .calls import call_of
+from .drop.draws import Draws, Ranks
+from .drop.slot import keep_slots, put
 from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .install import Pending, Settings, keep_identity, prefixed
 from .patterns import Filter, matching_modules
 from .rates import DepthSchedule
-from .skip.draws import Draws, Ranks
-from .skip.slot import keep_slots, put
 from .trial import refuse_what_fails
 
 __all__ = ["apply", "remove", "settle"]
@@ -121,7 +121,9 @@ def apply(
     if seed is not None:
         seed = _integer(seed)
     if blocks is not None and (include is not None or exclude is not None):
-        raise ValueError("blocks says which blocks are dropped; include and exclude are for branches")
+        raise ValueError(
+            "blocks says which blocks are dropped; include and exclude are for branches"
+        )
     if any(map(is_flat_parameter, model.parameters())):
         raise ValueError(
             "FullyShardedDataParallel has flattened the model's parameters, so that it cannot run "

@@ -30,6 +30,9 @@ class Place(NamedTuple):
     fold: int = 1
 
 
+_FIRST = Place(0)
+
+
 class Spot(NamedTuple):
     """An expression of the source, by where its code is."""
 
@@ -58,7 +61,8 @@ class Branch:
         linear: everything from its last calls to its sum is linear, so that a weight may come in
             at either end.
         place: where its sum has the samples; None where samples cannot be selected.
-        mask: where its sum has the samples if all are computed and the dropped ones masked.
+        mask: where its sum has the samples if all are computed and the dropped ones masked; a
+            negative dimension where that is not known, so that it is dropped for the whole batch.
         reason: why they cannot be selected, in words that tell what to do.
         weights: the parameters that its block's forward reads for it alone, by name below the
             block.
@@ -85,7 +89,7 @@ class Branch:
     turn: int = 0
     linear: bool = True
     place: Place | None = None
-    mask: Place = Place(0)
+    mask: Place = _FIRST
     reason: str = ""
     weights: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
@@ -109,6 +113,11 @@ class Branch:
     def p(self, value: float) -> None:
         self.target = check_p(value)
         self.set_rate(self.target)
+
+    @property
+    def decides_calls(self) -> bool:
+        """Whether one decision is for the whole batch: by its mode, or as samples are unknown."""
+        return self.mode == "batch" or (self.place is None and self.mask.dim < 0)
 
     def set_rate(self, p: float) -> None:
         """Drop with probability ``p`` from now on, and leave the target as it is."""

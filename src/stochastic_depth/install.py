@@ -10,14 +10,14 @@ from torch import nn
 
 from .applied import branches
 from .branch import Branch, DroppedGrad, Mode, Scale
+from .drop.draws import Draws
+from .drop.site import Site
+from .drop.slot import Slot, outer_slot, put, slot_of, take_out
+from .drop.whole import WholeSite
 from .find import find, find_blocks
 from .find.plan import Findings, Plan, Refused, only
-from .rates import DepthSchedule, depth_rates
 from .patterns import Filter, choose
-from .skip.draws import Draws
-from .skip.site import Site
-from .skip.whole import WholeSite
-from .skip.slot import Slot, outer_slot, put, slot_of, take_out
+from .rates import DepthSchedule, depth_rates
 
 __all__ = [
     "Pending",
@@ -73,6 +73,7 @@ def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Br
             kind = WholeSite if mine[0].kind == "block" else Site
             block = model.get_submodule(name)
             site = kind(block, mine, kept, settings.draws, watch_block, about)
+            site.takes_new = settings.include is None and settings.exclude is None
             site.install()
             for wrapper in compiled_around(model, name):
                 put(wrapper).site = site
@@ -80,7 +81,7 @@ def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Br
 
 
 def compiled_around(model: nn.Module, name: str) -> list[nn.Module]:
-    """What torch.compile(block) has put in the place of a block: decisions are made outside of it."""
+    """What torch.compile(block) has put in a block's place: decisions are made outside of it."""
     parent, _, last = name.rpartition(".")
     return [model.get_submodule(parent)] if last == "_orig_mod" else []
 
@@ -100,9 +101,7 @@ def set_rates(model: nn.Module, chosen: list[Branch], settings: Settings) -> Non
 
 
 def _own_rates(model: nn.Module, chosen: list[Branch]) -> list[float]:
-    own = [
-        [own_rate(model.get_submodule(name)) for name in branch.existing] for branch in chosen
-    ]
+    own = [[own_rate(model.get_submodule(name)) for name in branch.existing] for branch in chosen]
     if all(rate is None for rates in own for rate in rates):
         raise ValueError(
             "p='model' keeps the rates of a model's DropPath modules, but "
@@ -171,6 +170,8 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
     except Exception:  # of any kind: the call itself will raise it
         return None
     plan = next(iter(findings.plans.get("", {}).values()), Plan())
+    if site.takes_new:
+        _take_new(site, plan)
     known: list[Branch | None] = [_same(branch, site) for branch in plan.branches]
     _tell_refused(site, [b for b in site.branches if b not in known], findings)
     _tell_new(site, plan)
@@ -182,6 +183,23 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
                 branch.place, branch.reason = None, found.reason
     plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])
     return replace(plan, branches=[b for b in known if b is not None])
+
+
+def _take_new(site: Site, plan: Plan) -> None:
+    """Drop branches that only this form of call has, at the rate of their block."""
+    known = {branch.name.partition(":")[2] for branch in site.findings.branches}
+    like = site.branches[0]
+    block = block_of(like)
+    for found in plan.branches:
+        if _same(found, site) is None and found.name.partition(":")[2] not in known:
+            found.name = f"{block}{found.name}"
+            prefix = f"{block}." if block else ""
+            found.modules = tuple(prefix + name for name in found.modules)
+            found.existing = tuple(prefix + name for name in found.existing)
+            vars(found).update(choices(like))
+            found.set_rate(like.p)
+            found.order = site.branches[-1].order
+            site.branches.append(found)
 
 
 def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None:
@@ -215,7 +233,11 @@ def _same(found: Branch, site: Site) -> Branch | None:
     """The branch of the site that ``found``, with names below the block, is."""
     label = found.name.partition(":")[2]
     same = [b for b in site.branches if b.name.partition(":")[2] == label]
-    return same[0] if same else next((b for b in site.branches if b.sums.keys() & found.sums.keys()), None)
+    return (
+        same[0]
+        if same
+        else next((b for b in site.branches if b.sums.keys() & found.sums.keys()), None)
+    )
 
 
 def choices(branch: Branch) -> dict[str, Any]:

@@ -14,9 +14,7 @@ Pattern = str | type[nn.Module] | Callable[..., bool]
 Filter = Pattern | Iterable[Pattern] | None
 
 
-def choose(
-    model: nn.Module, found: list[Branch], include: Filter, exclude: Filter
-) -> list[Branch]:
+def choose(model: nn.Module, found: list[Branch], include: Filter, exclude: Filter) -> list[Branch]:
     """The branches that ``include`` selects and ``exclude`` does not.
 
     Raises:
@@ -49,9 +47,7 @@ def _matching(
     return [branch for branch in found if branch in matched]
 
 
-def _selects(
-    pattern: Any, branch: Branch, modules: Mapping[str, nn.Module], argument: str
-) -> bool:
+def _selects(pattern: Any, branch: Branch, modules: Mapping[str, nn.Module], argument: str) -> bool:
     block = branch.name.partition(":")[0]
     if isinstance(pattern, str):
         below = pattern in modules and (block == pattern or block.startswith(f"{pattern}."))

@@ -1,4 +1,4 @@
-"""Drop rates over depth and over training: two pure functions, and the schedule that drives them."""
+"""Drop rates over depth and over training: pure functions, and the schedule that drives them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,8 +6,8 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from .branch import Branch, check_p
 from .applied import branches
+from .branch import Branch, check_p
 
 __all__ = [
     "DepthSchedule",
@@ -191,15 +191,13 @@ class RateSchedule:
         Liu et al., Dropout Reduces Underfitting, ICML 2023 (arXiv:2303.01500).
     """
 
-    def __init__(
-        self, model: nn.Module, schedule: TimeSchedule, steps: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, schedule: TimeSchedule, steps: int | None = None) -> None:
         check_steps(schedule, steps)
         self.model = model
         self.schedule = schedule
         self.steps = steps
         self.steps_done = 0
-        self._branches = branches(model)
+        self._branches: list[Branch] = branches(model)
         if not self._branches:
             raise ValueError("model has no stochastic depth: apply it first (sd.apply)")
         self._set_rates()
@@ -232,7 +230,7 @@ class RateSchedule:
                 "stochastic depth was removed or applied anew since this RateSchedule was made; "
                 "make another one"
             )
-        self._branches: list[Branch] = now
+        self._branches = now
 
     def metrics(self) -> dict[str, float]:
         """What to log: the factor, the sum of 1-p, and what was decided and dropped so far.

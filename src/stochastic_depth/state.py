@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from .applied import branches, sites
-from .skip.draws import Draws
-from .skip.layer import StochasticDepth
+from .drop.draws import Draws
+from .drop.layer import StochasticDepth
 
 __all__ = ["draws_of", "load_state_dict", "state_dict"]
 
@@ -54,7 +54,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             for branch in branches(model)
         ],
     }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

@@ -10,13 +10,13 @@ from torch.overrides import BaseTorchFunctionMode
 
 from ._torch import tree_leaves
 from .branch import Branch
+from .drop.draws import Draws
+from .drop.force import forced, plain
+from .drop.site import Site
 from .find import run_weighed
-from .find.state import copied, in_mode, untouched
 from .find.plan import Findings, Refused, only
+from .find.state import copied, in_mode, untouched
 from .install import block_of, watch_block
-from .skip.draws import Draws
-from .skip.force import forced, plain
-from .skip.site import Site
 
 __all__ = ["refuse_what_fails"]
 
@@ -104,9 +104,7 @@ def _fails_anyway(model: nn.Module, args: Any, kwargs: Any) -> bool:
     return False
 
 
-def _mask_what_fails(
-    model: nn.Module, branches: Sequence[Branch], args: Any, kwargs: Any
-) -> None:
+def _mask_what_fails(model: nn.Module, branches: Sequence[Branch], args: Any, kwargs: Any) -> None:
     """Select no samples in branches where that gives something else than masking them."""
     selected = [b for b in branches if b.place is not None]
     if not selected or _selects(model, selected, args, kwargs):
@@ -130,7 +128,8 @@ def _selects(model: nn.Module, branches: Sequence[Branch], args: Any, kwargs: An
                 branch.mode, branch.scale = "row", "train"
                 branch.set_rate(0.5)
                 if not select and branch.place is not None:
-                    branch.place, branch.mask = None, branch.place
+                    branch.mask = branch.place
+                    branch.place = None
             chosen = {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
             try:
                 outputs.append(_run(model, args, kwargs, chosen))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import stochastic_depth as sd
-
 from zoo.transformers_models import FAMILIES, build
+
 from .small import run, skips_as_it_prunes
 
 transformers = pytest.importorskip("transformers")

@@ -39,7 +39,7 @@ DROPS = {
     "torch": lambda x: x * (torch.rand(len(x), 1) > 0.5) / 0.5,
     "bernoulli": lambda x: x.div(0.5) * x.new_empty(len(x), 1).bernoulli_(0.5),
     "batch": lambda x: x * torch.bernoulli(torch.tensor(0.5)),
-    "numpy": lambda x: x * torch.tensor(numpy.random.rand(len(x), 1) > 0.5),
+    "numpy": lambda x: x * torch.tensor(numpy.random.rand(len(x), 1) > 0.5),  # noqa: NPY002
     "python": lambda x: x * 0 if random.random() < 0.5 else x,
     "floor": lambda x: x * torch.floor(0.5 + torch.rand(len(x), 1)),
 }

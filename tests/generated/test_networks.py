@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from stochastic_depth.applied import sites
-from stochastic_depth.skip.draws import Draws
+from stochastic_depth.drop.draws import Draws
 
 from .interpreter import Interpreter, Path, droppable
 from .networks import WIDTH, Network, build, networks

@@ -9,12 +9,13 @@ from torch import nn
 from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
+from ..drop.collectives import parameters_of
+from ..drop.decide import subset_size
+from ..drop.layer import StochasticDepth
+from ..drop.run import Owner
 from ..find import find, find_blocks, flop_shares, guess_inputs
 from ..find.blocks import WHOLE
 from ..find.plan import Findings
-from ..skip.collectives import parameters_of
-from ..skip.decide import subset_size
-from ..skip.layer import StochasticDepth
 
 __all__ = ["Row", "Summary", "summary"]
 
@@ -66,7 +67,7 @@ class Summary:
         return 1.0 - sum(row.p * (row.flops or 0.0) for row in self.rows)
 
     def _table(self) -> list[tuple[str, ...]]:
-        table = [("branch", "kind", "p", "params", "FLOPs")]
+        table: list[tuple[str, ...]] = [("branch", "kind", "p", "params", "FLOPs")]
         for row in self.rows:
             flops = "-" if row.flops is None else f"{row.flops:.1%}"
             table.append((row.name, row.kind, f"{row.p:.3f}", f"{row.parameters:.1%}", flops))
@@ -138,7 +139,9 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         5.75 of 8, 0.74
     """
     applied = branches(model)
-    owners = {branch: site for site in sites(model) for branch in site.branches}
+    owners: dict[Branch, Owner] = {
+        branch: site for site in sites(model) for branch in site.branches
+    }
     owners |= {m.branch: m for m in model.modules() if isinstance(m, StochasticDepth)}
     shares: dict[str, float] = {}
     size = 0
@@ -191,7 +194,7 @@ def _known(model: nn.Module) -> Findings:
 
 
 def _size(args: Any, kwargs: Any) -> int:
-    shapes = [getattr(x, "shape", ()) for x in (*args, *kwargs.values())]
+    shapes: list[Any] = [getattr(x, "shape", ()) for x in (*args, *kwargs.values())]
     return next((int(shape[0]) for shape in shapes if len(shape)), 0)
 
 

@@ -17,10 +17,10 @@ from .._torch import tree_leaves, tree_map_only
 from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
+from ..drop.draws import Draws
+from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import copied, in_mode, untouched
-from ..skip.draws import Draws
-from ..skip.force import forced, plain
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -218,9 +218,7 @@ class _Verifier:
             if same is None:
                 continue  # a block as a whole, or found in another form of call
             for weight, decision in ((0.0, (True, 1.0)), (2.0, (False, 2.0))):
-                expected = run_weighed(
-                    self.model, self.args, self.kwargs, {same: weight}, found
-                )
+                expected = run_weighed(self.model, self.args, self.kwargs, {same: weight}, found)
                 with torch.no_grad(), forced({**kept, branch: decision}):
                     got = self._call(self.model)
                 reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
@@ -244,7 +242,7 @@ class _Verifier:
             for select in (False, True):
                 with self._drawing(seed, names, select):
                     outcomes.append(self._step())
-            failure = _compare(*outcomes, exact=False)
+            failure = _compare(outcomes[0], outcomes[1], exact=False)
             if failure is not None:
                 return failure
         return None
@@ -275,7 +273,7 @@ class _Verifier:
     def _step(self, decisions: AbstractContextManager[None] | None = None) -> _Outcome:
         """Outputs, gradients and buffers of a step of training."""
         model = self.model
-        still = [m for m in model.modules() if isinstance(m, _NORMS)]
+        still: list[nn.Module] = [m for m in model.modules() if isinstance(m, _NORMS)]
         still += _own_drops(model)
         grads = [(p, p.grad) for p in model.parameters()]
         with ExitStack() as stack:
@@ -283,12 +281,12 @@ class _Verifier:
             stack.enter_context(in_mode(model, True))
             for module in still:
                 module.training = False
-            stack.callback(lambda: [setattr(module, "training", True) for module in still])
+                stack.callback(setattr, module, "training", True)
             if decisions is not None:
                 stack.enter_context(decisions)
-            for p, _ in grads:
+            for p, grad in grads:
+                stack.callback(setattr, p, "grad", grad)
                 p.grad = None
-            stack.callback(lambda: [setattr(p, "grad", grad) for p, grad in grads])
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             with _NoDropout():  # type: ignore[no-untyped-call]
                 outputs = self._call(model)
@@ -296,10 +294,9 @@ class _Verifier:
             if differentiable:
                 source = torch.Generator().manual_seed(_SEED)
                 terms = [
-                    (x * torch.randn(x.shape, generator=source).to(x)).sum()
-                    for x in differentiable
+                    (x * torch.randn(x.shape, generator=source).to(x)).sum() for x in differentiable
                 ]
-                torch.stack([term.to(torch.float64) for term in terms]).sum().backward()
+                torch.stack([t.to(torch.float64) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return _Outcome([x.detach() for x in outputs], gradients, buffers)
@@ -396,7 +393,10 @@ def _differ(
             return f"{what} has shape {tuple(b.shape)} instead of {tuple(a.shape)}"
         if a.numel() == 0 or torch.equal(a, b):
             continue
-        a64, b64 = (x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64) for x in (a, b))
+        a64, b64 = (
+            x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64)
+            for x in (a, b)
+        )
         same = (a64 == b64) | (a64.isnan() & b64.isnan())
         apart = torch.where(same, 0.0, (a64 - b64).abs()).nan_to_num(nan=float("inf"))
         size = max(1.0, scale, float(a64.abs().nan_to_num(0.0, 0.0, 0.0).max()))

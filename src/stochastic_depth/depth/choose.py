@@ -55,8 +55,8 @@ def to_remove(model: nn.Module, look: Look, keep: Any, by: Ranking | None) -> li
     if count > len(can_go):
         told = "".join(f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:6])
         raise ValueError(
-            f"keep={keep} would take {count} of {len(everything)} {what} out, and {len(can_go)} can "
-            f"be or are ranked; keep at least {len(everything) - len(can_go)}.{told}"
+            f"keep={keep} would take {count} of {len(everything)} {what} out, and {len(can_go)} "
+            f"can be or are ranked; keep at least {len(everything) - len(can_go)}.{told}"
         )
     if by is not None:
         return can_go[:count]

@@ -9,8 +9,8 @@ from torch.overrides import BaseTorchFunctionMode
 
 from .._torch import tree_leaves
 from ..branch import Branch
+from ..drop.force import forced
 from ..find.state import copied, in_mode, untouched
-from ..skip.force import forced
 from .looks import Look, opened
 
 __all__ = ["difference", "is_handed_on", "output_of"]

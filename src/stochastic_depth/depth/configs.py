@@ -16,8 +16,8 @@ __all__ = ["configured", "follow", "rebuilt"]
 _OF_ENCODER = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers")
 _OF_DECODER = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
 _OF_ALL = (
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "n_head_layers", "depth", "num_blocks",
-    "num_encoder_blocks",
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "n_head_layers", "depth",
+    "num_blocks", "num_encoder_blocks",
 )  # fmt: skip
 # Lists that may be as long as there are layers, and are about something else.
 _OTHERS = {
@@ -64,9 +64,9 @@ def follow(model: nn.Module, cuts: Cuts, undo: Undo) -> None:
         ]
         if not any(done):
             raise ValueError(
-                f"no entry of {type(outer.config).__name__} says that {home!r} has {old} layers, so "
-                "its configuration cannot follow: remove the branches of these layers instead, or "
-                "give config=False, and prune again after from_pretrained, before the weights are "
+                f"no entry of {type(outer.config).__name__} says that {home!r} has {old} layers, "
+                "so its configuration cannot follow: remove the branches of these layers instead, "
+                "or give config=False, and prune again after from_pretrained, before the weights are "
                 "loaded"
             )
 
@@ -94,9 +94,7 @@ def _around(model: nn.Module, home: str) -> Iterator[nn.Module]:
         yield model.get_submodule(".".join(parts[:i]))
 
 
-def _follow(
-    config: Any, home: str, old: int, kept: list[int], undo: Undo, is_inner: bool
-) -> bool:
+def _follow(config: Any, home: str, old: int, kept: list[int], undo: Undo, is_inner: bool) -> bool:
     """Change what one configuration says of a list of layers; whether it says anything."""
     own = undo.keep(vars(config))
     depths = own.get("depths")
@@ -182,7 +180,9 @@ def rebuilt(model: nn.Module) -> nn.Module:
     try:
         again = type(config).from_dict(copy.deepcopy(config.to_dict()))
     except Exception as error:
-        raise ValueError(f"the configuration of {name} would not load again: {error}{how}") from error
+        raise ValueError(
+            f"the configuration of {name} would not load again: {error}{how}"
+        ) from error
     if (attention := getattr(config, "_attn_implementation", None)) is not None:
         again._attn_implementation = attention
     state = model.state_dict()

@@ -37,8 +37,8 @@ def fold(
         weight = weights.get(branch.name, 1.0)
         if weight != 1.0 and not _is_folded(model, look, branch, weight, undo, is_shared):
             raise ValueError(
-                f"scale='eval' counts {branch.name} {weight:.3g} times in evaluation, and it has no "
-                "weights that this could become a part of: set its p to 0, or train with "
+                f"scale='eval' counts {branch.name} {weight:.3g} times in evaluation, and it has "
+                "no weights that this could become a part of: set its p to 0, or train with "
                 "scale='train'"
             )
 

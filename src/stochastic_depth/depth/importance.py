@@ -10,11 +10,11 @@ from torch import nn
 
 from ..branch import Branch, check_choice
 from ..calls import call_of
+from ..drop.force import forced
+from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..find.state import in_mode, untouched
 from ..install import remove
-from ..skip.force import forced
-from ..skip.slot import keep_slots
 from .influence import influence_of_blocks, influence_of_branches
 from .looks import Inputs, Look, check_model, inputs_of, look_at, opened
 from .progress import Progress, told
@@ -100,7 +100,9 @@ def _measured(
         refused = look.whole.refused
     else:
         targets, refused = list(look.found.branches), look.found.refused
-    unmeasured = [] if by == "influence" and of == "blocks" else [(r.name, r.reason) for r in refused]
+    unmeasured = (
+        [] if by == "influence" and of == "blocks" else [(r.name, r.reason) for r in refused]
+    )
     if not targets and not unmeasured:
         raise ValueError(f"{type(model).__name__} has no {of} that could be measured")
     if by == "influence":
@@ -136,7 +138,12 @@ class _Passes:
     """Passes over the batches, with something left out in each."""
 
     def __init__(
-        self, model: nn.Module, look: Look, targets: list[Branch], batches: Iterable[Any], loss: Loss
+        self,
+        model: nn.Module,
+        look: Look,
+        targets: list[Branch],
+        batches: Iterable[Any],
+        loss: Loss,
     ) -> None:
         self.model, self.look, self.targets = model, look, targets
         self.batches, self.loss = batches, loss
@@ -152,9 +159,13 @@ class _Passes:
         with opened(self.model, self.look, left_out) as stands:
             decisions = dict.fromkeys(stands.values(), (True, 1.0))
             for batch in self.batches:
-                with untouched(self.model), in_mode(self.model, False), torch.no_grad():
-                    with forced(decisions) if decisions else nullcontext():
-                        total += float(self.loss(self.model, batch))
+                with (
+                    untouched(self.model),
+                    in_mode(self.model, False),
+                    torch.no_grad(),
+                    forced(decisions) if decisions else nullcontext(),
+                ):
+                    total += float(self.loss(self.model, batch))
                 count += 1
         self.step()
         return total / count

@@ -59,7 +59,9 @@ class Influences:
 def _features(x: Tensor, block: nn.Module) -> int | None:
     """The dimension of the features: the last, or the channels', by the block's vectors."""
     sizes = {p.numel() for p in block.parameters() if p.dim() == 1}
-    return next((d for d in (x.dim() - 1, 1) if d > 0 and x.dim() > d and x.shape[d] in sizes), None)
+    return next(
+        (d for d in (x.dim() - 1, 1) if d > 0 and x.dim() > d and x.shape[d] in sizes), None
+    )
 
 
 class _Watching(Recorder):

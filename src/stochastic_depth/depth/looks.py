@@ -15,12 +15,12 @@ from ..applied import branches as applied_branches
 from ..applied import sites
 from ..branch import Branch
 from ..calls import call_of
+from ..drop.draws import Draws
+from ..drop.over import Aside, Over, WholeAside, skipped_in
+from ..drop.slot import keep_slots
 from ..find import WHOLE, find, find_blocks, guess_inputs
 from ..find.plan import Findings, Plan
 from ..install import block_of, remove, watch_block
-from ..skip.draws import Draws
-from ..skip.over import Aside, Over, WholeAside, skipped_in
-from ..skip.slot import keep_slots
 from ..trial import refuse_what_fails
 
 __all__ = [
@@ -133,7 +133,9 @@ def check_model(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, DistributedDataParallel):
-            raise ValueError("the model is in DistributedDataParallel: give the module inside of it")
+            raise ValueError(
+                "the model is in DistributedDataParallel: give the module inside of it"
+            )
         if kind.startswith(("FSDP", "FullySharded")) or kind == "OptimizedModule":
             raise ValueError(f"the model is in a {kind}: do this before it is wrapped")
     if any(is_flat_parameter(p) or type(p).__name__ == "DTensor" for p in model.parameters()):
@@ -159,9 +161,9 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
         raise ValueError("example_inputs are on the meta device, where there is nothing to compare")
     config = getattr(model, "config", None)
-    if "use_cache" not in kwargs and hasattr(config, "use_cache"):
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            kwargs = {**kwargs, "use_cache": False}
+    takes_it = "use_cache" in inspect.signature(model.forward).parameters
+    if takes_it and "use_cache" not in kwargs and hasattr(config, "use_cache"):
+        kwargs = {**kwargs, "use_cache": False}
     return args, kwargs
 
 
@@ -227,7 +229,9 @@ def _is_of_one_kind(parent: nn.Module, item: str, homes: list[str]) -> bool:
 
 
 @contextmanager
-def opened(model: nn.Module, look: Look, chosen: Iterable[Branch]) -> Iterator[dict[Branch, Branch]]:
+def opened(
+    model: nn.Module, look: Look, chosen: Iterable[Branch]
+) -> Iterator[dict[Branch, Branch]]:
     """Slots for branches and blocks that can be skipped then, by what stands for each."""
     by_name = {b.name: b for b in applied_branches(model)}
     own = {b: site for site in sites(model) for b in site.branches}
@@ -247,9 +251,7 @@ def opened(model: nn.Module, look: Look, chosen: Iterable[Branch]) -> Iterator[d
             named = {b.name: b for b in skipped_in(block)} | by_name
             known_here = {b: named[b.name] for b in all_here if b.name in named}
             members = [known_here.get(b, b) for b in all_here]
-            plans = {
-                form: _with(plan, known_here) for form, plan in findings.plans[name].items()
-            }
+            plans = {form: _with(plan, known_here) for form, plan in findings.plans[name].items()}
             draws = next((own[b].draws for b in members if b in own), Draws())
             kind = WholeAside if is_whole else Aside
             site = kind(block, members, plans, draws, watch_block, Findings())

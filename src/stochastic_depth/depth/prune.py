@@ -8,9 +8,9 @@ from torch import nn
 
 from ..applied import branches as applied_branches
 from ..branch import Branch
+from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..install import block_of, remove
-from ..skip.slot import keep_slots
 from .choose import Keep, Ranking, to_remove
 from .compare import difference, is_handed_on, output_of
 from .configs import configured, follow, rebuilt
@@ -104,7 +104,11 @@ def shallow(
 
     Args:
         model: the model.
-        keep, remove, by, example_inputs, config: as in :func:`prune`.
+        keep: which blocks stay, or how many; this and the others as in :func:`prune`.
+        remove: what goes instead.
+        by: a ranking for ``keep``.
+        example_inputs: what the model is called with.
+        config: whether a transformers configuration follows.
 
     Returns:
         A model of the same type.
@@ -245,8 +249,9 @@ def _cut(
             if problem:
                 raise ValueError(
                     f"a {type(model).__name__} made of the configuration of the pruned one gives "
-                    f"something else ({problem}): its layers differ in a way that the configuration "
-                    "cannot say of these; remove others, or branches, or give config=False"
+                    f"something else ({problem}): its layers differ in a way that the "
+                    "configuration cannot say of these; remove others, or branches, or give "
+                    "config=False"
                 )
     if alone:
         gone += cut_branches(model, alone, look.found, cuts, undo)
@@ -296,10 +301,7 @@ def _keep_record(
     removed = [b.name.removesuffix(f":{WHOLE}") for b in chosen]
     for step in reversed(steps):
         removed = [_old_name(name, Cuts(step)) for name in removed]
-    if before is None:
-        names = {name: name for name in _all_names(model, cuts)}
-    else:
-        names = before.names
+    names = {name: name for name in _all_names(model, cuts)} if before is None else before.names
     kept = {
         first: cuts.name(now)
         for first, now in names.items()
@@ -319,5 +321,8 @@ def _old_name(name: str, cuts: Cuts) -> str:
 
 def _all_names(model: nn.Module, cuts: Cuts) -> list[str]:
     """The old names of what is left."""
-    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    named = (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    )
     return [cuts.old_name(name) for values in named for name, _ in values]

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .._torch import tree_leaves, tree_map
 from ..branch import Branch
+from ..drop.forms import output_form
+from ..drop.part import first_part, form
+from ..drop.run import Run
 from ..find.plan import Gate
-from ..skip.forms import output_form
-from ..skip.part import first_part, form
-from ..skip.run import Run
 
 __all__ = ["Removed"]
 

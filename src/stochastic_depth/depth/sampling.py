@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..applied import branches
-from ..skip.force import sampled
+from ..drop.force import sampled
 
 __all__ = ["sampling"]
 

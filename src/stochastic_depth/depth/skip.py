@@ -8,9 +8,9 @@ from torch import nn
 
 from ..applied import branches, sites
 from ..branch import Branch
+from ..drop.force import forced
+from ..drop.layer import StochasticDepth
 from ..find import WHOLE
-from ..skip.force import forced
-from ..skip.layer import StochasticDepth
 from .looks import Target, check_model, items_of, look_at, opened
 
 __all__ = ["skip"]
@@ -63,9 +63,11 @@ def skip(
     names = [item.removesuffix(f":{WHOLE}") for item in items if isinstance(item, str)]
     names += [b.name.removesuffix(f":{WHOLE}") for b in items if isinstance(b, Branch)]
     look = look_at(model, example_inputs, names)
-    with opened(model, look, look.select(items)) as stands:
-        with forced(dict.fromkeys(stands.values(), (True, 1.0))):
-            yield
+    with (
+        opened(model, look, look.select(items)) as stands,
+        forced(dict.fromkeys(stands.values(), (True, 1.0))),
+    ):
+        yield
 
 
 def _known(model: nn.Module, items: list[Any]) -> list[Branch] | None:

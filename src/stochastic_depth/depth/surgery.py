@@ -196,9 +196,7 @@ def _cut_branch(
     return [prefix + path for path in own]
 
 
-def cut_parameters(
-    model: nn.Module, chosen: Iterable[Branch], cuts: Cuts, undo: Undo
-) -> list[str]:
+def cut_parameters(model: nn.Module, chosen: Iterable[Branch], cuts: Cuts, undo: Undo) -> list[str]:
     """Take out the parameters that blocks read themselves for these branches; their old names."""
     names = []
     for branch in chosen:

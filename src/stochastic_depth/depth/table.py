@@ -81,7 +81,9 @@ class Importance:
         )
         body = "".join(f"<tr>{row}</tr>" for row in rows)
         notes = html.escape("\n".join(self._notes()))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><pre>{notes}</pre>"
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><pre>{notes}</pre>"
+        )
 
     def plot(self, ax: Any = None) -> Any:
         """A bar for each, in the order of ``rows``, with matplotlib.

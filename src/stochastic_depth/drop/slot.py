@@ -33,9 +33,10 @@ __all__ = ["INSIDE", "Slot", "here", "keep_slots", "outer_slot", "put", "slot_of
 class _Inside:
     """Stands for the frame while a child runs."""
 
-    slots: dict[str, "Slot"] = {}
-    task = -2  # of no backward pass
-    site = None
+    def __init__(self) -> None:
+        self.slots: dict[str, Slot] = {}
+        self.task = -2  # of no backward pass
+        self.site = None
 
 
 class _Here(threading.local):
@@ -80,10 +81,9 @@ class Slot:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = here.frame
-        if self.repeats is not None and (task := graph_task()) != -1:
-            if frame is None or frame.task != task:
-                again = self.repeats.find()
-                return again.frame.call(again.path, self, args, kwargs, again)
+        if self.repeats is not None and self._is_repeated(frame):
+            again = self.repeats.find()
+            return again.frame.call(again.path, self, args, kwargs, again)
         if frame is not None:
             for name in self.names:
                 if frame.slots.get(name) is self:
@@ -112,16 +112,21 @@ class Slot:
         self.module.__dict__[COMPILED_CALL] = torch.compile(call, *args, **kwargs)
         put(self.module)
 
-    def may_be_repeated(self, repeat: Repeat, default: bool) -> None:
+    def _is_repeated(self, frame: Any) -> bool:
+        """Whether a backward pass makes this call again, when its frame is gone."""
+        task = graph_task()
+        return task != -1 and (frame is None or frame.task != task)
+
+    def may_be_repeated(self, repeat: Repeat) -> None:
         """Put a call on record that checkpointing inside of a block may repeat."""
         if self.repeats is None:
             self.repeats = Repeats()
-        self.repeats.add(repeat, default)
+        self.repeats.add(repeat)
 
     def state_of_module(self) -> Any:
         """What copies and pickles of the module hold: of a child no trace of us, of a block all."""
         module = self.module
-        state = type(module).__getstate__(module)  # type: ignore[attr-defined]
+        state = type(module).__getstate__(module)  # type: ignore[no-untyped-call]
         if isinstance(state, dict):
             ours = {_GETSTATE, REPLICATE, _COMPILE}
             if slot_of(module).site is None:
@@ -154,20 +159,19 @@ def outer_slot(module: nn.Module) -> Any:
 
 
 def put(module: nn.Module) -> Slot:
-    """The slot that calls of ``module`` meet first: around what ``module.compile()`` made, if it
-    did."""
+    """The slot that calls of ``module`` meet first, also where the module is compiled."""
     own = module.__dict__
-    slot = slot_of(module)
+    slot: Slot | None = slot_of(module)
     if slot is None:
         slot = own[CALL] = Slot(module)
-    compiled = own.get(COMPILED_CALL)
+    compiled: Any = own.get(COMPILED_CALL)
     if compiled is None:
         return slot
-    if not isinstance(compiled, Slot):
-        outer = own[COMPILED_CALL] = Slot(module)
-        outer.inner, outer.site = compiled, slot.site
-        return outer
-    return compiled
+    if isinstance(compiled, Slot):
+        return compiled
+    outer = own[COMPILED_CALL] = Slot(module)
+    outer.inner, outer.site = compiled, slot.site
+    return outer
 
 
 def keep_slots(model: nn.Module) -> Callable[[], None]:

@@ -151,8 +151,9 @@ class StochasticDepth(nn.Module):
             select = self._check_samples(x, (more, kwargs))
         tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
-        decision = here.forced[branch] if here.forced and by_hand else self._decide(training)
-        run = Run(branch, *decision, device, self)
+        forced = here.forced or {}
+        decision, weight = forced[branch] if branch in forced else self._decide(training)
+        run = Run(branch, decision, weight, device, self)
         run.counts = self.training and not by_hand
         if branch.mode == "batch" and not torch.compiler.is_compiling():
             run.count(1)

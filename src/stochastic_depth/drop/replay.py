@@ -102,7 +102,7 @@ class Tape:
         self._repeated.add(key)
         if default:
             draw()
-        return decided  # type: ignore[no-any-return]
+        return decided
 
 
 _AMBIGUOUS = object()

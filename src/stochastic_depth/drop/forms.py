@@ -20,7 +20,8 @@ def output_form(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
     Args:
         module: what is called.
-        args, kwargs: what it is given; absent values are on the meta device.
+        args: what it is given; absent values are on the meta device.
+        kwargs: the same.
     """
     with torch.no_grad():
         if type(module).__module__.startswith("torch.nn.modules") and not any(module.children()):

@@ -94,9 +94,7 @@ def residual(
     if mode != "batch":
         _check_samples(shortcut, inputs, mode, batch_dim)
     place = Place(batch_dim)
-    about = Branch(
-        "residual()", "identity", (), place=place, mode=mode, scale=scale, target=rate
-    )
+    about = Branch("residual()", "identity", (), place=place, mode=mode, scale=scale, target=rate)
     if not training or rate == 0.0:
         decision: Any = False
     elif torch.compiler.is_compiling() and rate < 1.0:
@@ -108,13 +106,12 @@ def residual(
     run = Run(about, decision, weight, shortcut.device, _Owner(branch))
     leaf = (Leaf("branch", 0, place),)
     gate = Gate(0, last=True, given=(place,) * len(inputs), returned=leaf)
-    output = run.beside(
-        shortcut, lambda: run.call(gate, branch, inputs, {}, False, lambda: None)
-    )
+    output = run.beside(shortcut, lambda: run.call(gate, branch, inputs, {}, False, lambda: None))
     if type(output) is Part:
         return run.merge(shortcut, output)
     run.check_shape(shortcut, output)
-    return shortcut + output
+    total: Tensor = shortcut + output
+    return total
 
 
 _NO_BLOCK = nn.Module()

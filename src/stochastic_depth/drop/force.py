@@ -15,7 +15,8 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
 
     Args:
         decisions: by branch, whether it is dropped (or a number to choose its samples by), and
-            its weight where it is kept. Others decide as always. A nested ``with`` adds to those around it.
+            its weight where it is kept. Others decide as always. A nested ``with`` adds to those
+            around it.
     """
     before = here.forced
     here.forced = {**(before or {}), **decisions}

@@ -1,6 +1,7 @@
 """One branch in one call of its block: one decision and three verbs, call, merge, leave out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +75,7 @@ class Run:
         self.decided = isinstance(decision, bool)
         self.in_graph = decision is None
         self.compiling = torch.compiler.is_compiling() if compiling is None else compiling
-        if self.in_graph and branch.mode == "batch" and torch.compiler.is_compiling():
+        if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
             self.choose(1)
         # Whether its values have to be told apart up to their sum.
         self.is_weighed = not self.decided or self.mask is not None or not _is_one(weight)
@@ -125,7 +126,8 @@ class Run:
         Args:
             gate: which call it is.
             run: makes the call itself.
-            args, kwargs: what it is given.
+            args: what it is given.
+            kwargs: the same.
             parts: whether parts are among that.
             make: makes what it would return, in form only.
         """
@@ -167,7 +169,7 @@ class Run:
             elif returned.kind == "value":
                 leaves.append(leaf(i))
             else:
-                leaves.append(Part(self, None, gate.last, None, lambda i=i: leaf(i)))
+                leaves.append(Part(self, None, gate.last, None, partial(leaf, i)))
         return tree_map(lambda i: leaves[i], gate.structure)
 
     def _choose_by(self, gate: Gate, args: Any, kwargs: Any) -> None:
@@ -187,7 +189,7 @@ class Run:
             self.computed = pair if self.size > 2 else None
 
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
-        """The arguments with the computed samples only; None where it is not known where they are."""
+        """The arguments with the computed samples only; None where these cannot be told."""
         leaves, structure = tree_flatten((args, kwargs))
         places = gate.given
         if len(places) != len(leaves):
@@ -369,9 +371,7 @@ class Run:
             shape = list(x.shape)
             shape[at.dim] = self.size * at.fold
             counted = self._counted(x, at)
-            return add_rows(
-                x.new_zeros(shape), slots(at, self.kept), counted, self.weight, at.dim
-            )
+            return add_rows(x.new_zeros(shape), slots(at, self.kept), counted, self.weight, at.dim)
         if not self.decided:
             self.choose(x.shape[at.dim] // at.fold)
         if self.mask is not None:
@@ -379,7 +379,8 @@ class Run:
         if self.dropped:
             return torch.zeros_like(x)
         if self.kept is None:
-            return x * self.weight
+            weighed: Tensor = x * self.weight
+            return weighed
         at_kept = slots(at, self.kept)
         return add_rows(
             torch.zeros_like(x), at_kept, take_rows(x, at_kept, at.dim), self.weight, at.dim
@@ -408,7 +409,7 @@ class Run:
         """``shortcut + factor * part``, as decided."""
         v, place = part._value, part._place
         at = place or self._place_of_sum()
-        if self.branch.mode != "batch" and self.size == 0 and self.decided:  # p is 0 or 1
+        if not self.branch.decides_calls and self.size == 0 and self.decided:  # p is 0 or 1
             self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
         if not self.decided:
             self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
@@ -455,8 +456,7 @@ class Run:
 
     def check_shape(self, shortcut: Tensor, v: Tensor) -> None:
         if v.dim() > shortcut.dim() or any(
-            a != b and b != 1
-            for a, b in zip(shortcut.shape[::-1], v.shape[::-1], strict=False)
+            a != b and b != 1 for a, b in zip(shortcut.shape[::-1], v.shape[::-1], strict=False)
         ):
             raise ValueError(
                 f"the output of {self.branch.name} has shape {tuple(v.shape)} and the shortcut "

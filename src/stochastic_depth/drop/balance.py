@@ -51,7 +51,7 @@ def systematic(rates: Sequence[float], order: Sequence[int], u: float) -> list[b
     """Which branches are dropped: the sum of ``rates`` of them, rounded down or up.
 
     Example:
-        >>> from stochastic_depth.skip.balance import systematic
+        >>> from stochastic_depth.drop.balance import systematic
         >>> systematic([0.5, 0.5, 0.5, 0.5], [0, 2, 1, 3], 0.3)
         [True, True, False, False]
     """

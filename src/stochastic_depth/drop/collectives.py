@@ -38,8 +38,12 @@ def _below(block: nn.Module, name: str) -> nn.Module:
 
 
 def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
-    """The type of a module in the branch that waits for other ranks, "" if none does, and whether
-    the parameters of ``block`` are sharded, seen from inside of its forward."""
+    """Whether ranks have to run a branch together.
+
+    Returns:
+        The type of a module in the branch that waits for other ranks, "" if none does, and whether
+        the parameters of ``block`` are sharded, seen from inside of its forward.
+    """
     inside = [m for module in modules_of(branch, block) for m in module.modules() if m is not block]
     talking = next((type(m).__name__ for m in inside if _is_collective(m)), "")
     sharded = any(map(_is_unit, block.modules())) or any(

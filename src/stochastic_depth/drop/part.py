@@ -109,7 +109,8 @@ class Part:
     def _number(self) -> Tensor:
         if self._value is None:
             raise self._run.error("is dropped, and the value of something that it computes is read")
-        return whole(self)
+        value: Tensor = whole(self)
+        return value
 
     def __bool__(self) -> bool:
         return bool(self._number())
@@ -138,11 +139,33 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda self, *args: Part.__torch_function__(kind, (), (self, *args))
 
 
-for _name in "add sub mul truediv floordiv mod pow matmul and or xor".split():
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+]:
     for _form in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
         if hasattr(Tensor, _form):
             setattr(Part, _form, _operator(_form))
-for _form in "__neg__ __abs__ __invert__ __lt__ __le__ __gt__ __ge__ __eq__ __ne__".split():
+for _form in [
+    "__neg__",
+    "__abs__",
+    "__invert__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__eq__",
+    "__ne__",
+]:
     setattr(Part, _form, _operator(_form))
 Part.__hash__ = object.__hash__  # type: ignore[method-assign]
 

@@ -29,7 +29,9 @@ class WholeSite(Site):
         run = Frame(self, plan, args, kwargs, self.is_outer(slot)).runs[0]
         branch, gate = run.branch, plan.gates[""][0]
         given, structure = tree_flatten((args, kwargs))
-        output, main = next((i, g.argument) for i, g in enumerate(gate.returned) if g.kind == "branch")
+        output, main = next(
+            (i, g.argument) for i, g in enumerate(gate.returned) if g.kind == "branch"
+        )
         place = branch.place or branch.mask
         select = branch.place is not None and len(gate.given) == len(given)
         returned: list[list[Any]] = []
@@ -57,5 +59,3 @@ class WholeSite(Site):
 
     def modules_of(self, branch: Branch) -> list[nn.Module]:
         return [self.block]
-
-

@@ -20,7 +20,7 @@ class Repeat(NamedTuple):
 
     frame: Any
     path: str
-    index: int
+    turn: int
     apart: bool
 
 
@@ -29,28 +29,22 @@ class Repeats:
 
     def __init__(self) -> None:
         self.calls: OrderedDict[int, list[Repeat | None]] = OrderedDict()
-        self.repeated: set[int] = set()  # tickets whose backward pass has been seen
 
-        self.default = True
-
-    def add(self, repeat: Repeat, default: bool) -> None:
-        """Put a call on record; ``default`` as in :func:`ticket_of`."""
-        self.default = default
-        ticket = ticket_of(default)
+    def add(self, repeat: Repeat) -> None:
+        """Put a call on record."""
+        ticket = ticket_of(default=True)
         known = self.calls.get(ticket)
         if known and known[0] is not None and known[0].frame is repeat.frame:
             known.append(repeat)  # the same child twice, with no random number in between
             return
         clash = known and (
-            known[0] is None or known[0].frame.decisions() != repeat.frame.decisions()
+            known[0] is None
+            or known[0].frame.graph() is not None
+            and known[0].frame.decisions() != repeat.frame.decisions()
         )
-        if clash and ticket not in self.repeated:
-            self.calls[ticket] = [None]  # which of the two?
-        else:
-            self.calls[ticket] = [repeat]
-        self.repeated.discard(ticket)
+        self.calls[ticket] = [None] if clash else [repeat]  # which of the two?
         while len(self.calls) > _MOST:
-            self.repeated.discard(self.calls.popitem(last=False)[0])
+            self.calls.popitem(last=False)
 
     def find(self) -> Repeat:
         """The call that the backward pass repeats now.
@@ -58,16 +52,15 @@ class Repeats:
         Raises:
             RuntimeError: it is not known which one that is.
         """
-        ticket = ticket_of(self.default)
-        calls = self.calls.get(ticket)
+        calls = self.calls.get(ticket_of(default=True))
         if not calls or calls[0] is None:
             raise RuntimeError(
                 "stochastic depth: gradient checkpointing repeats a call of which it is not known "
                 "whether it was dropped: keep preserve_rng_state=True, and seed torch differently "
                 "in each step"
             )
-        self.repeated.add(ticket)
         calls.append(calls.pop(0))
         again = calls[-1]
         assert again is not None
+        again.frame.done()
         return again

@@ -18,6 +18,7 @@ from .run import Run, pools_samples, slots
 __all__ = ["Take", "around", "describe"]
 
 
+_FIRST = Place(0)
 Take = Callable[[Tensor, Place], Tensor] | None
 
 
@@ -26,7 +27,7 @@ def around(
     shortcut: Any,
     call: Callable[[Take], Any],
     select: bool = True,
-    place: Place = Place(0),
+    place: Place = _FIRST,
 ) -> Any:
     """The module's output, its shortcut where it is dropped, or a mixture, as ``run`` decides.
 
@@ -111,8 +112,7 @@ def _merged(
             if getattr(s, "shape", None) != getattr(x, "shape", None):
                 raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
     merged = [
-        merge(s, x) if isinstance(x, Tensor) else x
-        for s, x in zip(shortcuts, outputs, strict=True)
+        merge(s, x) if isinstance(x, Tensor) else x for s, x in zip(shortcuts, outputs, strict=True)
     ]
     return tree_unflatten(merged, structure)
 

@@ -1,5 +1,7 @@
 """One call of a block: its decisions, and what becomes of the calls that its forward makes."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .._torch import (
     tree_leaves,
     tree_unflatten,
 )
+from ..branch import Branch
 from ..find.plan import Gate, Plan
 from .decide import kept_weight
 from .part import Part, first_part, form, parts_in, whole
@@ -39,6 +42,7 @@ class Frame:
         self.gradients = torch.is_grad_enabled()
         self.hooks: Any = None
         self.task = -1
+        self.graph: Callable[[], Any] = _gone  # what lives as long as the graph behind it
         self.compiling = torch.compiler.is_compiling()  # by whom this frame is opened
         if not self.compiling:
             self.hooks, self.task = saved_tensors_hooks(), graph_task()
@@ -47,33 +51,46 @@ class Frame:
     def _open(self, device: torch.device) -> list[Run]:
         """Decide for every branch, before anything of the block runs."""
         branches, site = self.plan.branches, self.site
-        training = site.is_training()
+        self.is_plain = here.forced is not None and not here.forced
+        training = site.is_training() and not self.is_plain
         decisions: list[Any] = [False] * len(branches)
         if training:
             if self.compiling:
                 site.draws.check_graph()
                 decisions = [b.p == 1.0 if b.is_certain else None for b in branches]
             else:
-                decisions = site.draws.decide(branches, site.block)
+                decisions = self._decide(branches)
                 if self.outer:  # samples are masked in the graph, whose shapes stay the same
                     decisions = [d if isinstance(d, bool) else None for d in decisions]
         runs: list[Run] = []
         for i, (branch, decision) in enumerate(zip(branches, decisions, strict=True)):
-            weight: Any = 1.0 if decision is None else kept_weight(branch, training)
-            by_hand = here.forced is not None and branch in here.forced
+            weight: Any = 1.0
+            if decision is not None and not self.is_plain:
+                weight = kept_weight(branch, training)
+            forced = here.forced or {}
+            by_hand = branch in forced
             if by_hand:
-                decision, weight = here.forced[branch]
+                decision, weight = forced[branch]
             if self.outer and weight != 1.0:
                 weight = torch.tensor(weight, dtype=torch.float32)  # one graph for any rate
             dtype = self.plan.dtypes.get(i)
             in_graph = self.compiling or self.outer
             runs.append(Run(branch, decision, weight, device, site, dtype, in_graph))
-            runs[-1].counts = site.block.training and not by_hand
-            counts = runs[-1].counts and branch.mode == "batch"
+            runs[-1].counts = site.block.training and not by_hand and not self.is_plain
+            counts = runs[-1].counts and branch.decides_calls
             if counts and self.task == -1 and decision is not None:
                 branch.decided += 1
                 branch.dropped += decision
         return runs
+
+    def _decide(self, branches: list[Branch]) -> list[Any]:
+        """Draw for the branches that are not decided by hand: for these nobody's numbers change."""
+        forced = here.forced or {}
+        open_ones = [branch for branch in branches if branch not in forced]
+        drawn = dict(
+            zip(open_ones, self.site.draws.decide(open_ones, self.site.block), strict=True)
+        )
+        return [drawn.get(branch, False) for branch in branches]
 
     def call(
         self, path: str, slot: Slot, args: Any, kwargs: Any, again: Repeat | None = None
@@ -83,7 +100,8 @@ class Frame:
         Args:
             path: the name of the called module below the block.
             slot: its slot.
-            args, kwargs: what it is given.
+            args: what it is given.
+            kwargs: the same.
             again: checkpointing repeats the call that has this on record.
         """
         gates, index = self.plan.gates.get(path, ()), 0
@@ -91,7 +109,7 @@ class Frame:
             if again is None:
                 index = self.counts[path] = self.counts.get(path, -1) + 1
             else:
-                index = again.index
+                index = again.turn
             gate = gates[min(index, len(gates) - 1)]
         else:
             gate = gates[0] if gates else _OTHER
@@ -109,12 +127,10 @@ class Frame:
         elif gate.branch is not None:
             run = self.runs[gate.branch]
         if again is None and run is not None and self._may_be_repeated():
-            # A reentrant checkpoint within another makes no such call in the outer one's forward,
-            # so no number may be taken for it when that is repeated.
-            apart = self._is_apart()
-            repeat = Repeat(self, path, index, apart)
-            slot.may_be_repeated(repeat, self.site.draws.is_default or apart)
-        if run is not None and gate.drops and (run.dropped or self.site.replaces):
+            slot.may_be_repeated(Repeat(self, path, index, self._is_apart()))
+            self.site.is_repeated = True
+        drops = self.site.replaces and not self.is_plain
+        if run is not None and gate.drops and (run.dropped or drops):
             return args[0]
         if run is not None and not self.outer:
             run.apart = self._is_apart() if again is None else again.apart
@@ -146,6 +162,19 @@ class Frame:
     def decisions(self) -> Any:
         return [(run.dropped, run.seed) for run in self.runs]
 
+    def _watch_backward(self, out: Any) -> None:
+        """Know when its calls need not be repeated any more: the graph is gone, or gone through."""
+        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                alive = x.grad_fn.metadata[_Alive] = _Alive()
+                self.graph = weakref.ref(alive)
+                x.register_hook(lambda grad: self.done())
+                return
+
+    def done(self) -> None:
+        """A backward pass has come back to it."""
+        self.graph = _gone
+
     def close(self, out: Any) -> Any:
         """What the block returns.
 
@@ -166,7 +195,17 @@ class Frame:
             out = tree_unflatten(leaves, structure)
         for run in self.runs:
             run.split = None  # a frame on record keeps no tensors
+        if self.site.is_repeated:
+            self._watch_backward(out)
         return out
+
+
+class _Alive:
+    """Lives in the graph behind a block."""
+
+
+def _gone() -> None:
+    """There is no graph."""
 
 
 _OTHER = Gate(None)

@@ -19,8 +19,8 @@ Decision = int | bool  # a branch of "batch" mode is dropped or not; others get 
 _UNIT = 1 << 53  # uniform numbers are k / 2^53, exact in a float
 
 IN_GRAPH = (
-    "stochastic depth: a generator of your own (seed=, ranks='shared', generator=) cannot be used inside "
-    "torch.compile of the whole model; use torch's default generator (seed=None and "
+    "stochastic depth: a generator of your own (seed=, ranks='shared', generator=) cannot be used "
+    "inside torch.compile of the whole model; use torch's default generator (seed=None and "
     "torch.manual_seed), or compile block by block"
 )
 
@@ -75,9 +75,7 @@ class Draws:
             copied.seed = _mixed(self.seed, "copy", self._copies)
         return copied
 
-    def decide(
-        self, branches: Sequence[Branch], block: nn.Module
-    ) -> list[Decision]:
+    def decide(self, branches: Sequence[Branch], block: nn.Module) -> list[Decision]:
         """The decisions for one call of ``block``, in one draw.
 
         p = 0 and p = 1 need no number and draw none. Checkpointing that repeats the call gets the
@@ -109,16 +107,14 @@ class Draws:
         if self.seed is not None or self.ranks == "shared":
             raise RuntimeError(IN_GRAPH)
 
-    def _draw(
-        self, branches: list[Branch], generator: torch.Generator | None
-    ) -> list[Decision]:
+    def _draw(self, branches: list[Branch], generator: torch.Generator | None) -> list[Decision]:
         def draw() -> list[Decision]:
             device = "cpu" if generator is None else generator.device
             numbers = torch.randint(
                 _UNIT, (len(branches),), generator=generator, device=device
             ).tolist()
             return [
-                n / _UNIT < b.p if b.mode == "batch" else n
+                n / _UNIT < b.p if b.decides_calls else n
                 for n, b in zip(numbers, branches, strict=True)
             ]
 

@@ -49,6 +49,8 @@ class Site:
     ) -> None:
         self.block, self.branches, self.plans = block, branches, plans
         self.draws, self.watch, self.findings = draws, watch, findings
+        self.is_repeated = False  # checkpointing in the block has repeated calls of its children
+        self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
         self.has_scale = any(branch.scale == "eval" for branch in branches)
         self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
@@ -80,6 +82,8 @@ class Site:
 
     def is_active(self) -> bool:
         """Whether a call of the block now may drop or weigh anything."""
+        if self.is_repeated:
+            return True
         forced = here.forced
         if forced is not None and (not forced or any([b in forced for b in self.branches])):
             return bool(forced)
@@ -271,8 +275,12 @@ class Site:
         """What a call that is not made would return, on the meta device."""
         given = tree_map_only(Part, form, (args, kwargs))
         leaves, structure = tree_flatten(given)
-        key = id(module), structure, tuple(
-            (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else x for x in leaves
+        key = (
+            id(module),
+            structure,
+            tuple(
+                (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else x for x in leaves
+            ),
         )
         before, here.frame = here.frame, INSIDE
         try:
