@@ -1,12 +1,12 @@
 """The branches of a model, and the blocks that they are in."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from .branch import Branch
 from .drop.layer import StochasticDepth
-from .drop.over import Over
 from .drop.site import Site
 from .drop.slot import outer_slot, slot_of
 
@@ -57,7 +57,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 def _site(module: nn.Module) -> object:
     slot = outer_slot(module) or slot_of(module)
-    site = None if slot is None else slot.site
-    while isinstance(site, Over):  # a part of the block is skipped just now
+    site: Any = None if slot is None else slot.site
+    # What stands before a site: a first call that is awaited, or something that is skipped now.
+    while not isinstance(site, Site) and getattr(site, "under", None) is not None:
         site = site.under
     return site

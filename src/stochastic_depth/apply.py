@@ -174,6 +174,7 @@ def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
                 findings.unused += found.unused
     if findings.branches or guess is not None:
         _install.install(model, findings, settings)
+        _tell_unused(findings)
     else:
         warnings.warn(
             f"stochastic depth: {type(model).__name__} says too little of its inputs to run it, so "
@@ -197,16 +198,23 @@ def _find(model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Findi
     return find_blocks(model, args, kwargs, names, samples=samples)
 
 
-def complete(model: nn.Module, findings: Findings, settings: Settings) -> None:
-    """Set up what was found on real inputs, and say what users should know of it."""
-    chosen = _install.install(model, findings, settings)
+def _tell_unused(findings: Findings) -> None:
     if findings.unused:
         warnings.warn(
             "stochastic depth: the model has stochastic depth of its own that is not replaced and "
             "goes on dropping: "
             + "; ".join(f"{r.name or 'the model'}: {r.reason}" for r in findings.unused[:3]),
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def complete(
+    model: nn.Module, findings: Findings, settings: Settings, tell: bool = True
+) -> None:
+    """Set up what was found on real inputs, and say what users should know of it."""
+    chosen = _install.install(model, findings, settings)
+    if tell:
+        _tell_unused(findings)
     masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
     if masked:
         reasons = dict.fromkeys(b.reason for b in masked if b.reason)
@@ -242,7 +250,8 @@ def settle(
     _install.remove(part)
     try:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
-        complete(model, keep_identity(prefixed(findings, name), before), settings)
+        tell = not before  # else it was said of the inputs that were made up
+        complete(model, keep_identity(prefixed(findings, name), before), settings, tell)
     except BaseException:
         put_back()
         raise

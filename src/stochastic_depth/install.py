@@ -161,6 +161,13 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
 
     The branches keep their identity: they are found again by what they call.
     """
+    if any(type(x).__name__ == "Proxy" for x in (*args, *kwargs.values())):
+        warnings.warn(
+            "stochastic depth: torch.fx traces the model, and what it makes does not drop: trace "
+            "first (create_feature_extractor, symbolic_trace) and apply to the result",
+            stacklevel=2,
+        )
+        return None
     samples = any(branch.mode != "batch" for branch in site.branches)
     try:
         if isinstance(site, WholeSite):
@@ -259,7 +266,7 @@ class Pending:
 
     def __init__(self, model: nn.Module, part: nn.Module, settings: Settings) -> None:
         self.model, self.part, self.settings = model, part, settings
-        self.site = put(part).site  # of the part itself, if it is a block
+        self.under = put(part).site  # the part's own site, if it is a block
         self.given = {branch: choices(branch) for branch in branches(part)}
 
     def is_active(self) -> bool:
@@ -300,6 +307,6 @@ def remove(model: nn.Module) -> None:
                 slot.site.uninstall()
                 take_out(module)
             elif isinstance(slot.site, Pending):
-                if slot.site.site is not None:
-                    slot.site.site.uninstall()
+                if slot.site.under is not None:
+                    slot.site.under.uninstall()
                 take_out(module)

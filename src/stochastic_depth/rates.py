@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from .applied import branches
+from .applied import branches, is_applied
 from .branch import Branch, check_p
 
 __all__ = [
@@ -198,7 +198,7 @@ class RateSchedule:
         self.steps = steps
         self.steps_done = 0
         self._branches: list[Branch] = branches(model)
-        if not self._branches:
+        if not self._branches and not is_applied(model):
             raise ValueError("model has no stochastic depth: apply it first (sd.apply)")
         self._set_rates()
 
@@ -225,7 +225,8 @@ class RateSchedule:
     def _refresh(self) -> None:
         """Take in the branches that were only found in the first call."""
         now = branches(self.model)
-        if now != self._branches and not set(now) & set(self._branches):
+        gone = self._branches and not set(now) & set(self._branches)
+        if gone or not (now or is_applied(self.model)):
             raise RuntimeError(
                 "stochastic depth was removed or applied anew since this RateSchedule was made; "
                 "make another one"

@@ -126,10 +126,10 @@ def test_dropout_in_a_checkpointed_branch_is_the_same_when_recomputed(
     gradients = []
     for checkpointing in (True, False):
         model = build(way, reentrant, dropout=0.3)
-        sd.apply(model, 0.5, schedule="uniform", seed=seed, example_inputs=data())
         if not checkpointing:
             model.checkpointed = lambda function, x: function(x)
             model.way = "a child" if way == "checkpoint_sequential" else way
+        sd.apply(model, 0.5, schedule="uniform", seed=seed, example_inputs=data())
         (branch,) = sd.branches(model)
         for step in range(10):
             seed_all(step)
@@ -171,7 +171,8 @@ def test_blocks_that_checkpoint_inside_may_be_checkpointed_from_outside(
     results = []
     for outside in (True, False):
         model = net(Outer, outside)
-        sd.apply(model, 0.5, schedule="uniform", mode=mode, seed=1, example_inputs=data())
+        # With a seed, checkpointing takes numbers of torch's generator to find decisions again.
+        sd.apply(model, 0.5, schedule="uniform", mode=mode, example_inputs=data())
         for step in range(6):
             seed_all(step)
             x = data(seed=step).requires_grad_()
@@ -191,8 +192,10 @@ def test_two_forwards_may_wait_for_their_backwards_in_any_order() -> None:
         model = build("all children", False, dropout=0.3)
         sd.apply(model, 0.5, schedule="uniform", seed=3, example_inputs=data())
         inputs = [data(seed=i).requires_grad_() for i in range(3)]
-        seed_all(0)
-        outputs = [model(feed(x)) for x in inputs]
+        outputs = []
+        for i, x in enumerate(inputs):
+            seed_all(i)  # forwards from one state could not be told apart, which is an error
+            outputs.append(model(feed(x)))
         for i in order:
             outputs[i].square().sum().backward()
         gradients.append([x.grad for x in inputs])

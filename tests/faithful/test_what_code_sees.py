@@ -116,7 +116,10 @@ QUESTIONS: dict[str, Callable[[Asking, Tensor, Tensor], Any]] = {
     "parameters": lambda self, x, h: [name for name, _ in self.named_parameters()],
     "parameter": lambda self, x, h: (type(self.weight) is nn.Parameter, self.weight.is_leaf),
     "state_dict": lambda self, x, h: list(self.state_dict()),
-    "its attributes": lambda self, x, h: sorted(k for k in vars(self) if not k.startswith("_")),
+    # "compile" is the block's own verb, whose decisions stay outside of what is compiled.
+    "its attributes": lambda self, x, h: sorted(
+        k for k in vars(self) if not k.startswith("_") and k != "compile"
+    ),
     "training": lambda self, x, h: (self.training, self.f.training),
     "grad mode": lambda self, x, h: (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
     "signature": lambda self, x, h: (str(inspect.signature(self.forward)), self.forward.__doc__),

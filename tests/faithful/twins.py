@@ -149,7 +149,7 @@ def assert_weighed(
         decided, dropped = branch.decided - before[0], branch.dropped - before[1]
         kept = (mine["result 0"] != x).movedim(dim, 0).flatten(1).any(1)
         lost = int((~kept).sum())
-        if branch.mode == "batch":
+        if branch.decides_calls:
             assert lost in (0, len(kept))
             assert (decided, dropped) == (1, int(lost > 0))
         else:

@@ -865,8 +865,14 @@ def test_branches_that_need_an_optional_argument_are_found_with_example_inputs(
     assert torch.equal(model(x), x)
 
 
-def test_a_call_with_branches_that_apply_did_not_see_warns_and_keeps_them() -> None:
+def test_branches_that_only_a_new_form_of_call_has_are_dropped_too() -> None:
     model, x = applied(make(OptionalInput), p=1.0, schedule="uniform"), batch()
+    assert torch.equal(model(x, x), x)
+    assert {":f", ":g"} == set(names(model))
+
+
+def test_a_call_with_branches_that_were_not_asked_for_keeps_them_and_says_so() -> None:
+    model, x = applied(make(OptionalInput), p=1.0, schedule="uniform", include="*"), batch()
     with pytest.warns(UserWarning, match=r":g.* example_inputs"):
         out = model(x, x)
     assert torch.equal(out, x + model.g(x * x))

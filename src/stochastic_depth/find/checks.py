@@ -46,8 +46,9 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
     gates = set(member.gates)
     inside = tuple(f"{flow.calls[c].name}." for c in gates)
     for i in derived & flow.held.keys():
-        made = any(i in flow.calls[c].made for c in gates)
-        if f"{flow.held[i]}.".startswith(inside) or not (made or i in member.free):
+        handed_on = any(i in flow.calls[c].made for c in gates)
+        within = any(flow.calls[c].start <= i < flow.calls[c].end for c in gates)
+        if f"{flow.held[i]}.".startswith(inside) or (within and not handed_on):
             continue
         return (
             f"a value of it is kept in an attribute of {flow.held[i] or 'the model'}, and there is "

@@ -94,6 +94,8 @@ class _Drawing(Recorder):
         while not seen.random and len(seen.sources) == 1 and not seen.varies:
             seen = self.flow.nodes[seen.sources[0]]
         made = ("tensor", "from_numpy", "as_tensor", "asarray", "dropout")
+        if seen.op == "opaque" and _state() != self.state:  # NumPy's numbers, drawn in this call
+            return True
         return seen.random or (not seen.varies and not seen.weights and seen.op in made)
 
 

@@ -1,6 +1,7 @@
 """One run of a model, recorded: its calls are met where ``nn.Module`` makes them."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,15 +25,20 @@ def _met(recorder: Any, model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             state = vars(module)
-            names = ("_call_impl", "_compiled_call_impl")
-            before.append((state, {n: state[n] for n in names if n in state}))
+            before.append((state, {n: state[n] for n in _REPLACED if n in state}))
             state["_call_impl"] = _Met(recorder, module, state.get("_call_impl"))
             state["_compiled_call_impl"] = None
+            # Without gradients these do nothing but put a Function around what they watch.
+            state["_backward_hooks"] = state["_backward_pre_hooks"] = OrderedDict()
         yield
     finally:
         for state, own in before:
-            del state["_call_impl"], state["_compiled_call_impl"]
+            for name in _REPLACED:
+                del state[name]
             state.update(own)
+
+
+_REPLACED = ("_call_impl", "_compiled_call_impl", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Met:

@@ -25,6 +25,7 @@ __all__ = ["place_samples"]
 _NOWHERE = Place(-1)  # the branch is dropped for the whole batch
 _WHOLE = ", so it is dropped for the whole batch"
 _NO_SAMPLES = f"no tensor of example_inputs has a dimension of samples{_WHOLE}"
+_STREWN = f"the entries of a sample are not next to each other in it{_WHOLE}"
 _TRIES = 4  # ways to take a dimension of the inputs for the batch's
 _PARTS = 256  # numbers by which a sample of a value is compared
 
@@ -46,12 +47,14 @@ class _Evidence:
         unclear: why that cannot be said.
         changed: those of which samples changed that were only moved.
         alike: those that are the same for all samples.
+        strewn: those that have the samples' entries apart, but not next to each other.
     """
 
     places: dict[int, Place | None]
     unclear: dict[int, str]
     changed: set[int]
     alike: set[int]
+    strewn: set[int]
 
 
 class _Watching(Recorder):
@@ -66,6 +69,7 @@ class _Watching(Recorder):
         self.places: dict[int, Place | None] = {}
         self.unclear: dict[int, str] = {}
         self.samples: dict[int, Tensor] = {}
+        self.strewn: dict[int, Tensor] = {}  # the same, were the entries of a sample not in a row
 
     def _name(self, t: Tensor, node: int) -> None:
         super()._name(t, node)
@@ -81,6 +85,8 @@ class _Watching(Recorder):
         if place is not None:
             self.paused = True
             self.samples[at] = _digest(t.detach(), place, self.size + 1)
+            if place.fold > 1:
+                self.strewn[at] = _digest(t.detach(), place, self.size + 1, in_a_row=False)
             self.paused = False
 
 
@@ -99,11 +105,12 @@ def _grown(small: tuple[int, ...], large: tuple[int, ...], size: int) -> Place |
     return Place(apart[0], a // size)
 
 
-def _digest(t: Tensor, place: Place, size: int) -> Tensor:
+def _digest(t: Tensor, place: Place, size: int, in_a_row: bool = True) -> Tensor:
     """Some numbers for each sample, in which any change of it shows; of large values no copy."""
     t = torch.view_as_real(t) if t.is_complex() else t
-    shape = (*t.shape[: place.dim], size, place.fold, *t.shape[place.dim + 1 :])
-    t = t.reshape(shape).movedim(place.dim, 0).reshape(size, -1)
+    split = (size, place.fold) if in_a_row else (place.fold, size)
+    shape = (*t.shape[: place.dim], *split, *t.shape[place.dim + 1 :])
+    t = t.reshape(shape).movedim(place.dim + (not in_a_row), 0).reshape(size, -1)
     each = t.shape[1] // _PARTS
     parts = t[:, : each * _PARTS].reshape(size, -1, max(each, 1))
     sums, some = parts.sum(2).double(), parts[:, :, 0].double()
@@ -127,8 +134,8 @@ def place_samples(model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned:
         apart = sum(place is not None for place, _ in judged.values())
         if chosen is None or apart > sum(place is not None for place, _ in best.values()):
             best, chosen = judged, evidence
-        if apart == len(branches):
-            break
+        if apart == len(branches) or any(told == _STREWN for _, told in judged.values()):
+            break  # in another dimension there would be something else than samples
     for branch in branches:
         branch.place, branch.reason = best.get(branch, (None, reason or _NO_SAMPLES))
         branch.mask = _NOWHERE
@@ -189,20 +196,25 @@ def _evidence(
     for node in watched:
         if node not in other.places or (node not in more.places and node not in unclear):
             unclear.setdefault(node, "what the model does depends on the number of samples")
-    changed, alike = set(), set()
+    evidence = _Evidence(more.places, unclear, set(), set(), set())
     for node, samples in more.samples.items():
-        if node not in other.samples:
-            changed.add(node)
-            continue
-        apart = (samples.roll(1, 0) - other.samples[node]).abs()
-        kept, replaced = apart[::2].max(), apart[1::2].max()
         dtype = flow.nodes[node].dtype
         eps = torch.finfo(dtype).eps if dtype is not None and dtype.is_floating_point else 0.0
-        if kept > max(1e-3, 10 * eps) * replaced:
-            changed.add(node)
-        elif replaced == 0:
-            alike.add(node)
-    return _Evidence(more.places, unclear, changed, alike)
+        moved = other.samples.get(node)
+        if moved is None or not _is_moved(samples, moved, eps):
+            evidence.changed.add(node)
+            strewn = more.strewn.get(node), other.strewn.get(node)
+            if strewn[0] is not None and strewn[1] is not None and _is_moved(*strewn, eps):
+                evidence.strewn.add(node)
+        elif torch.equal(samples.roll(1, 0)[1::2], moved[1::2]):
+            evidence.alike.add(node)
+    return evidence
+
+
+def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
+    """Whether the samples that were only moved are as they were."""
+    apart = (samples.roll(1, 0) - moved).abs()
+    return bool(apart[::2].max() <= max(1e-3, 10 * eps) * apart[1::2].max())
 
 
 def _mapped(x: Any, batch: _Batch, change: Any) -> Any:
@@ -276,6 +288,8 @@ def _judge(flow: Flow, regions: list[Region], seen: _Evidence) -> tuple[Place | 
         output, shortcut = (seen.places.get(n) for n in (region.output, region.shortcut))
         if place is None or output != place or shortcut not in (place, None):
             return None, "its sum does not grow with the number of samples"
+        if not seen.strewn.isdisjoint((*entries, region.shortcut)):
+            return None, _STREWN
         if not seen.changed.isdisjoint((*entries, region.shortcut)):
             return None, "samples have mixed before it, or are not next to each other"
         if not seen.changed.isdisjoint((*values, region.sum)):
