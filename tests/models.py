@@ -34,7 +34,7 @@ ALL = torchvision.models.list_models(module=torchvision.models)
 WITH_BRANCHES = [name for name in ALL if name not in WITHOUT_BRANCHES]
 
 # The smallest square images that a model takes, where 32 pixels are not enough (or too many).
-_SIZES = {"maxvit_t": 224, "vit_h_14": 28}
+_SIZES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224, "vit_h_14": 28}
 
 
 def image_size(name: str) -> int:

@@ -34,13 +34,16 @@ def droppable(network: Network) -> set[Path]:
         for _, identity in _of_block(f"blocks.{i}", network.blocks[i])
     )
     if network.long_skip and spanned < 2:
-        inner = inner - around | {(("", 0, 0), True)}
+        does = any(s.kind != "dead" for i in network.order for s in network.blocks[i].statements)
+        inner = inner - around | ({(("", 0, 0), True)} if does else set())
     return {path for path, _ in inner}
 
 
 def _of_block(name: str, block: Block) -> set[tuple[Path, bool]]:
     found: set[tuple[Path, bool]] = set()
     for s in block.statements:
+        if s.kind == "dead":  # what nobody reads has no branches
+            continue
         nested = set()
         for layer in (x for branch in s.branches for x in branch):
             if layer.block is not None:

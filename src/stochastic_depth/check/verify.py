@@ -168,7 +168,7 @@ class _Verifier:
         for m in inside - elsewhere:
             handles.append(
                 m.register_forward_pre_hook(
-                    lambda m, args: None if _is_form(args) else ran.add(names[id(m)])
+                    lambda m, args: None if _is_form(m) else ran.add(names[id(m)])
                 )
             )
         try:
@@ -313,9 +313,9 @@ def _own_drops(model: nn.Module) -> list[nn.Module]:
     return drops
 
 
-def _is_form(args: tuple[Any, ...]) -> bool:
+def _is_form(module: nn.Module) -> bool:
     """Whether a call computes on the meta device, for the form of what a branch would return."""
-    return any(isinstance(x, Tensor) and x.is_meta for x in args)
+    return any(p.is_meta for p in module.parameters(recurse=False))
 
 
 class _ByName(Draws):

@@ -75,8 +75,8 @@ def prune(
         >>> model = torchvision.models.resnet50()
         >>> before = sum(p.numel() for p in model.parameters())
         >>> model = sd.prune(model, keep=10)
-        >>> round(sum(p.numel() for p in model.parameters()) / before, 2)
-        0.67
+        >>> sum(p.numel() for p in model.parameters()) < 0.7 * before
+        True
 
     Reference:
         Fan et al., Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2020

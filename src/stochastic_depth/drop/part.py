@@ -12,6 +12,7 @@ source: there, and only there, the part joins its shortcut.
 import dis
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class Part:
         parts = parts_in((*args, *kwargs.values()))
         run, last = parts[0]._run, any([part._last for part in parts])
         if run.branch.joins and run.is_join():
-            args, kwargs = tree_map(_joining, (tuple(args), kwargs))
+            # What is stacked has one shape: nobody need be asked for the branch's.
+            like = first_tensor(args) if name == "stack" else None
+            args, kwargs = tree_map(partial(_joining, like), (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.dropped:
             return Part(
@@ -227,9 +230,17 @@ def form(x: Any) -> Any:
     return x._form
 
 
-def _joining(x: Any) -> Any:
+def _joining(like: Tensor | None, x: Any) -> Any:
     """A part as it enters something that is linear in it: weighed, zeros where it is dropped."""
-    return x._run.joining(x) if type(x) is Part else x
+    if type(x) is not Part:
+        return x
+    if like is not None and x._value is None:
+        return torch.zeros_like(like)
+    return x._run.joining(x)
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    return next((x for x in tree_leaves(values) if isinstance(x, Tensor)), None)
 
 
 def _sides(

@@ -34,8 +34,9 @@ def _met(recorder: Any, model: nn.Module) -> Iterator[None]:
     finally:
         for state, own in before:
             for name in _REPLACED:
-                del state[name]
-            state.update(own)
+                if name not in own:
+                    del state[name]
+            state.update(own)  # in the order in which they were
 
 
 _REPLACED = ("_call_impl", "_compiled_call_impl", "_backward_hooks", "_backward_pre_hooks")
