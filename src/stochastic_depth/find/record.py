@@ -4,11 +4,13 @@ Nothing stands in for a tensor, so the model sees what it always sees. Tensors a
 identity and held weakly; what overwrites one is told by its version.
 """
 
+import os
 import sys
 import threading
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -40,6 +42,8 @@ _LOOKS = {
     "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy",
     "__array__", "equal", "allclose", "is_nonzero", "__complex__",
 }  # fmt: skip
+_FULLY_SHARD = os.path.join(os.path.dirname(torch.__file__), "distributed", "fsdp", "_fully_shard")
+_FSDP = tuple(os.path.join(_FULLY_SHARD, f"_fsdp_{name}") for name in ("collectives", "param"))
 _FROM_PYTHON = {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "full"}
 _RANDOM = {
     "rand", "rand_like", "randn", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
@@ -230,7 +234,8 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        # Parameters on their way between ranks are no values.
+        if self.paused or sys._getframe(1).f_code.co_filename.startswith(_FSDP):
             return func(*args, **kwargs)
         name: str = getattr(func, "__name__", "") or str(func)
         if name == "__get__":
