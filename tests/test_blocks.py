@@ -262,3 +262,42 @@ def test_summary_lists_blocks_and_not_what_is_in_them():
     assert "layers.2:(block)" in text
     assert "not dropped" not in text
     assert "expected depth  1.50 of 3" in text
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class TwoParts(nn.Module):
+    """A post-norm layer of which one part is a block of its own, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear = Part(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + self.linear(x)
+
+
+class OneSum(nn.Module):
+    """A stack under a shortcut of the whole, as in super-resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(TwoParts(), Part())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def test_all_blocks_are_the_outermost_ones_but_no_stack_of_them():
+    model = sd.apply(OneSum(), 1.0, schedule="uniform", blocks="all")
+    assert [b.name for b in sd.branches(model)] == ["body.0:(block)", "body.1:(block)"]
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), x + x)

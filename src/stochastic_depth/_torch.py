@@ -28,6 +28,7 @@ __all__ = [
     "is_flat_parameter",
     "is_transformed",
     "is_view_of_flat_parameter",
+    "outside_graphs",
     "saved_tensors_hooks",
     "tree_flatten",
     "tree_leaves",
@@ -77,6 +78,10 @@ def is_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+# ``torch.compiler.disable``, which imports the compiler only when the function is called.
+outside_graphs = torch._disable_dynamo
 
 
 # FSDP1 puts the parameters of a unit into one flat one, and views of that in their place.

@@ -13,7 +13,7 @@ from .applied import branches
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
 from .calls import call_of
 from .drop.draws import Draws, Ranks
-from .drop.slot import keep_slots, put
+from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .install import Pending, Settings, keep_identity, prefixed
@@ -158,9 +158,9 @@ def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
         complete(model, refuse_what_fails(model, findings, args, kwargs), settings)
         return
     findings, parts = Findings(), {"": model}
-    guess = guess_inputs(model)
-    if guess is not None:
-        findings = _find(model, *guess, settings)
+    whole = guess_inputs(model)
+    if whole is not None:
+        findings = _find(model, *whole, settings)
     else:  # a wrapper around networks that are called by themselves, perhaps
         if settings.blocks not in (None, "all"):
             matching_modules(model, settings.blocks)
@@ -172,7 +172,7 @@ def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
                 findings.plans |= found.plans
                 findings.refused += found.refused
                 findings.unused += found.unused
-    if findings.branches or guess is not None:
+    if findings.branches or whole is not None:
         _install.install(model, findings, settings)
         _tell_unused(findings)
     else:
@@ -191,11 +191,33 @@ def _find(model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Findi
     if settings.blocks is None:
         return find(model, args, kwargs, samples=samples)
     if settings.blocks == "all":
-        found = find(model, args, kwargs, samples=False)
-        names = list(dict.fromkeys(_install.block_of(branch) for branch in found.branches))
+        names = _outermost(find(model, args, kwargs, samples=False).branches)
     else:
         names = matching_modules(model, settings.blocks)
     return find_blocks(model, args, kwargs, names, samples=samples)
+
+
+def _outermost(found: list[Branch]) -> list[str]:
+    """The blocks of these branches that are in no other block.
+
+    A block that does nothing but add a stack of blocks to its input is not counted as one.
+    """
+    names = list(dict.fromkeys(map(_install.block_of, found)))
+    stacks = {
+        name
+        for name in names
+        if all(
+            any(_is_below(other, m) for m in branch.modules for other in names if other != name)
+            for branch in found
+            if _install.block_of(branch) == name
+        )
+    }
+    layers = [name for name in names if name not in stacks]
+    return [n for n in layers if not any(n != other and _is_below(n, other) for other in layers)]
+
+
+def _is_below(name: str, other: str) -> bool:
+    return not other or name == other or name.startswith(f"{other}.")
 
 
 def _tell_unused(findings: Findings) -> None:
@@ -208,9 +230,7 @@ def _tell_unused(findings: Findings) -> None:
         )
 
 
-def complete(
-    model: nn.Module, findings: Findings, settings: Settings, tell: bool = True
-) -> None:
+def complete(model: nn.Module, findings: Findings, settings: Settings, tell: bool = True) -> None:
     """Set up what was found on real inputs, and say what users should know of it."""
     chosen = _install.install(model, findings, settings)
     if tell:
@@ -246,7 +266,7 @@ def settle(
     changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
     factor = next((b.p / b.target for b in before.values() if b.target > 0.0), 1.0)
     name = next(name for name, module in model.named_modules() if module is part)
-    put_back = keep_slots(part)
+    put_back, slot = keep_slots(part), slot_of(part)
     _install.remove(part)
     try:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
@@ -255,6 +275,8 @@ def settle(
     except BaseException:
         put_back()
         raise
+    if slot_of(part) is not None:
+        slot.site = slot_of(part).site  # for a part that has been compiled with its slot
     for branch in branches(part):
         vars(branch).update(changed.get(branch, {}))
         branch.set_rate(factor * branch.target)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._torch import outside_graphs
 from .applied import branches
 from .branch import Branch, DroppedGrad, Mode, Scale
 from .drop.draws import Draws
@@ -270,8 +271,10 @@ class Pending:
         self.given = {branch: choices(branch) for branch in branches(part)}
 
     def is_active(self) -> bool:
-        return self.part.training and not torch.compiler.is_compiling()
+        # In a graph what was found on inputs that were made up has to do, where anything was.
+        return self.part.training and not (self.given and torch.compiler.is_compiling())
 
+    @outside_graphs
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         """Find on a real batch, then make the call."""
         from .apply import settle

@@ -212,3 +212,35 @@ def test_a_model_that_cannot_be_run_asks_for_inputs():
         pass
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"), sd.skip("model", "x"):
         pass
+
+
+def test_a_block_of_which_something_has_to_stay_is_not_left_out_in_part():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.one, self.two = (nn.Linear(a, b) for a, b in ((4, 8), (8, 8), (8, 8)))
+
+        def forward(self, x):
+            x = self.wide(x)
+            y = self.one(x)
+            x = x + y
+            x = x + self.two(x)
+            return x, y
+
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Odd()])
+
+        def forward(self, x):
+            x, y = self.blocks[0](x)
+            return x * y
+
+    model, x = Uses().eval(), torch.randn(2, 4)
+    said = r"not all of 'blocks\.0' can be left out: name its branches"
+    with pytest.raises(ValueError, match=said), sd.skip(model, "blocks.0", x):
+        pass
+    with sd.skip(model, "blocks.0:two", x):
+        one = model.blocks[0].wide(x)
+        y = model.blocks[0].one(one)
+        assert torch.equal(model(x), (one + y) * y)

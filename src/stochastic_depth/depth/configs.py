@@ -58,21 +58,14 @@ def follow(model: nn.Module, cuts: Cuts, undo: Undo) -> None:
             continue
         configs = {id(c): c for m in around if _is_config(c := vars(m).get("config"))}
         inner = next(iter(configs.values()), None)
-        done = [
-            _follow(c, home, old, kept, undo, is_inner=c is inner)
-            for c in _with_parts(configs, inner)
-        ]
+        done = [_follow(c, home, old, kept, undo, is_inner=c is inner) for c in configs.values()]
         if not any(done):
             raise ValueError(
                 f"no entry of {type(outer.config).__name__} says that {home!r} has {old} layers, "
                 "so its configuration cannot follow: remove the branches of these layers instead, "
-                "or give config=False, and prune again after from_pretrained, before the weights are "
-                "loaded"
+                "or give config=False, and prune again after from_pretrained, before the weights "
+                "are loaded"
             )
-
-
-def _with_parts(configs: dict[int, Any], inner: Any) -> list[Any]:
-    return list(configs.values()) if inner is not None else []
 
 
 def _is_in(home: str, outer: str) -> bool:

@@ -93,7 +93,13 @@ class Look:
         if block in self.wholes:
             return [self.wholes[block]]
         hits = [b for b in self.found.branches if fnmatchcase(b.name, item) or b.name == item]
-        hits = hits or (self.below(block) if ":" not in block else [])
+        if hits:
+            return hits
+        hits = self.below(block) if ":" not in block else []
+        if hits and (stays := self.refused_below(block)):
+            raise ValueError(
+                f"not all of {item!r} can be left out: name its branches. What stays: {stays[0]}"
+            )
         if hits:
             return hits
         for refused in (*self.found.refused, *self.whole.refused):

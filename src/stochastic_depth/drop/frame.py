@@ -78,7 +78,7 @@ class Frame:
             runs.append(Run(branch, decision, weight, device, site, dtype, in_graph))
             runs[-1].counts = site.block.training and not by_hand and not self.is_plain
             counts = runs[-1].counts and branch.decides_calls
-            if counts and self.task == -1 and decision is not None:
+            if counts and not self.compiling and self.task == -1 and decision is not None:
                 branch.decided += 1
                 branch.dropped += decision
         return runs

@@ -39,8 +39,10 @@ class Repeats:
             return
         clash = known and (
             known[0] is None
-            or known[0].frame.graph() is not None
-            and known[0].frame.decisions() != repeat.frame.decisions()
+            or (
+                known[0].frame.graph() is not None
+                and known[0].frame.decisions() != repeat.frame.decisions()
+            )
         )
         self.calls[ticket] = [None] if clash else [repeat]  # which of the two?
         while len(self.calls) > _MOST:

@@ -197,7 +197,9 @@ def keep_slots(model: nn.Module) -> Callable[[], None]:
 def take_out(module: nn.Module) -> None:
     """Leave the module as if it had never had a slot."""
     own = module.__dict__
-    if isinstance(own.get(CALL), Slot):
+    slot = own.get(CALL)
+    if isinstance(slot, Slot):
+        slot.site = None  # what ``module.compile()`` has made may hold it
         for name in (CALL, REPLICATE, _GETSTATE, _COMPILE):
             own.pop(name, None)
     if isinstance(compiled := own.get(COMPILED_CALL), Slot):

@@ -250,8 +250,8 @@ def tell_drops(model: nn.Module, findings: Findings, drops: Drops, called: set[s
             findings.unused.append(Refused(name, reason))
     for name, where in drops.coins.items():
         reason = (
-            f"it tosses a coin of its own (layerdrop, say), in {where.function} (line {where.line} of "
-            f"{where.file}), and goes on dropping: set that rate to 0"
+            f"it tosses a coin of its own (layerdrop, say), in {where.function} (line {where.line} "
+            f"of {where.file}), and goes on dropping: set that rate to 0"
         )
         findings.unused.append(Refused(name, reason))
 

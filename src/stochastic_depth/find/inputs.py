@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .state import in_mode, untouched
+from .tensors import tensors_within
 
 __all__ = ["guess_inputs"]
 
@@ -37,10 +38,11 @@ def guess_inputs(model: nn.Module) -> Inputs | None:
         kwargs = {name: _placed(x, device, dtype) for name, x in kwargs.items()}
         try:
             with untouched(model), in_mode(model, False), torch.no_grad():
-                model(*args, **kwargs)
+                made = tensors_within(model(*args, **kwargs), 4)
         except Exception:  # of any kind: the guess was wrong
             continue
-        return args, kwargs
+        if next(iter(made), None) is not None:
+            return args, kwargs
     return None
 
 

@@ -1,0 +1,98 @@
+"""Models whose inputs cannot be guessed: the first training batch settles what is found."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import stochastic_depth as sd
+
+WIDTH = 8
+pytestmark = pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Told(nn.Module):
+    """Needs a dict that nobody would think of; ``last`` can be called alone."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.last = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor, options: dict[str, float]) -> Tensor:
+        x = self.first(x) * options["factor"]
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+    def without_branches(self, x: Tensor, options: dict[str, float]) -> Tensor:
+        return self.last(self.first(x) * options["factor"])
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, dict[str, float]]:
+    return torch.randn(4, WIDTH), {"factor": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_child_that_can_be_guessed_does_not_stand_for_the_model(batch: Any) -> None:
+    model = sd.apply(Told(), p=1.0, schedule="uniform")
+    assert sd.branches(model) == []
+    assert torch.equal(model(*batch), model.without_branches(*batch))
+    assert len(sd.branches(model)) == 3
+
+
+def test_a_model_that_returns_no_tensor_where_it_is_tried_waits_for_a_batch() -> None:
+    class Lists(Told):
+        def forward(self, x: Any, options: Any = None) -> Any:
+            return super().forward(x, options) if options else [0.0]
+
+    model = sd.apply(Lists(), p=1.0, schedule="uniform")
+    batch = torch.randn(4, WIDTH), {"factor": 2.0}
+    assert torch.equal(model(*batch), model.without_branches(*batch))
+
+
+@pytest.mark.parametrize("how", ["function", "method before", "method after"])
+def test_a_compiled_model_settles_on_its_first_batch_and_drops_from_it_on(
+    how: str, batch: Any
+) -> None:
+    model, counter = Told(), CompileCounter()
+    if how == "method before":
+        model.compile(backend=counter)
+    sd.apply(model, p=1.0, schedule="uniform")
+    if how == "method after":
+        model.compile(backend=counter)
+    call = torch.compile(model, backend=counter) if how == "function" else model
+    for _ in range(3):
+        assert torch.equal(call(*batch), model.without_branches(*batch))
+    assert len(sd.branches(model)) == 3
+    assert counter.frame_count == 1
+    sd.remove(model)
+    assert not torch.equal(call(*batch), model.without_branches(*batch))
+    assert sd.branches(model) == []
+
+
+def test_a_graph_that_must_be_whole_says_that_it_cannot_settle(batch: Any) -> None:
+    model = sd.apply(Told(), p=0.5)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Pending"):
+        torch.compile(model, backend="eager", fullgraph=True)(*batch)
