@@ -198,6 +198,25 @@ def test_structures_are_taken_apart_and_put_together() -> None:
     assert _torch.tree_map_only(int, lambda x: x + 1, value)["a"][1] == 3
 
 
+# --- what graphs leave to Python
+
+
+def test_what_is_outside_of_graphs_breaks_them_and_runs_as_ever() -> None:
+    torch._dynamo.reset()
+    ran: list[bool] = []
+
+    @_torch.outside_graphs
+    def outside(x: Tensor) -> Tensor:
+        ran.append(torch.compiler.is_compiling())
+        return x + 1
+
+    def call(x: Tensor) -> Tensor:
+        return outside(x * 2) * 3
+
+    assert torch.equal(torch.compile(call, backend="eager")(torch.ones(2)), torch.full((2,), 9.0))
+    assert ran == [False]
+
+
 # --- nothing else is private
 
 

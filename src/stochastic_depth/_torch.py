@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import (  # the public ``torch.utils.pytree`` came after torch 2.4
     TreeSpec,
     tree_flatten,
@@ -81,7 +82,7 @@ def is_transformed() -> bool:
 
 
 # ``torch.compiler.disable``, which imports the compiler only when the function is called.
-outside_graphs = torch._disable_dynamo
+outside_graphs = _disable_dynamo
 
 
 # FSDP1 puts the parameters of a unit into one flat one, and views of that in their place.

@@ -166,9 +166,10 @@ class Frame:
         """Know when its calls need not be repeated any more: the graph is gone, or gone through."""
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor) and x.grad_fn is not None:
-                alive = x.grad_fn.metadata[_Alive] = _Alive()
+                metadata: Any = x.grad_fn.metadata
+                alive = metadata[_Alive] = _Alive()
                 self.graph = weakref.ref(alive)
-                x.register_hook(lambda grad: self.done())
+                x.register_hook(lambda grad: self.done())  # type: ignore[no-untyped-call]
                 return
 
     def done(self) -> None:

@@ -203,8 +203,8 @@ def _evidence(
         moved = other.samples.get(node)
         if moved is None or not _is_moved(samples, moved, eps):
             evidence.changed.add(node)
-            strewn = more.strewn.get(node), other.strewn.get(node)
-            if strewn[0] is not None and strewn[1] is not None and _is_moved(*strewn, eps):
+            before, after = more.strewn.get(node), other.strewn.get(node)
+            if before is not None and after is not None and _is_moved(before, after, eps):
                 evidence.strewn.add(node)
         elif torch.equal(samples.roll(1, 0)[1::2], moved[1::2]):
             evidence.alike.add(node)
