@@ -31,7 +31,14 @@ class Block(nn.Module):
 def build(mode: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), *[Block() for _ in range(4)]).double()
-    return sd.apply(model, p=0.5, schedule="uniform", mode=mode, example_inputs=batch(0, 0))
+    return sd.apply(
+        model,
+        p=0.5,
+        schedule="uniform",
+        mode=mode,
+        example_inputs=batch(0, 0),
+        draw="independent",  # from torch's generator, so that one process can repeat it
+    )
 
 
 def batch(rank: int, step: int) -> Tensor:
@@ -170,32 +177,37 @@ def drops(rank: int, mode: str, reentrant: bool | None = None, **options: object
     return torch.cat([torch.tensor(seen).double().flatten(), weights])
 
 
-def share_and_separate(rank: int, modes: list[str]) -> None:
-    for mode, seed in itertools.product(modes, (None, 7)):
-        shared = drops(rank, mode, ranks="shared", seed=seed)
-        separate = drops(rank, mode, ranks="separate", seed=seed)
-        auto = drops(rank, mode, seed=seed)
+def share_and_separate(rank: int, ways: list[tuple[str, str]]) -> None:
+    for (mode, draw), seed in itertools.product(ways, (None, 7)):
+        shared = drops(rank, mode, ranks="shared", seed=seed, draw=draw)
+        separate = drops(rank, mode, ranks="separate", seed=seed, draw=draw)
+        auto = drops(rank, mode, seed=seed, draw=draw)
         count = len(shared) - sum(p.numel() for p in build(mode).parameters())
         if mode != "subset":
             assert same_everywhere(shared[:count])
             others = [x[:count] for r, x in enumerate(gathered(separate)) if r != rank]
             assert not any(torch.equal(separate[:count], x) for x in others)
+        if draw == "balanced":
+            steps = separate[:count].view(STEPS, -1)
+            assert (steps.sum(1) == 2).all()  # of 4 at .5
+            assert same_everywhere(shared[:count].view(STEPS, -1).sum(1))
         assert torch.equal(auto, separate)  # nothing is sharded
         if seed is None:
             continue
         # The same number of ranks and the same seeds repeat a run bit for bit.
-        assert torch.equal(shared, drops(rank, mode, ranks="shared", seed=seed))
-        assert torch.equal(separate, drops(rank, mode, ranks="separate", seed=seed))
+        assert torch.equal(shared, drops(rank, mode, ranks="shared", seed=seed, draw=draw))
+        assert torch.equal(separate, drops(rank, mode, ranks="separate", seed=seed, draw=draw))
         for reentrant in (True, False):  # which draws tickets from torch's generator
             for how, plain in (("shared", shared), ("separate", separate)):
-                again = drops(rank, mode, reentrant, ranks=how, seed=seed)
+                again = drops(rank, mode, reentrant, ranks=how, seed=seed, draw=draw)
                 # Exact but for the order in which DDP adds up gradients.
                 torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.zoo)])
 def test_decisions_are_shared_or_separate_and_replayed(ranks: int) -> None:
-    launch(share_and_separate, ranks, MODES)
+    ways = [*((mode, "independent") for mode in MODES), ("batch", "balanced")]
+    launch(share_and_separate, ranks, ways)
 
 
 def apply_first(rank: int) -> None:
@@ -203,16 +215,16 @@ def apply_first(rank: int) -> None:
         torch.manual_seed(rank)
         source = Draws(seed, "shared")
         with mock.patch.object(dist, "is_initialized", return_value=False):  # not yet
-            source.generator(shared=True)
-            own = source.generator(shared=False)
-        together = torch.rand(5, generator=source.generator(shared=True))
+            source.generator("shared")
+            own = source.generator("separate")
+        together = torch.rand(5, generator=source.generator("shared"))
         assert same_everywhere(together)
         if seed is not None:
-            apart = torch.rand(5, generator=source.generator(shared=False))
+            apart = torch.rand(5, generator=source.generator("separate"))
             assert not any(
                 torch.equal(apart, other) for r, other in enumerate(gathered(apart)) if r != rank
             )
-            assert own is not source.generator(shared=False)
+            assert own is not source.generator("separate")
 
 
 def test_a_model_may_decide_before_there_are_other_ranks() -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "TreeSpec",
     "class_call",
     "class_replicate",
+    "default_store",
     "graph_task",
     "has_hooks",
     "is_flat_parameter",
@@ -92,3 +93,11 @@ def is_flat_parameter(parameter: Tensor) -> bool:
 
 def is_view_of_flat_parameter(value: Any) -> bool:
     return isinstance(value, Tensor) and getattr(value._base, "_is_flat_param", False)
+
+
+# The store by which the ranks of the process group found each other. A store of our own would need
+# an address.
+def default_store() -> Any:
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()

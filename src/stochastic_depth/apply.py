@@ -12,7 +12,7 @@ from ._torch import is_flat_parameter
 from .applied import branches
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
 from .calls import call_of
-from .drop.draws import Draws, Ranks
+from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
@@ -38,6 +38,7 @@ def apply(
     blocks: Filter = None,
     example_inputs: Any = None,
     seed: int | None = None,
+    draw: Draw = "auto",
     ranks: Ranks = "auto",
     dropped_grad: DroppedGrad = "none",
 ) -> M:
@@ -76,11 +77,17 @@ def apply(
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
             keywords, with at least two samples.
         seed: draw from a generator of the model's own, seeded with this, instead of torch's
-            default one. Cannot be used inside torch.compile of the whole model.
+            default one. Neither it nor ``draw="balanced"`` can be used inside torch.compile of the
+            whole model.
+        draw: how decisions in ``"batch"`` mode are drawn: ``"independent"``, each by itself;
+            ``"balanced"``, so that every call of the model in training drops equally many branches,
+            the sum of the rates, rounded down or up, and each branch at exactly its own rate;
+            ``"auto"``, balanced in a process group of several ranks, where a step takes as long as
+            the rank that drops least.
         ranks: how the ranks of a process group share decisions: ``"shared"`` draws the same on
-            all, ``"separate"`` lets each draw its own, ``"auto"`` shares them where ranks would
-            otherwise wait for each other (FSDP inside a branch, SyncBatchNorm, tensor
-            parallelism) and nowhere else.
+            all, ``"separate"`` lets each draw its own (equally many, where they are balanced),
+            ``"auto"`` shares them where ranks would otherwise wait for each other (FSDP inside a
+            branch, SyncBatchNorm, tensor parallelism) and nowhere else.
         dropped_grad: the gradient of the parameters of a dropped branch. ``"none"``: none, so the
             optimizer leaves them as they are; ``"zero"``: zeros, as from a mask. In a process group
             it is always zeros, which are averaged with the other ranks' gradients.
@@ -102,13 +109,15 @@ def apply(
     Reference:
         Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382); Fan et
         al., Reducing Transformer Depth on Demand with Structured Dropout (LayerDrop), ICLR 2020
-        (arXiv:1909.11556).
+        (arXiv:1909.11556). Balanced draws: Madow, On the Theory of Systematic Sampling, II, Annals
+        of Mathematical Statistics 20, 1949.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for value, choices, name in (
         (mode, Mode, "mode"),
         (scale, Scale, "scale"),
+        (draw, Draw, "draw"),
         (ranks, Ranks, "ranks"),
         (dropped_grad, DroppedGrad, "dropped_grad"),
     ):
@@ -120,6 +129,11 @@ def apply(
         p = check_p(p)
     if seed is not None:
         seed = _integer(seed)
+    if draw == "balanced" and mode != "batch":
+        raise ValueError(
+            f"draw='balanced' is for mode='batch', got mode={mode!r}; mode='subset' computes "
+            "equally many samples in every call"
+        )
     if blocks is not None and (include is not None or exclude is not None):
         raise ValueError(
             "blocks says which blocks are dropped; include and exclude are for branches"
@@ -130,7 +144,7 @@ def apply(
             "alone: apply first and wrap then (fully_shard may come first)"
         )
     settings = Settings(
-        p, schedule, mode, scale, dropped_grad, include, exclude, blocks, Draws(seed, ranks)
+        p, schedule, mode, scale, dropped_grad, include, exclude, blocks, Draws(seed, ranks, draw)
     )
     put_back = keep_slots(model)
     _install.remove(model)

@@ -11,6 +11,7 @@ from torch import nn
 from ._torch import outside_graphs
 from .applied import branches
 from .branch import Branch, DroppedGrad, Mode, Scale
+from .drop.collectives import modules_of, parameters_of
 from .drop.draws import Draws
 from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
@@ -78,7 +79,19 @@ def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Br
             site.install()
             for wrapper in compiled_around(model, name):
                 put(wrapper).site = site
+    settings.draws.deal(chosen, findings.nodes, [size_of(model, branch) for branch in chosen])
     return chosen
+
+
+def size_of(model: nn.Module, branch: Branch) -> int:
+    """How many parameters a branch has, by which balanced decisions tell what it costs.
+
+    FLOPs would take another run of the model, and are no better where it counts: see
+    docs/benchmarks.md.
+    """
+    block = model.get_submodule(block_of(branch))
+    found = {p for module in modules_of(branch, block) for p in parameters_of(module)}
+    return sum(p.numel() for p in found)
 
 
 def compiled_around(model: nn.Module, name: str) -> list[nn.Module]:

@@ -1,14 +1,16 @@
 """``summary``: what is dropped, how often, what it saves, and what could not be dropped."""
 
 import html
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
 from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
+from ..drop.balance import cost_classes, slowest
 from ..drop.collectives import parameters_of
 from ..drop.decide import subset_size
 from ..drop.layer import StochasticDepth
@@ -43,11 +45,17 @@ class Summary:
         rows: the branches in the order of execution.
         refused: (name, reason) of what was found and cannot be dropped.
         unused: names of branches that could be dropped and are not.
+        ranks: how many ranks ``slowest`` is for.
+        slowest: the expected share of the model's FLOPs that the slowest of the ranks executes in a
+            training step, by how decisions are drawn: ``"independent"``, ``"shared"`` by all ranks,
+            ``"balanced"``. Empty for one rank, without FLOPs, or in other modes than ``"batch"``.
     """
 
     rows: tuple[Row, ...]
     refused: tuple[tuple[str, str], ...]
     unused: tuple[str, ...]
+    ranks: int = 1
+    slowest: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -81,6 +89,9 @@ class Summary:
             f"expected depth  {self.expected_depth:.2f} of {self.depth} branches",
             f"compute kept    {kept}",
         ]
+        if self.slowest:
+            shares = ", ".join(f"{share:.1%} {draw}" for draw, share in self.slowest.items())
+            lines.append(f"slowest of {self.ranks:<5}{shares}")
         if self.unused:
             lines.append("not dropped     " + ", ".join(self.unused))
         lines += [f"skipped         {n or '(the model)'}: {reason}" for n, reason in self.refused]
@@ -115,7 +126,7 @@ class Summary:
         )
 
 
-def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
+def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> Summary:
     """What stochastic depth does to ``model``, as a table.
 
     The branches are those that :func:`stochastic_depth.apply` set up. The table also lists what
@@ -127,17 +138,22 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
             keywords). FLOPs are measured on them, in evaluation; None leaves them out. FLOPs
             are what :mod:`torch.utils.flop_counter` counts: matrix products, convolutions and
             attention.
+        ranks: tell what the slowest of so many ranks executes in a step, by the rates of now.
 
     Raises:
-        ValueError: the model fails on ``example_inputs``.
+        ValueError: the model fails on ``example_inputs``; ``ranks`` is below 1.
 
     Example:
         >>> import torch, torchvision, stochastic_depth as sd
         >>> model = sd.apply(torchvision.models.resnet18(), p=0.5)
-        >>> result = sd.summary(model, torch.zeros(1, 3, 64, 64))
+        >>> result = sd.summary(model, torch.zeros(1, 3, 64, 64), ranks=8)
         >>> print(f"{result.expected_depth} of {result.depth}, {result.compute_kept:.2f}")
         5.75 of 8, 0.74
+        >>> print({draw: round(share, 2) for draw, share in result.slowest.items()})
+        {'independent': 0.95, 'shared': 0.74, 'balanced': 0.74}
     """
+    if ranks < 1:
+        raise ValueError(f"ranks is how many take part in a step, at least 1, got {ranks!r}")
     applied = branches(model)
     owners: dict[Branch, Owner] = {
         branch: site for site in sites(model) for branch in site.branches
@@ -167,7 +183,28 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     blocks = [b.name.partition(":")[0] for b in applied if b.kind == "block"]
     free = [b.name for b in findings.branches if b.name not in names and not _in(b.name, blocks)]
     refused = [r for r in (*findings.refused, *findings.unused) if not _in(r.name, blocks)]
-    return Summary(tuple(rows), tuple((r.name, r.reason) for r in refused), tuple(free))
+    in_batch = all(branch.mode == "batch" for branch in applied)
+    return Summary(
+        tuple(rows),
+        tuple((r.name, r.reason) for r in refused),
+        tuple(free),
+        ranks,
+        _slowest(rows, ranks) if in_batch and ranks > 1 and example_inputs is not None else {},
+    )
+
+
+def _slowest(rows: list[Row], ranks: int) -> dict[str, float]:
+    """What the slowest rank executes of the model, by how decisions are drawn."""
+    rates, costs = [row.p for row in rows], [row.flops or 0.0 for row in rows]
+    classes = cost_classes([row.parameters for row in rows])  # as balanced decisions have them
+    droppable = sum(costs)
+    shares: dict[str, float] = {}
+    draws: tuple[Literal["independent", "shared", "balanced"], ...]
+    draws = ("independent", "shared", "balanced")
+    for draw in draws:
+        executed = slowest(rates, costs, ranks, draw, classes=classes)
+        shares[draw] = 1.0 - droppable * (1.0 - executed)
+    return shares
 
 
 def _in(name: str, blocks: list[str]) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Rounds", "balanced_order", "coins", "cost_classes", "slowest", "streams", "systematic"]
+__all__ = ["Rounds", "balanced_order", "coins", "cost_classes", "slowest", "stream", "systematic"]
 
 ONE = 1 << 53  # lengths, rounded up, and positions are whole parts of 1, so nothing drifts
 STEP = int((5**0.5 - 1) / 2 * ONE) | 1  # the golden section of it, odd: no position comes twice
@@ -92,14 +92,16 @@ def balanced_order(classes: Sequence[int], generator: Generator) -> list[int]:
     return sorted(order, key=classes.__getitem__)
 
 
-def streams(seed: int, rank: int) -> tuple[Generator, Generator]:
-    """A generator for u, the same on all ranks, and one for the orders of this rank.
+def stream(seed: int) -> Generator:
+    """The generator that all ranks have in the same state: u comes from it, and what orders follow.
 
-    torch's CPU generator looks at the lower 32 bits of its seed; these differ between all ranks.
+    torch's CPU generator looks at the lower 32 bits of its seed, hence the digest.
     """
-    digest = hashlib.blake2b(repr(seed).encode(), digest_size=4).digest()
-    of_rank = (int.from_bytes(digest) + (rank + 1) * 0x9E3779B1) % (1 << 32)
-    return Generator().manual_seed(int.from_bytes(digest)), Generator().manual_seed(of_rank)
+    return Generator().manual_seed(_digest(seed))
+
+
+def _digest(*numbers: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest())
 
 
 @dataclass
@@ -108,6 +110,7 @@ class _Pass:
 
     first: int
     u: float
+    orders: int
     taken: list[int]
     rounds: list[list[float]] = field(default_factory=list)
 
@@ -130,9 +133,11 @@ class Rounds:
     decide only how well balanced the decisions are. The one exception: a branch that runs only
     where another is kept (it is inside) needs rounds of its own, as its coin knows of the other's.
 
-    The shared generator is asked once a pass; the further rounds of a pass follow from its u, in
-    steps of the golden section. So a block that ranks run unequally often in a pass does not bring
-    their u apart. Each thread has passes of its own; copies and pickles begin with a new one.
+    The generator is asked twice a pass: for u, and for a number from which the orders of each rank
+    follow. The u of further rounds follow from the first, in steps of the golden section. So a
+    block that ranks run unequally often in a pass does not bring their u apart, and no rank has a
+    state of its own to be saved. Each thread has passes of its own; copies and pickles begin with a
+    new one.
 
     Args:
         classes: of each branch, in the order of execution: see :func:`cost_classes`.
@@ -148,7 +153,7 @@ class Rounds:
         return Rounds, (self.classes, self.limit)
 
     def take(
-        self, key: int, rates: Callable[[], Sequence[float]], shared: Generator, own: Generator
+        self, key: int, rates: Callable[[], Sequence[float]], generator: Generator, rank: int
     ) -> float:
         """The coin for a call of a branch, which is dropped where it is below its present rate.
 
@@ -157,16 +162,18 @@ class Rounds:
         Args:
             key: the number of the branch, in the order of execution.
             rates: tells the present rates of all branches; asked when a round is drawn.
-            shared: where u comes from, in the same state on all ranks.
-            own: where the order comes from, in another state on each rank.
+            generator: where u comes from, in the same state on all ranks; see :func:`stream`.
+            rank: ranks with different numbers lay the branches in different orders.
         """
         now: _Pass | None = getattr(self._of_thread, "now", None)
         if now is None or key <= now.first or now.taken[key] == self.limit:
-            u = torch.rand((), dtype=torch.float64, device="cpu", generator=shared).item()
-            now = self._of_thread.now = _Pass(key, u, [0] * len(self.classes))
+            u = torch.rand((), dtype=torch.float64, device="cpu", generator=generator).item()
+            orders = int(torch.randint(1 << 62, (), device="cpu", generator=generator))
+            now = self._of_thread.now = _Pass(key, u, orders, [0] * len(self.classes))
         n = now.taken[key]
         if n == len(now.rounds):
             u = (int(now.u * ONE) + n * STEP) % ONE / ONE
+            own = Generator().manual_seed(_digest(now.orders, rank, n))
             now.rounds.append(coins(rates(), balanced_order(self.classes, own), u))
         now.taken[key] = n + 1
         return now.rounds[n][key]
@@ -191,6 +198,7 @@ def slowest(
     ranks: int,
     draw: Literal["independent", "shared", "balanced"] = "independent",
     *,
+    classes: Sequence[int] | None = None,
     steps: int = 200,
     generator: Generator | None = None,
 ) -> float:
@@ -203,7 +211,8 @@ def slowest(
         costs: of each branch, in any unit.
         ranks: how many take part in a step.
         draw: ``"independent"``, by each rank for each branch; ``"shared"``, all ranks drop the
-            same branches; ``"balanced"``, equally many, by :func:`cost_classes`.
+            same branches; ``"balanced"``, equally many of each class.
+        classes: of balanced draws; None is the :func:`cost_classes` of ``costs``.
         steps: that are simulated.
         generator: for the simulation; None is one with a fixed seed.
     """
@@ -212,7 +221,7 @@ def slowest(
         return 1.0
     if draw == "independent" and ranks > 1:
         return _slowest_independent(rates, [c / total for c in costs], ranks)
-    classes = cost_classes(costs)
+    classes = cost_classes(costs) if classes is None else list(classes)
     equal = len(set(zip(classes, costs, strict=True))) == len(set(classes))
     if draw != "balanced" or ranks == 1 or equal:
         return sum((1.0 - p) * c for p, c in zip(rates, costs, strict=True)) / total

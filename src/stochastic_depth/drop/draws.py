@@ -1,61 +1,61 @@
 """Where a model's drop decisions come from, and whether all ranks draw the same."""
 
+import copy
 import hashlib
-from collections.abc import Hashable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 
 from ..branch import Branch
+from .balance import stream
 from .collectives import needs_all_ranks
+from .deck import Deck, deal
+from .ranks import from_first_rank, is_distributed, rank, world_size
 from .replay import Tape, may_be_recomputed
 
-__all__ = ["Draws", "Ranks", "check_ranks", "is_distributed"]
+__all__ = ["Draw", "Draws", "Ranks"]
 
+Draw = Literal["auto", "independent", "balanced"]
 Ranks = Literal["auto", "shared", "separate"]
 Decision = int | bool  # a branch of "batch" mode is dropped or not; others get a seed for samples
 
+_KINDS = "separate", "shared"  # by whether decisions are shared
+_Source = str | tuple[str, str]  # what draws: one of these, or one of these and the name of a deck
 _UNIT = 1 << 53  # uniform numbers are k / 2^53, exact in a float
 
 IN_GRAPH = (
-    "stochastic depth: a generator of your own (seed=, ranks='shared', generator=) cannot be used "
-    "inside torch.compile of the whole model; use torch's default generator (seed=None and "
-    "torch.manual_seed), or compile block by block"
+    "stochastic depth: seed=, ranks='shared', draw='balanced' and generator= cannot be used inside "
+    "torch.compile of the whole model, which draws for itself; use torch's default generator "
+    "(seed=None and torch.manual_seed), or compile block by block"
 )
-
-
-def check_ranks(ranks: str) -> Ranks:
-    """``ranks``, if it is one of the choices."""
-    if ranks not in get_args(Ranks):
-        raise ValueError(f"ranks must be one of {get_args(Ranks)}, got {ranks!r}")
-    return ranks  # type: ignore[return-value]
-
-
-def is_distributed() -> bool:
-    """Whether there are other ranks."""
-    return distributed.is_available() and distributed.is_initialized()
 
 
 class Draws:
     """Draws the decisions of a model's branches.
 
-    Decisions that are not shared come from torch's default generator, where there is no seed. All
-    others have a generator of their own, seeded when first needed: the process group may be
-    initialised after the model is applied.
+    Independent decisions that are not shared come from torch's default generator, where there is no
+    seed. All others have generators of their own, seeded when first needed: the process group may
+    be initialised after the model is applied.
 
     Args:
-        seed: the seed; None chooses one for shared decisions and needs none for others.
+        seed: the seed; None chooses one where it is needed.
         ranks: ``"shared"``, the same decisions on all ranks; ``"separate"``; or ``"auto"``, shared
             where a branch needs it.
+        draw: ``"independent"``, each branch by itself; ``"balanced"``, equally many in every call
+            of the model; or ``"auto"``, balanced where there are other ranks.
     """
 
-    def __init__(self, seed: int | None = None, ranks: Ranks = "auto") -> None:
-        self.seed = seed
-        self.ranks = ranks
+    def __init__(
+        self, seed: int | None = None, ranks: Ranks = "auto", draw: Draw = "independent"
+    ) -> None:
+        self.seed, self.ranks, self.draw = seed, ranks, draw
         self.tape = Tape()
-        self._generators: dict[bool, torch.Generator] = {}  # by whether shared
-        self._alone: set[bool] = set()  # those that were seeded before there were other ranks
+        self.decks: dict[Branch, Deck] = {}  # of each branch that may be balanced with others
+        self._generators: dict[_Source, torch.Generator] = {}
+        self._alone: set[_Source] = set()  # those that were seeded before there were other ranks
+        self._common: int | None = None  # the seed that is chosen where none is given
         self._shared: dict[Hashable, bool] = {}  # what was found for a block
         self._copies = 0
 
@@ -63,17 +63,33 @@ class Draws:
     def from_generator(generator: torch.Generator) -> "Draws":
         """Draws all decisions from ``generator``."""
         draws = Draws(seed=0)
-        draws._generators = {False: generator}
+        draws._generators = {"separate": generator}
         return draws
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Draws":
         """A copy draws for itself: a seeded teacher would otherwise drop what its student drops."""
-        copied = Draws(self.seed, self.ranks)
+        copied = Draws(self.seed, self.ranks, self.draw)
         memo[id(self)] = copied
+        copied.decks = copy.deepcopy(self.decks, memo)
         if self.seed is not None:
             self._copies += 1
             copied.seed = _mixed(self.seed, "copy", self._copies)
         return copied
+
+    def deal(
+        self,
+        branches: Sequence[Branch],
+        nodes: Mapping[Branch, frozenset[int]],
+        costs: Sequence[float],
+    ) -> None:
+        """Say which branches are balanced with one another; see :func:`.deck.deal`."""
+        before, dealt = self.decks, set(branches)
+        self.decks = {b: deck for b, deck in before.items() if b not in dealt}
+        for deck in deal(branches, nodes, costs):
+            first = deck.branches[0]
+            if first in before:
+                deck.resume(before[first])
+            self.decks |= dict.fromkeys(deck.branches, deck)
 
     def decide(self, branches: Sequence[Branch], block: nn.Module) -> list[Decision]:
         """The decisions for one call of ``block``, in one draw.
@@ -86,29 +102,33 @@ class Draws:
                 recomputed forward does not find its own again.
         """
         decisions: list[Decision] = [branch.p == 1.0 for branch in branches]
-        sources: dict[bool, list[int]] = {}
+        sources: dict[tuple[bool, bool], list[int]] = {}
+        balanced = block.training and self.is_balanced()
         for i, branch in enumerate(branches):
             if 0.0 < branch.p < 1.0:
-                sources.setdefault(self._is_shared(branch, block), []).append(i)
-        for shared, members in sources.items():
-            generator = self.generator(shared)
-            drawn = self._draw([branches[i] for i in members], generator)
+                in_deck = balanced and branch.decides_calls and branch in self.decks
+                sources.setdefault((self._is_shared(branch, block), in_deck), []).append(i)
+        for (shared, in_deck), members in sources.items():
+            drawn = self._draw([branches[i] for i in members], shared, in_deck)
             for i, decision in zip(members, drawn, strict=True):
                 decisions[i] = decision
         return decisions
 
-    @property
-    def is_default(self) -> bool:
-        """Whether decisions are drawn from torch's default generator."""
-        return self.seed is None and self.ranks != "shared"
+    def is_balanced(self) -> bool:
+        """Whether calls drop equally many branches now."""
+        return self.draw == "balanced" or (self.draw == "auto" and world_size() > 1)
 
     def check_graph(self) -> None:
         """Raise inside of torch.compile where these decisions cannot be a part of the graph."""
-        if self.seed is not None or self.ranks == "shared":
+        if self.seed is not None or self.ranks == "shared" or self.draw == "balanced":
             raise RuntimeError(IN_GRAPH)
 
-    def _draw(self, branches: list[Branch], generator: torch.Generator | None) -> list[Decision]:
+    def _draw(self, branches: list[Branch], shared: bool, in_deck: bool) -> list[Decision]:
+        generator = None if in_deck else self.generator(_KINDS[shared])
+
         def draw() -> list[Decision]:
+            if in_deck:
+                return [self._is_dropped(branch, shared) for branch in branches]
             device = "cpu" if generator is None else generator.device
             numbers = torch.randint(
                 _UNIT, (len(branches),), generator=generator, device=device
@@ -121,7 +141,13 @@ class Draws:
         if not may_be_recomputed():
             return draw()
         purpose = tuple((branch.name, branch.p, branch.mode) for branch in branches)
-        return self.tape.decide(draw, purpose, default=generator is None)
+        return self.tape.decide(draw, purpose, default=generator is None and not in_deck)
+
+    def _is_dropped(self, branch: Branch, shared: bool) -> bool:
+        deck, kind = self.decks[branch], _KINDS[shared]
+        generator = self.generator((kind, deck.name))
+        assert generator is not None
+        return deck.is_dropped(branch, kind, generator, 0 if shared else rank())
 
     def _is_shared(self, branch: Branch, block: nn.Module) -> bool:
         if not is_distributed():
@@ -131,43 +157,68 @@ class Draws:
             self._shared[key] = is_shared(self.ranks, branch, block)
         return self._shared[key]
 
-    def generator(self, shared: bool) -> torch.Generator | None:
-        """The generator of decisions that are ``shared`` or not; None is torch's default one."""
-        if not shared and self.seed is None:
+    def generator(self, source: _Source) -> torch.Generator | None:
+        """The generator of a source of decisions; None is torch's default one."""
+        if source == "separate" and self.seed is None:
             return None
-        if shared not in self._generators or (shared in self._alone and is_distributed()):
-            self._generators[shared] = torch.Generator().manual_seed(self._choose_seed(shared))
-            self._alone.discard(shared)
+        if source in self._alone and is_distributed():
+            self._generators = {s: g for s, g in self._generators.items() if s not in self._alone}
+            self._alone, self._common = set(), None
+        if source not in self._generators:
+            self._generators[source] = self._seeded(source)
             if not is_distributed():
-                self._alone.add(shared)
-        return self._generators[shared]
+                self._alone.add(source)
+        return self._generators[source]
 
-    def _choose_seed(self, shared: bool) -> int:
+    def _seeded(self, source: _Source) -> torch.Generator:
+        if source == "separate":
+            assert self.seed is not None
+            seed = _mixed(self.seed, rank()) if is_distributed() else self.seed
+            return torch.Generator().manual_seed(seed)
+        common = self._common_seed()
+        if source == "shared":
+            return torch.Generator().manual_seed(common)
+        return stream(_mixed(common, *source))
+
+    def _common_seed(self) -> int:
         if self.seed is not None:
-            alone = shared or not is_distributed()
-            return self.seed if alone else _mixed(self.seed, distributed.get_rank())
-        state = torch.get_rng_state()  # peek: nobody's numbers change
-        seed = [int(torch.randint(1 << 62, (), device="cpu"))]
-        torch.set_rng_state(state)
-        if is_distributed():
-            distributed.broadcast_object_list(seed, src=0)
-        return seed[0]
+            return self.seed
+        if self._common is None:
+            state = torch.get_rng_state()  # peek: nobody's numbers change
+            self._common = int(torch.randint(1 << 62, (), device="cpu"))
+            torch.set_rng_state(state)
+            if is_distributed():
+                self._common = from_first_rank(self._common)
+        return self._common
 
-    def state(self) -> dict[str, Tensor]:
-        """The states of those generators that have been used."""
-        return {_NAMES[s]: generator.get_state() for s, generator in self._generators.items()}
+    def state(self) -> dict[str, Any]:
+        """The states of those generators that have been used: tensors, numbers, dicts and lists."""
+        state: dict[str, Any] = {"common": self._common, "decks": {}}
+        for source, generator in self._generators.items():
+            if isinstance(source, str):
+                state[source] = generator.get_state()
+            else:
+                kind, name = source
+                deck = next((d for d in self.decks.values() if d.name == name), None)
+                now = {} if deck is None else deck.state(kind)
+                state["decks"].setdefault(name, {})[kind] = [generator.get_state(), now]
+        return state
 
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from a :meth:`state`."""
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`, in which tensors may have become lists."""
         self._alone.clear()  # what is restored is not seeded again
-        self._generators = {
-            shared: torch.Generator().set_state(state[name])
-            for shared, name in _NAMES.items()
-            if name in state
-        }
+        self._common = state["common"]
+        self._generators = {kind: _restored(state[kind]) for kind in _KINDS if kind in state}
+        for name, by_kind in state["decks"].items():
+            deck = next((d for d in self.decks.values() if d.name == name), None)
+            for kind, (generator, now) in by_kind.items():
+                self._generators[kind, name] = _restored(generator)
+                if deck is not None:
+                    deck.set_state(kind, now)
 
 
-_NAMES = {True: "shared", False: "separate"}
+def _restored(state: Any) -> torch.Generator:
+    return torch.Generator().set_state(torch.as_tensor(state, dtype=torch.uint8))
 
 
 def _mixed(*numbers: Hashable) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..branch import Branch
 from .collectives import parameters_of
-from .draws import is_distributed
+from .ranks import is_distributed
 
 __all__ = ["left_out"]
 

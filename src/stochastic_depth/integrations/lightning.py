@@ -6,7 +6,7 @@ import lightning as L
 import torch
 
 from .._torch import tree_map_only
-from ..drop.draws import is_distributed
+from ..drop.ranks import is_distributed
 from ..rates import RateSchedule, TimeSchedule
 from ..state import load_state_dict, state_dict
 from .common import ensure_applied, metrics, rate_schedule

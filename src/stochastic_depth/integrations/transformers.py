@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .._torch import tree_map_only
 from ..applied import branches
 from ..rates import RateSchedule, TimeSchedule
 from ..state import draws_of
@@ -91,9 +92,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
         self._rates.load_state_dict(state["schedule"])
         # The Trainer restores torch's generators itself.
         for draws, generators in zip(draws_of(self._model), state["draws"], strict=True):
-            draws.set_state(
-                {name: torch.tensor(s, dtype=torch.uint8) for name, s in generators.items()}
-            )
+            draws.set_state(generators)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._rates is not None:
@@ -113,9 +112,8 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
             attributes = {
                 "schedule": self._rates.state_dict(),
                 "branches": [(b.target, b.decided, b.dropped) for b in branches(self._model)],
-                "draws": [
-                    {name: generator.tolist() for name, generator in draws.state().items()}
-                    for draws in draws_of(self._model)
-                ],
+                "draws": tree_map_only(
+                    Tensor, Tensor.tolist, [draws.state() for draws in draws_of(self._model)]
+                ),
             }
         return {"args": {}, "attributes": attributes}
