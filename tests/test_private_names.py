@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import replicate
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from ranks import launch
 from stochastic_depth import _torch
 
 
@@ -215,6 +217,20 @@ def test_what_is_outside_of_graphs_breaks_them_and_runs_as_ever() -> None:
 
     assert torch.equal(torch.compile(call, backend="eager")(torch.ones(2)), torch.full((2,), 9.0))
     assert ran == [False]
+
+
+def store_of_the_group(rank: int) -> None:
+    store = _torch.default_store()
+    if rank == 0:
+        store.set("from rank 0", "7")
+    store.wait(["from rank 0"], timedelta(seconds=20))
+    assert int(store.get("from rank 0")) == 7
+    with pytest.raises(Exception, match=r"(?i)time"):
+        store.wait(["from nobody"], timedelta(milliseconds=100))
+
+
+def test_the_ranks_of_a_process_group_have_a_store_in_common() -> None:
+    launch(store_of_the_group, 2)
 
 
 # --- nothing else is private
