@@ -3,14 +3,18 @@
     python -m benchmarks.balance
 
 A data-parallel step takes as long as its slowest rank. Independent and shared draws are computed
-from the rates, balanced ones simulated, over steps with u spread evenly over [0, 1).
+from the rates, balanced ones simulated, over steps with u spread evenly over [0, 1). Then, for real
+models, by what the branches are put into classes of equal cost: by their FLOPs, by their numbers of
+parameters, which is what the library does, or not at all.
 """
 
 import argparse
 import time
 
 import torch
+import torchvision
 
+import stochastic_depth as sd
 from stochastic_depth.drop.balance import cost_classes, simulated, slowest
 
 RANKS = (1, 2, 8, 64, 1024, 4096)
@@ -39,6 +43,38 @@ MODELS: dict[str, tuple[list[float], list[float]]] = {  # rates and costs
         [10.0 + i for i in range(24)],
     ),
 }
+
+
+REAL = (
+    "resnet50",
+    "convnext_tiny",
+    "efficientnet_b3",
+    "mobilenet_v2",
+    "regnet_y_8gf",
+    "swin_t",
+    "vit_b_16",
+)
+
+
+def real_models(ranks: int = 64) -> str:
+    """What the slowest rank executes of the branches of torchvision's models, linear to .5."""
+    lines = [
+        f"Which share of the branches' FLOPs does the slowest of {ranks} ranks execute?",
+        "",
+        "| model | mean of a rank | independent | one class | by parameters | by FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    x = torch.zeros(2, 3, 224, 224)
+    for name in REAL:
+        model = sd.apply(torchvision.models.get_model(name), 0.5, example_inputs=x)
+        rows = sd.summary(model, x).rows
+        rates, flops = [row.p for row in rows], [row.flops or 0.0 for row in rows]
+        one, parameters = [0] * len(rows), cost_classes([row.parameters for row in rows])
+        shares = [slowest(rates, flops, 1), slowest(rates, flops, ranks)]
+        for classes in (one, parameters, cost_classes(flops)):
+            shares.append(slowest(rates, flops, ranks, "balanced", classes=classes))
+        lines.append(f"| {name} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def balanced(rates: list[float], costs: list[float], ranks: int, seed: int) -> tuple[float, float]:
@@ -87,6 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     print("\n".join(tables(args.seed)))
+    print(real_models())
     print(f"{STEPS} balanced steps each, {time.perf_counter() - start:.0f} s")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from .peers import PEERS
-from .step_time import SETTINGS, Result, load, read_setting, table
+from .step_time import RESULTS, SETTINGS, Result, load, read_setting, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODES = ["batch", "row", "subset"]
@@ -30,6 +30,29 @@ The column *bound* is the expected one. torchvision's and timm's ways compute th
 multiply it by zero; torchtune's and DINOv2's compute the kept rows, and need the model rewritten,
 which the benchmark did where a block's branches are functions of one tensor.
 """
+
+
+FILES = {
+    "balance.md": """## What the slowest of many ranks executes
+
+By `python -m benchmarks.balance > benchmarks/results/balance.md`: from the rates, on no machine. A
+data-parallel step takes as long as the rank that drops least. Balanced decisions let every rank
+drop equally many branches, and different ones.
+""",
+    "ranks.md": """## Steps and memory with balanced decisions
+
+By `python -m benchmarks.ranks > benchmarks/results/ranks.md`, on gloo processes. A branch waits in
+its forward and backward as for a device of its own, since eight ranks that compute on two cores
+would wait for the cores and not for each other. *Separate*: each rank draws for itself; *shared*:
+all ranks drop the same; *balanced*: equally many. Memory is what autograd saves in the forward, of
+one process.
+""",
+    "regional.md": """## Compiled block by block
+
+By `python -m benchmarks.regional > benchmarks/results/regional.md`. Graphs are those of all twelve
+blocks, in 200 steps in which the rate falls from .5 to 0, another one every step.
+""",
+}
 
 
 def plot(where: str, results: list[Result]) -> str:
@@ -74,6 +97,8 @@ def main() -> None:
         parts.append(f"## {where}\n")
         shown = [r for r in results if r.setting in SETTINGS]
         parts += [table(shown) + "\n", plot(where, results)]
+    for name, text in FILES.items():
+        parts += [text, (RESULTS.parent / name).read_text()]
     (DOCS / "benchmarks.md").write_text("\n".join(filter(None, parts)))
 
 

@@ -488,9 +488,11 @@ def test_the_simulation_draws_as_the_rounds_do() -> None:
 def test_the_benchmark_prints_its_tables(monkeypatch, capsys) -> None:
     monkeypatch.setattr(benchmark, "RANKS", (1, 8))
     monkeypatch.setattr(benchmark, "STEPS", 20)
+    monkeypatch.setattr(benchmark, "REAL", ("resnet18",))
     monkeypatch.setattr("sys.argv", ["benchmark"])
     benchmark.main()
     printed = capsys.readouterr().out
     assert printed.count("| 12 whole blocks, linear .6 |") == 6
     assert "| 12 whole blocks, linear .6 | independent | 0.675 | 0.845 |" in printed
     assert "| 12 whole blocks, linear .6 | shared | 0.675 | 0.675 |" in printed
+    assert printed.count("| resnet18 |") == 1

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from benchmarks import ddp_cost, models, overhead, page, step_time
+from benchmarks import ddp_cost, models, overhead, page, ranks, regional, step_time
 
 
 @pytest.fixture
@@ -91,3 +91,23 @@ def test_ddp_cost_compares_with_plain_ddp(monkeypatch, capfd) -> None:
     out = capfd.readouterr().out
     assert out.count("\n| ours, p=") == out.count("\n| find_unused_parameters, p=") == 3
     assert "\n| plain | " in out
+
+
+def test_ranks_measures_time_and_memory_of_every_way_to_draw(monkeypatch, capfd) -> None:
+    sizes = ["--depth", "4", "--width", "8", "--batch", "4", "--ms", "0"]
+    run(monkeypatch, ranks, "--ranks", "2", "--rounds", "2", "--steps", "5", *sizes)
+    out = capfd.readouterr().out
+    assert out.count("\n| | plain | separate | shared | balanced |") == 5
+    assert out.count("\n| | plain | independent | balanced |") == 4
+    assert out.count("\n| 2 ranks | ") == 5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_regional_counts_the_graphs_of_compiled_blocks(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(regional, "MODES", ("batch",))
+    sizes = ["--models", "Llama", "--batch", "2", "--steps", "3", "--rounds", "2"]
+    run(monkeypatch, regional, *sizes, "--backend", "eager")
+    out = capsys.readouterr().out
+    assert "\n| Llama | batch | apply, compile | " in out
+    assert "\n| Llama | batch | compile, apply | " in out
+    assert out.count("\n| Llama | batch | ") == 3

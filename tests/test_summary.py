@@ -1,6 +1,7 @@
 """summary(): what it counts, what it prints, and that it changes nothing."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -192,3 +193,33 @@ def test_bad_example_inputs_are_an_error_and_change_nothing(bad: object) -> None
     assert all(module.training for module in model.modules())
     assert [b.decided for b in sd.branches(model)] == [0] * 4
     assert torch.isfinite(model(small_batch())).all()
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x)
+
+
+def test_the_slowest_of_many_ranks_is_told() -> None:
+    model = sd.apply(nn.Sequential(*[Mlp() for _ in range(6)]), 0.5, schedule="uniform")
+    x = torch.randn(2, 4)
+    result = sd.summary(model, x, ranks=8)
+    # All compute is in branches of one cost: half of it runs, or what the slowest of 8 keeps of 6.
+    below = torch.tensor([math.comb(6, k) / 64 for k in range(7)]).cumsum(0)[:-1]
+    independent = 1.0 - (below**8).mean().item()
+    assert result.slowest == pytest.approx(
+        {"independent": independent, "shared": 0.5, "balanced": 0.5}, abs=1e-3
+    )
+    assert f"slowest of 8    {independent:.1%} independent, 50.0% shared, 50.0% balanced" in str(
+        result
+    )
+    assert sd.summary(model, x).slowest == {}  # one rank
+    assert sd.summary(model, ranks=8).slowest == {}  # no FLOPs
+    sd.apply(model, 0.5, mode="row", example_inputs=x)
+    assert sd.summary(model, x, ranks=8).slowest == {}
+    with pytest.raises(ValueError, match=r"ranks is how many take part in a step, .* got 0"):
+        sd.summary(model, ranks=0)

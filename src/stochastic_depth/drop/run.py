@@ -74,6 +74,8 @@ class Run:
         self.seed = None if isinstance(decision, bool) else decision
         self.decided = isinstance(decision, bool)
         self.in_graph = decision is None
+        # Found out here, as a graph that asks for names would be one of this block alone.
+        self.norms = _norms(owner.modules_of(branch)) if self.in_graph else []
         self.compiling = torch.compiler.is_compiling() if compiling is None else compiling
         if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
             self.choose(1)
@@ -183,10 +185,14 @@ class Run:
         if self.kept is None or self.dropped or self.mask is not None:
             return
         self.computed = self.kept
-        if len(self.kept) == 1 and any(map(pools_samples, self.owner.modules_of(self.branch))):
+        if len(self.kept) == 1 and self._pools_samples():
             # Statistics need more than one sample: another goes along, and does not count.
             pair = torch.cat([self.kept, (self.kept + 1) % self.size])
             self.computed = pair if self.size > 2 else None
+
+    def _pools_samples(self) -> bool:
+        known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
+        return any(map(pools_samples, known))
 
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
         """The arguments with the computed samples only; None where these cannot be told."""
@@ -314,11 +320,7 @@ class Run:
         """In a compiled graph all is computed; statistics are kept where the decision says so."""
         assert self.mask is not None
         statistics = [
-            (m, name, buffer)
-            for module in self.owner.modules_of(self.branch)
-            for m in module.modules()
-            if isinstance(m, _NORMS)
-            for name, buffer in m.named_buffers(recurse=False)
+            (m, name, buffer) for m in self.norms for name, buffer in m.named_buffers(recurse=False)
         ]
         for m, name, buffer in statistics:
             setattr(m, name, buffer.clone())
@@ -480,9 +482,13 @@ def slots(place: Place, samples: Tensor) -> Tensor:
     return (samples[:, None] * place.fold + folded).flatten()
 
 
+def _norms(modules: list[nn.Module]) -> list[nn.Module]:
+    return [m for module in modules for m in module.modules() if isinstance(m, _NORMS)]
+
+
 def pools_samples(module: nn.Module) -> bool:
     """Whether a module computes statistics over the samples of its batch."""
-    return any(isinstance(m, _NORMS) and m.training for m in module.modules())
+    return any(m.training for m in _norms([module]))
 
 
 def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None]]:
