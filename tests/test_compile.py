@@ -149,11 +149,29 @@ def test_blocks_compiled_one_by_one_really_skip_and_equal_eager_with_the_same_de
     assert all(p.grad is None for p in model.parameters())  # nothing was computed of them
 
 
-@pytest.mark.parametrize("options", [{"seed": 0}, {"ranks": "shared"}])
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+def test_blocks_that_are_alike_share_their_graphs_however_many_there_are(mode):
+    model, x = build(Mlp, depth=12)
+    sd.apply(model, p=0.5, schedule="uniform", mode=mode, example_inputs=x)
+    counter = CompileCounterWithBackend("eager")
+    for child in model:
+        child.compile(backend=counter)
+    rates = sd.RateSchedule(model, lambda t: 1.0 - t / 20)
+    for _ in range(20):
+        model(x).sum().backward()
+        rates.step()
+    # Dropped, kept at another weight, kept at 1, and numbers of samples; all of them twice, since
+    # the first block's input has no gradient.
+    assert counter.frame_count <= {"batch": 6, "row": 4, "subset": 10}[mode]
+
+
+@pytest.mark.parametrize(
+    "options", [{"seed": 0}, {"ranks": "shared"}, {"draw": "balanced"}], ids=str
+)
 def test_private_generator_is_refused_in_a_compiled_graph(options):
     model, x = build(Mlp)
     fast, _ = compiled(sd.apply(model, p=0.5, example_inputs=x, **options))
-    with pytest.raises(Exception, match="generator of your own"):
+    with pytest.raises(Exception, match="cannot be used inside"):
         fast(x)
 
 
