@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -289,6 +290,29 @@ def train(rank: int) -> None:
 
 def test_ranks_drop_equally_many_and_different_branches() -> None:
     launch(train, 4)
+
+
+def shard(rank: int) -> None:
+    for inside in (False, True):
+        model = stack(8, p=0.45, draw="auto")
+        for block in model:
+            fully_shard(block.linear if inside else block)
+        fully_shard(model)
+        seen = []
+        for _ in range(10):
+
+            def step(model: nn.Module = model) -> None:
+                model(X).square().mean().backward()
+
+            seen.append(torch.tensor(dropped(model, step)))
+            assert seen[-1].sum() in (3, 4)
+        seen = torch.stack(seen)
+        assert all(torch.equal(seen, other) for other in gathered(seen))
+        assert len(seen.unique(dim=0)) > 3
+
+
+def test_ranks_drop_the_same_branches_where_they_gather_each_other_s_weights() -> None:
+    launch(shard, 2)
 
 
 def part_of_the_ranks(rank: int) -> None:

@@ -310,3 +310,73 @@ def test_vmap_and_functional_call_in_evaluation():
     torch.testing.assert_close(torch.vmap(model)(x), expected)
     state = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     assert torch.equal(torch.func.functional_call(model, state, x), x)
+
+
+class Two(nn.Module):
+    """Two branches, whose graphs are told apart by what is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+def whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def by_blocks(model):
+    for block in model:
+        block.compile(backend="eager")
+    return model
+
+
+def drops_by_hand(model, x, one, two):
+    for block in model:
+        x = x if one else x + block.one(x)
+        x = x if two else x + block.two(x)
+    return x
+
+
+@pytest.mark.parametrize("compile_it", [whole, by_blocks])
+def test_models_of_one_class_do_not_lend_each_other_their_graphs(compile_it):
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(Two(), Two()), torch.randn(4, 8)
+    run_plain = compile_it(copy.deepcopy(plain))
+    torch.testing.assert_close(run_plain(x), plain(x))
+    runs = {}
+    for one, two in ((True, False), (False, True), (True, True)):
+        chosen = [name for name, drop in (("*:one", one), ("*:two", two)) if drop]
+        model = copy.deepcopy(plain)
+        sd.apply(model, 1.0, schedule="uniform", include=chosen, example_inputs=x)
+        runs[one, two] = compile_it(model)
+        torch.testing.assert_close(runs[one, two](x), drops_by_hand(plain, x, one, two))
+    for _ in range(2):  # each again, after all the others
+        for drops, run in runs.items():
+            torch.testing.assert_close(run(x), drops_by_hand(plain, x, *drops))
+        torch.testing.assert_close(run_plain(x), plain(x))
+
+
+@pytest.mark.parametrize("compile_it", [whole, by_blocks])
+@pytest.mark.parametrize("given", [True, False], ids=["inputs", "first batch"])
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+def test_a_model_that_ran_compiled_before_drops_as_soon_as_it_is_applied(compile_it, given):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Two(), Two()), torch.randn(4, 8)
+    plain = copy.deepcopy(model)
+    run = compile_it(model)
+    run(x)
+    sd.apply(model, 1.0, schedule="uniform", example_inputs=x if given else None)
+    assert torch.equal(run(x), x)
+    model.eval()
+    torch.testing.assert_close(run(x), plain(x))
+    model.train()
+    assert torch.equal(run(x), x)
+    sd.remove(model)
+    torch.testing.assert_close(run(x), plain(x))
+    with sd.skip(model, "*:one", example_inputs=x):
+        torch.testing.assert_close(run(x), drops_by_hand(plain, x, True, False))
+    torch.testing.assert_close(run(x), plain(x))

@@ -161,7 +161,7 @@ def train(rank: int, how: str, mode: str, ranks: str, after: bool) -> None:
     model = build(how)
     if after:
         shard(model, how)
-    options["example_inputs"] = batch(0, 0)
+    options |= {"example_inputs": batch(0, 0), "draw": "independent"}  # as the reference draws
     sd.apply(model, seed=SEED if shared else None, **options)
     sharded = model if after else shard(model, how)
     optimizer = torch.optim.SGD(sharded.parameters(), lr=LR)

@@ -3,6 +3,7 @@
 ``tests/test_private_names.py`` fails where one of them goes or changes its meaning.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import (  # the public ``torch.utils.pytree`` came afte
 __all__ = [
     "CALL",
     "COMPILED_CALL",
+    "CONTENTS",
     "REPLICATE",
     "TreeSpec",
     "class_call",
@@ -32,6 +34,7 @@ __all__ = [
     "is_view_of_flat_parameter",
     "outside_graphs",
     "saved_tensors_hooks",
+    "tell_apart",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -42,6 +45,26 @@ __all__ = [
 # ``nn.Module.__call__`` looks these up on the instance: what stands there meets every call.
 CALL = "_call_impl"
 COMPILED_CALL = "_compiled_call_impl"
+
+# Where a module has its children and parameters.
+CONTENTS = "_modules", "_parameters"
+
+
+def tell_apart(own: dict[str, Any]) -> None:
+    """Change the type of the dicts with a module's contents, or back; ``own`` is its ``__dict__``.
+
+    torch.compile takes a graph that it has made of one model for another of the same class, and
+    does not look at what stands in the place of its call: a model compiled without stochastic depth
+    would lend its graph to one that has it, and nothing would be dropped. It does look at the
+    types of these dicts, which have been ordered ones and plain ones in torch's history.
+    """
+    for name in CONTENTS:
+        contents = own.get(name)
+        if type(contents) is dict:
+            own[name] = OrderedDict(contents)
+        elif type(contents) is OrderedDict:
+            own[name] = dict(contents)
+
 
 # How ``nn.parallel.replicate`` copies a module, ``__dict__`` and all.
 REPLICATE = "_replicate_for_data_parallel"

@@ -55,7 +55,7 @@ class Site:
         self.has_scale = any(branch.scale == "eval" for branch in branches)
         self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
         self.slots: dict[str, Slot] = {}
-        self.seen: list[tuple[dict[str, Any], list[Any], list[Any]]] = []
+        self.seen: list[tuple[nn.Module, list[Any], list[Any]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "forms": {}, "slots": {}, "seen": []}
@@ -68,16 +68,16 @@ class Site:
         site = memo[id(self)] = object.__new__(type(self))
         for name, value in self.__getstate__().items():
             setattr(site, name, copy.deepcopy(value, memo))
-        if all(id(modules) in memo for modules, *_ in self.seen):
+        if all(id(parent) in memo for parent, *_ in self.seen):
             for name, slot in self.slots.items():
                 child = memo.get(id(slot.module))
                 if child is not None:
                     site.slots[name] = put(child)
                     site.slots[name].names = slot.names
-            for modules, children, _ in self.seen:
+            for parent, children, _ in self.seen:
                 copies = [memo.get(id(m)) for m in children]
                 slots = [None if m is None else outer_slot(m) for m in copies]
-                site.seen.append((memo[id(modules)], copies, slots))
+                site.seen.append((memo[id(parent)], copies, slots))
         return site
 
     def is_active(self) -> bool:
@@ -163,7 +163,7 @@ class Site:
                         slot.names += (known,)
             children = list(parent._modules.values())
             slots = [None if m is None else outer_slot(m) for m in children]
-            self.seen.append((parent._modules, children, slots))
+            self.seen.append((parent, children, slots))
 
     def _below(self, name: str) -> nn.Module | None:
         try:
@@ -172,8 +172,8 @@ class Site:
             return None
 
     def _is_as_seen(self) -> bool:
-        for modules, children, slots in self.seen:
-            if list(modules.values()) != children:
+        for parent, children, slots in self.seen:
+            if list(parent._modules.values()) != children:
                 return False
             if [None if m is None else outer_slot(m) for m in children] != slots:
                 return False

@@ -20,10 +20,12 @@ from torch import nn
 from .._torch import (
     CALL,
     COMPILED_CALL,
+    CONTENTS,
     REPLICATE,
     class_call,
     class_replicate,
     graph_task,
+    tell_apart,
 )
 from .repeats import Repeat, Repeats
 
@@ -129,9 +131,12 @@ class Slot:
         state = type(module).__getstate__(module)  # type: ignore[no-untyped-call]
         if isinstance(state, dict):
             ours = {_GETSTATE, REPLICATE, _COMPILE}
-            if slot_of(module).site is None:
+            alone = slot_of(module).site is None
+            if alone:
                 ours |= {CALL}
             state = {name: value for name, value in state.items() if name not in ours}
+            if alone:
+                tell_apart(state)
         return state
 
     def replicate(self) -> nn.Module:
@@ -164,6 +169,7 @@ def put(module: nn.Module) -> Slot:
     slot: Slot | None = slot_of(module)
     if slot is None:
         slot = own[CALL] = Slot(module)
+        tell_apart(own)
     compiled: Any = own.get(COMPILED_CALL)
     if compiled is None:
         return slot
@@ -176,7 +182,7 @@ def put(module: nn.Module) -> Slot:
 
 def keep_slots(model: nn.Module) -> Callable[[], None]:
     """What puts all slots of ``model`` back as they are now."""
-    names = {CALL, COMPILED_CALL, REPLICATE, _GETSTATE, _COMPILE}
+    names = {CALL, COMPILED_CALL, REPLICATE, _GETSTATE, _COMPILE, *CONTENTS}
     before = [
         (m, {name: x for name, x in m.__dict__.items() if name in names}) for m in model.modules()
     ]
@@ -202,5 +208,6 @@ def take_out(module: nn.Module) -> None:
         slot.site = None  # what ``module.compile()`` has made may hold it
         for name in (CALL, REPLICATE, _GETSTATE, _COMPILE):
             own.pop(name, None)
+        tell_apart(own)
     if isinstance(compiled := own.get(COMPILED_CALL), Slot):
         own[COMPILED_CALL] = compiled.inner
