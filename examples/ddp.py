@@ -40,7 +40,7 @@ def train(rank: int, device: torch.device) -> None:
     batches = DataLoader(data, batch_size=16, sampler=sampler)
     rates = sd.RateSchedule(model, "linear", steps=len(batches))  # a warm-up of one epoch
 
-    torch.manual_seed(rank)  # every rank decides for itself
+    # Each rank drops other branches, and all equally many, so that none waits for another.
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for x, labels in batches:

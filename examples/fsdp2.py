@@ -44,7 +44,6 @@ def train(rank: int, device: torch.device) -> None:
     sampler = DistributedSampler(data)
     batches = DataLoader(data, batch_size=16, sampler=sampler)
 
-    torch.manual_seed(0)  # the same decisions on all ranks; in batch mode this goes by itself
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
         for x, labels in batches:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from stochastic_depth.integrations.transformers import StochasticDepthCallback
 from task import Network, images, report
@@ -36,12 +36,6 @@ class Images(Dataset):
         return {"images": image, "labels": label}
 
 
-class OwnDecisions(TrainerCallback):
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            torch.manual_seed(args.process_index)
-
-
 def main(folder: str = "trainer-run") -> None:
     torch.manual_seed(0)
     model = Classifier()
@@ -55,7 +49,7 @@ def main(folder: str = "trainer-run") -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    callbacks = [StochasticDepthCallback("linear", steps=8, p=0.3), OwnDecisions()]
+    callbacks = [StochasticDepthCallback("linear", steps=8, p=0.3)]
     trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=callbacks)
     trainer.train()
     weights = nn.utils.parameters_to_vector(model.parameters())

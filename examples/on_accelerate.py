@@ -23,7 +23,6 @@ def main() -> None:
     prepared, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     accelerator.register_for_checkpointing(rates)  # save_state and load_state take it along
 
-    torch.manual_seed(accelerator.process_index)  # every rank decides for itself
     for _ in range(6):
         for x, labels in batches:
             with accelerator.accumulate(prepared):

@@ -27,10 +27,6 @@ class Classifier(L.LightningModule):
         self.loss = cross_entropy(self.model(x), labels)
         return self.loss
 
-    def on_train_start(self) -> None:
-        if self.global_step == 0:  # a resumed run goes on with its state
-            torch.manual_seed(self.global_rank)  # every rank decides for itself
-
     def on_train_end(self) -> None:
         weights = nn.utils.parameters_to_vector(self.model.parameters())
         report(self.global_rank, self.loss, weights, self.model)

@@ -34,7 +34,7 @@ def test_an_example_runs_on_two_processes(script, tmp_path):
     (_, _, weights, dropped, decided), (_, _, theirs, their_drops, _) = found
     assert weights == theirs
     assert 0 < int(dropped) < int(decided)
-    assert script == "fsdp2.py" or dropped != their_drops  # each rank its own decisions
+    assert dropped == their_drops  # balanced, or shared
     assert all(float(loss) < 1.38 for _, loss, *_ in found)  # that of guessing is log 4 = 1.386
 
 
