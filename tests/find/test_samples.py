@@ -104,6 +104,21 @@ def test_nodes_of_a_graph_are_no_samples() -> None:
     assert place is None
 
 
+def test_numbers_that_are_drawn_for_each_sample_go_with_it() -> None:
+    class Masked(nn.Module):
+        """Drops some tokens of each sample at random, as masked autoencoders do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = small.Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = torch.rand(x.shape[0], x.shape[1]).argsort(1)[:, :3]
+            return self.block(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])))
+
+    assert places(Masked(), torch.randn(3, 8, WIDTH)) == [(Place(0), "")]
+
+
 def test_batch_norm_does_not_count_as_mixing() -> None:
     class Normed(small.Block):
         def __init__(self) -> None:

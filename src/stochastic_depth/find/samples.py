@@ -61,10 +61,11 @@ class _Watching(Recorder):
     """Also looks at the samples of some values, which it finds again by where they are made."""
 
     def __init__(
-        self, model: nn.Module, constants: list[Tensor], small: Flow, watched: set[int], size: int
-    ) -> None:
+        self, model: nn.Module, constants: list[Tensor], small: Flow, watched: set[int], size: int,
+        drawn: dict[Key | None, int],
+    ) -> None:  # fmt: skip
         super().__init__(model, constants)
-        self.small, self.size = small, size
+        self.small, self.size, self.drawn = small, size, drawn
         self.watched: dict[Key | None, int] = {small.nodes[n].key: n for n in watched}
         self.places: dict[int, Place | None] = {}
         self.unclear: dict[int, str] = {}
@@ -88,6 +89,18 @@ class _Watching(Recorder):
             if place.fold > 1:
                 self.strewn[at] = _digest(t.detach(), place, self.size + 1, in_a_row=False)
             self.paused = False
+
+    def after(self, name: str, given: list[Tensor], made: list[Tensor], number: int) -> None:
+        """Move the numbers that are drawn for each sample with it."""
+        at = self.drawn.get(self.flow.nodes[number].key)
+        if at is None:
+            return
+        try:
+            place = _grown(self.small.nodes[at].shape, tuple(made[0].shape), self.size)
+        except LookupError:
+            return
+        if place is not None:
+            made[0].copy_(made[0].roll(place.fold, place.dim))
 
 
 def _grown(small: tuple[int, ...], large: tuple[int, ...], size: int) -> Place | None:
@@ -177,21 +190,22 @@ def _evidence(
     model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned, batch: _Batch
 ) -> _Evidence:
     watched = set(_watched(flow, planned))
+    drawn = {x.key: n for n, x in enumerate(flow.nodes) if x.random and not x.sources}
 
-    def run(change: Any) -> _Watching:
+    def run(change: Any, drawn: dict[Key | None, int]) -> _Watching:
         given, named = _mapped((args, kwargs), batch, change)
         watch: _Watching = record(
             model,
             given,
             named,
-            recorder=lambda m, constants: _Watching(m, constants, flow, watched, batch.size),
+            recorder=lambda m, constants: _Watching(m, constants, flow, watched, batch.size, drawn),
             constants=flow.constants,
         ).watch
         return watch
 
     if any(t.is_meta for t in _inputs((args, kwargs))):
         raise ValueError("there are no values on the meta device")
-    more, other = run(_one_more), run(_moved)
+    more, other = run(_one_more, {}), run(_moved, drawn)
     unclear = dict(more.unclear)
     for node in watched:
         if node not in other.places or (node not in more.places and node not in unclear):
