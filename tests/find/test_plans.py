@@ -246,6 +246,92 @@ def test_a_cache_is_named_with_what_to_do() -> None:
     assert "use_cache=False" in refusal(Layer())
 
 
+class Collecting(nn.Module):
+    """Two layers, whose results it puts into a list that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = small.linear(), small.linear()
+
+    def forward(self, x: Tensor, results: list[Tensor]) -> Tensor:
+        results.append(self.f(x))
+        results.append(self.g(results[-1]))
+        return results[-1]
+
+
+def test_a_list_that_the_block_makes_for_a_child_to_fill_is_no_cache() -> None:
+    class Aggregating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collect, self.last = Collecting(), nn.Linear(3 * WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            results = [x]
+            self.collect(x, results)
+            return self.last(torch.cat(results, -1)) + results[0]
+
+    found = look(Aggregating())
+    assert [b.modules for b in found.branches] == [("collect", "last")]
+    assert found.refused == []
+
+
+def test_a_list_that_the_block_also_hands_out_is_a_cache() -> None:
+    class Handing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collect = Collecting()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            results: list[Tensor] = []
+            return x + self.collect(x, results), results
+
+    class Ignoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Handing()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, results = self.block(x)
+            return y * len(results)
+
+    assert "it is given a list, which it changes" in refusal(Ignoring())
+
+
+def test_a_branch_that_is_handed_on_in_a_list_is_refused() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.collect = Collecting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            results = [x]
+            self.collect(x, results)
+            return x + results[-1]  # x + x, were it dropped
+
+    assert "handed on in a list or an attribute" in refusal(Reading())
+
+
+def test_a_branch_that_is_handed_on_in_an_attribute_is_refused() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = small.linear()
+
+        def forward(self, x: Tensor) -> None:
+            self.y = self.f(x)
+
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keep = Keeping()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.keep(x)
+            return x + self.keep.y  # that of the last call, were it dropped
+
+    assert "handed on in a list or an attribute" in refusal(Reading())
+
+
 def test_leaving_a_sum_out_is_what_its_module_does_that_returns_zeros() -> None:
     model, x = small.Carried(), torch.randn(3, WIDTH)
     found = find(model, (x,), {}, samples=False)

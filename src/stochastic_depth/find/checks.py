@@ -40,7 +40,8 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
             )
     for c in {c for i in region.nodes for c in flow.around(nodes[i].call)}:
         call = flow.calls[c]
-        if call.writes and not call.start <= region.sum < call.end:
+        made_in_frame = call.owner > frame.call  # a list that it makes, and gives to a child
+        if call.writes and not made_in_frame and not call.start <= region.sum < call.end:
             return WRITES.format(call.writes)
     derived = _derived(flow, member) if flow.held or flow.looks else set()
     gates = set(member.gates)
@@ -67,6 +68,11 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
                 "a part of it is computed outside of torch, where it cannot be seen: put that "
                 "into a module of its own"
             )
+    if region.output not in absent and not _handed(flow, member).isdisjoint(region.nodes):
+        return (
+            "what it computes is handed on in a list or an attribute, where something else is when "
+            "it is dropped: return it"
+        )
     read = read_parameters(flow, member, flow.calls[frame.call].name)
     if region.output not in absent and not read:
         return (
@@ -101,10 +107,23 @@ def _absent(flow: Flow, member: Member) -> set[int]:
     for c in member.gates:
         call = flow.calls[c]
         absent.update(i for i in range(call.start, call.end) if i in region.nodes)
+    absent -= _handed(flow, member)
     for i in member.free:
         if any(x in absent for x in nodes[i].sources):
             absent.add(i)
     return absent
+
+
+def _handed(flow: Flow, member: Member) -> set[int]:
+    """What the gates hand on in another way than by returning it: in a list, an attribute."""
+    handed: set[int] = set()
+    for c in member.gates:
+        call = flow.calls[c]
+        for i in range(call.start, call.end):
+            seen = i not in call.made or i in call.put
+            if seen and any(r >= call.end for r in flow.readers[i]):
+                handed.add(i)
+    return handed
 
 
 def _derived(flow: Flow, member: Member) -> set[int]:

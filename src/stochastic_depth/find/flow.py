@@ -72,6 +72,8 @@ class Call:
         structure: the result with the numbers of its leaves in their places; None for a tensor.
         key: by what it is found again in another run.
         writes: the type of what it is given and changes: a cache.
+        owner: the outermost call that was given this, or whose module keeps it, else the call.
+        put: the nodes of tensors that it has put there.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Call:
     structure: Any = None
     key: int = 0
     writes: str = ""
+    owner: int = -1
+    put: set[int | None] = field(default_factory=set)
 
 
 @dataclass

@@ -20,16 +20,15 @@ from .form import form_of
 from .spot import spot
 from .state import attributes
 from .tensors import (
-    held_by,
     is_in_function,
     kind_of,
     leaves_of,
-    may_hold,
     memory_of,
     tensors_in,
     tensors_within,
     version_of,
 )
+from .written import Written
 
 __all__ = ["Recorder"]
 
@@ -78,7 +77,7 @@ class Recorder(TorchFunctionMode):
         self.counts: dict[tuple[int, str], int] = {}
         self.paused = False
         self.keeps_unknown = False
-        self.given: list[list[tuple[Any, list[int]]]] = []  # by call, what may be written to
+        self.written = Written(self.flow)
         self.looked: dict[int, list[int]] = {}  # by call, what Python looked at in it
 
     def inputs(self, args: Any, kwargs: Any) -> None:
@@ -100,8 +99,7 @@ class Recorder(TorchFunctionMode):
         key = hash(self.key(f".{name}", parent, count=True))
         form = form_of(args, kwargs)
         self.flow.calls.append(Call(name, module, parent, start, form, given, key=key))
-        self.given.append([(x, held_by(x)) for x in (*args, *kwargs.values()) if may_hold(x)])
-
+        self.written.enter(number, args, kwargs)
         self.stack.append(number)
         return number
 
@@ -121,10 +119,7 @@ class Recorder(TorchFunctionMode):
             elif not self._linked(t):
                 self._unseen(t, number)
         call.made = [self.node(x) if isinstance(x, Tensor) else None for x in leaves]
-        for x, before in self.given[number]:
-            if before != held_by(x):
-                call.writes = type(x).__name__
-        self.given[number] = []
+        self.written.leave(number, result, self.node)
         del self.stack[self.stack.index(number) :]
         call.end = len(self.flow.nodes)
 

@@ -17,6 +17,7 @@ __all__ = [
     "leaves_of",
     "may_hold",
     "memory_of",
+    "objects_within",
     "tensors_in",
     "tensors_within",
     "version_of",
@@ -76,6 +77,22 @@ def tensors_within(x: Any, depth: int) -> Iterator[Tensor]:
         state = getattr(x, "__dict__", None)
         if isinstance(state, dict):
             yield from tensors_within(state, depth - 1)
+
+
+def objects_within(x: Any, depth: int) -> Iterator[Any]:
+    """What in ``x`` can be written to, ``x`` included: containers and plain objects."""
+    if isinstance(x, list | tuple | set | dict):
+        if not isinstance(x, tuple):
+            yield x
+        items: Any = x.values() if isinstance(x, dict) else x
+    else:
+        state = getattr(x, "__dict__", None)
+        if not depth or not may_hold(x) or isinstance(x, type) or not isinstance(state, dict):
+            return
+        yield x
+        items, depth = state.values(), depth - 1
+    for item in items:
+        yield from objects_within(item, depth)
 
 
 def version_of(t: Tensor) -> int:
