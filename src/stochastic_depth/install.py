@@ -1,7 +1,7 @@
 """From what was found to slots in the model, and from the first real batch to what was found."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "Pending",
     "Settings",
     "block_of",
+    "by_block",
     "choices",
     "install",
     "keep_identity",
@@ -53,6 +54,14 @@ def block_of(branch: Branch) -> str:
     return branch.name.partition(":")[0]
 
 
+def by_block(branches: Iterable[Branch]) -> dict[str, list[Branch]]:
+    """Branches by the qualified names of their blocks."""
+    found: dict[str, list[Branch]] = {}
+    for branch in branches:
+        found.setdefault(block_of(branch), []).append(branch)
+    return found
+
+
 def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Branch]:
     """Set up the branches of ``findings`` that are chosen, and put slots into their blocks.
 
@@ -68,9 +77,9 @@ def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Br
         branch.mode, branch.scale = settings.mode, settings.scale
         branch.dropped_grad = settings.dropped_grad
     about = replace(findings, plans={}, nodes={}, merges={}, constants=[])
+    of_block = by_block(chosen)
     for name, plans in findings.plans.items():
-        mine = [b for b in chosen if block_of(b) == name]
-        if mine:
+        if mine := of_block.get(name):
             kept = {form: only(plan, mine) for form, plan in plans.items()}
             kind = WholeSite if mine[0].kind == "block" else Site
             block = model.get_submodule(name)

@@ -13,10 +13,10 @@ from .branch import Branch
 from .drop.draws import Draws
 from .drop.force import forced, plain
 from .drop.site import Site
-from .find import run_weighed
+from .find import first_samples, run_weighed
 from .find.plan import Findings, Refused, only
-from .find.state import copied, in_mode, untouched
-from .install import block_of, watch_block
+from .find.state import Kept, copied, in_mode, untouched
+from .install import by_block, watch_block
 
 __all__ = ["refuse_what_fails"]
 
@@ -37,10 +37,11 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     found = [b for b in findings.branches if b.kind != "block"]
     if not found:
         return findings
+    of_block = by_block(found)
     sites = [
         Site(
             model.get_submodule(name),
-            [b for b in found if block_of(b) == name],
+            of_block.get(name, []),
             dict(plans),
             Draws(),
             watch_block,
@@ -52,9 +53,10 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
         site.install()
     reasons: dict[Branch, str | None] = {}
     try:
-        if _failure(model, findings, found, args, kwargs) is not None:
-            reasons = {b: _failure(model, findings, [b], args, kwargs) for b in found}
-        _mask_what_fails(model, [b for b in found if not reasons.get(b)], args, kwargs)
+        trial = _Trial(model, findings, args, kwargs)
+        if trial.failure(found) is not None:
+            reasons = {b: trial.failure([b]) for b in found}
+        trial.mask_what_fails([b for b in found if not reasons.get(b)])
     finally:
         for site in sites:
             site.uninstall()
@@ -70,92 +72,105 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     return findings
 
 
-def _failure(
-    model: nn.Module, findings: Findings, branches: Sequence[Branch], args: Any, kwargs: Any
-) -> str | None:
-    """What is wrong where these branches are dropped, or counted twice; None where nothing is."""
-    for training in (True, False):
-        try:
-            _run(model, args, kwargs, dict.fromkeys(branches, (True, 1.0)), training)
-        except Exception as error:  # of any kind: the model cannot do without the branch
-            if training and _fails_anyway(model, args, kwargs):
-                continue  # BatchNorm on a single sample, say
-            where = "in training " if training else ""
-            return f"{where}the model fails where it is left out: {_told(error)}"
-    try:
-        weighed = _run(model, args, kwargs, dict.fromkeys(branches, (False, _WEIGHT)))
-    except Exception as error:
-        return f"the model fails where it is weighed: {_told(error)}"
-    expected = run_weighed(model, args, kwargs, dict.fromkeys(branches, _WEIGHT), findings)
-    if not _are_close(weighed, expected):
-        return (
-            "counted twice it does not change the model's output as its sum says: what it computes "
-            "reaches the output in another way, too"
-        )
-    return None
+class _Trial:
+    """Runs of a model with its branches dropped or weighed, which leave nothing behind."""
 
+    def __init__(self, model: nn.Module, findings: Findings, args: Any, kwargs: Any) -> None:
+        self.model, self.findings, self.inputs = model, findings, (args, kwargs)
+        self.kept = Kept(model)
 
-def _fails_anyway(model: nn.Module, args: Any, kwargs: Any) -> bool:
-    try:
-        with plain():
-            _run(model, args, kwargs, None, training=True)
-    except Exception:
-        return True
-    return False
-
-
-def _mask_what_fails(model: nn.Module, branches: Sequence[Branch], args: Any, kwargs: Any) -> None:
-    """Select no samples in branches where that gives something else than masking them."""
-    selected = [b for b in branches if b.place is not None]
-    if not selected or _selects(model, selected, args, kwargs):
-        return
-    for branch in selected:
-        if not _selects(model, [branch], args, kwargs):
-            branch.place, branch.mask = None, branch.place or branch.mask
-            branch.reason = (
-                "with samples selected, the model gives something else than with all computed and "
-                "the dropped ones masked: its samples are not independent"
-            )
-
-
-def _selects(model: nn.Module, branches: Sequence[Branch], args: Any, kwargs: Any) -> bool:
-    """Whether selected samples are what they are where all are computed and masked."""
-    outputs = []
-    for select in (True, False):
-        with ExitStack() as stack:
-            for branch in branches:
-                stack.callback(vars(branch).update, dict(vars(branch)))
-                branch.mode, branch.scale = "row", "train"
-                branch.set_rate(0.5)
-                if not select and branch.place is not None:
-                    branch.mask = branch.place
-                    branch.place = None
-            chosen = {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
+    def failure(self, branches: Sequence[Branch]) -> str | None:
+        """What is wrong where these are dropped, or counted twice; None where nothing is."""
+        dropped = dict.fromkeys(branches, (True, 1.0))
+        for training in (True, False):
             try:
-                outputs.append(_run(model, args, kwargs, chosen))
-            except Exception:  # of any kind: the samples do not fit
-                return False
-    return _are_close(*outputs)
+                self.run(dropped, self.inputs, training)
+            except Exception as error:  # of any kind: the model cannot do without the branch
+                if training and self.fails_anyway():
+                    continue  # BatchNorm on a single sample, say
+                where = "in training " if training else ""
+                return f"{where}the model fails where it is left out: {_told(error)}"
+        few = first_samples(self.inputs, 1)
+        if few is not None:
+            try:
+                if self.weighed_differs(branches, few) is None:
+                    return None
+            except Exception:  # of any kind: it takes no single sample
+                pass
+        return self.weighed_differs(branches, self.inputs)
 
+    def fails_anyway(self) -> bool:
+        try:
+            with plain():
+                self.run(None, self.inputs, training=True)
+        except Exception:
+            return True
+        return False
 
-def _run(
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    decisions: Mapping[Branch, tuple[int, float]] | None,
-    training: bool = False,
-) -> Any:
-    """The output; nothing is left behind."""
-    with (
-        untouched(model),
-        in_mode(model, training),
-        uncompiled(),
-        torch.no_grad(),
-        nullcontext() if decisions is None else forced(decisions),
-        BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
-    ):
-        args, kwargs = copied((args, kwargs))
-        return model(*args, **kwargs)
+    def weighed_differs(self, branches: Sequence[Branch], inputs: Any) -> str | None:
+        try:
+            weighed = self.run(dict.fromkeys(branches, (False, _WEIGHT)), inputs)
+        except Exception as error:
+            return f"the model fails where it is weighed: {_told(error)}"
+        args, kwargs = inputs
+        weights = dict.fromkeys(branches, _WEIGHT)
+        expected = run_weighed(self.model, args, kwargs, weights, self.findings, self.kept)
+        if not _are_close(weighed, expected):
+            return (
+                "counted twice it does not change the model's output as its sum says: what it "
+                "computes reaches the output in another way, too"
+            )
+        return None
+
+    def mask_what_fails(self, branches: Sequence[Branch]) -> None:
+        """Select no samples in branches where that gives something else than masking them."""
+        selected = [b for b in branches if b.place is not None]
+        if not selected or self.selects(selected):
+            return
+        for branch in selected:
+            if not self.selects([branch]):
+                branch.place, branch.mask = None, branch.place or branch.mask
+                branch.reason = (
+                    "with samples selected, the model gives something else than with all computed "
+                    "and the dropped ones masked: its samples are not independent"
+                )
+
+    def selects(self, branches: Sequence[Branch]) -> bool:
+        """Whether selected samples are what they are where all are computed and masked."""
+        outputs = []
+        for select in (True, False):
+            with ExitStack() as stack:
+                for branch in branches:
+                    stack.callback(vars(branch).update, dict(vars(branch)))
+                    branch.mode, branch.scale = "row", "train"
+                    branch.set_rate(0.5)
+                    if not select and branch.place is not None:
+                        branch.mask = branch.place
+                        branch.place = None
+                chosen = {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
+                try:
+                    outputs.append(self.run(chosen, self.inputs))
+                except Exception:  # of any kind: the samples do not fit
+                    return False
+        return _are_close(*outputs)
+
+    def run(
+        self,
+        decisions: Mapping[Branch, tuple[int, float]] | None,
+        inputs: Any,
+        training: bool = False,
+    ) -> Any:
+        """The output."""
+        with (
+            untouched(self.model, self.kept),
+            in_mode(self.model, training),
+            uncompiled(),
+            torch.no_grad(),
+            nullcontext() if decisions is None else forced(decisions),
+            BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
+        ):
+            args, kwargs = copied(inputs)
+            return self.model(*args, **kwargs)
 
 
 def uncompiled() -> AbstractContextManager[Any]:

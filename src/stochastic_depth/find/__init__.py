@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from .batch import first_samples
 from .blocks import WHOLE, find_blocks
 from .costs import flop_shares
 from .drops import find_drops, settle_drops
@@ -21,6 +22,7 @@ __all__ = [
     "WHOLE",
     "find",
     "find_blocks",
+    "first_samples",
     "flop_shares",
     "form_of",
     "guess_inputs",

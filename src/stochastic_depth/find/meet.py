@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .flow import Flow
 from .record import Recorder
-from .state import copied, in_mode, untouched
+from .state import Kept, copied, in_mode, untouched
 
 __all__ = ["record"]
 
@@ -83,6 +83,7 @@ def record(
     training: bool = False,
     recorder: Any = Recorder,
     constants: list[Tensor] | None = None,
+    kept: Kept | None = None,
 ) -> Flow:
     """The flow of ``model(*args, **kwargs)``; everything is as before afterwards.
 
@@ -93,12 +94,13 @@ def record(
         training: whether it runs as in training.
         recorder: a kind of Recorder.
         constants: tensors that are known to have been there before.
+        kept: the model's state, where that is known.
     """
     watch = recorder(model, constants or [])
     watch.keeps_unknown = constants is None
     args, kwargs = copied((args, kwargs))
     with _one_at_a_time, ExitStack() as stack:
-        stack.enter_context(untouched(model))
+        stack.enter_context(untouched(model, kept))
         stack.enter_context(in_mode(model, training))
         stack.enter_context(_plainly())
         stack.enter_context(_met(watch, model))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..branch import Branch, Place
+from .batch import Batch, inputs_in, mapped, ways_to_batch
 from .flow import Flow, Key
 from .meet import record
 from .plan import Gate, Plan
@@ -26,16 +27,7 @@ _NOWHERE = Place(-1)  # the branch is dropped for the whole batch
 _WHOLE = ", so it is dropped for the whole batch"
 _NO_SAMPLES = f"no tensor of example_inputs has a dimension of samples{_WHOLE}"
 _STREWN = f"the entries of a sample are not next to each other in it{_WHOLE}"
-_TRIES = 4  # ways to take a dimension of the inputs for the batch's
 _PARTS = 256  # numbers by which a sample of a value is compared
-
-
-@dataclass
-class _Batch:
-    """One way to see the inputs: how many samples, and in which dimension of each tensor."""
-
-    size: int
-    dims: dict[int, int]  # by id
 
 
 @dataclass
@@ -136,7 +128,7 @@ def place_samples(model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned:
     best: dict[Branch, tuple[Place | None, str]] = {}
     chosen: _Evidence | None = None
     reason = ""
-    for batch in _ways(list(_inputs((args, kwargs)))) if branches else ():
+    for batch in ways_to_batch((args, kwargs)) if branches else ():
         try:
             evidence = _evidence(model, args, kwargs, flow, planned, batch)
         except Exception as error:  # of any kind: the model does not take it
@@ -161,39 +153,14 @@ def place_samples(model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned:
             _fill(flow, planned, plan, chosen)
 
 
-def _inputs(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple | dict):
-        for item in x.values() if isinstance(x, dict) else x:
-            yield from _inputs(item)
-
-
-def _ways(inputs: list[Tensor]) -> Iterator[_Batch]:
-    """The ways to take a dimension for the samples', the likeliest first."""
-    shaped = [t for t in inputs if t.dim()]
-    tried: list[dict[int, int]] = []
-    for dim in range(max((t.dim() for t in shaped), default=0)):
-        size = next(t for t in shaped if t.dim() > dim).shape[dim]
-        for anywhere in (False, True):
-            dims = {}
-            for t in shaped:
-                at = [d for d in (dim, *range(t.dim())) if d < t.dim() and t.shape[d] == size]
-                if at and (anywhere or at[0] == dim):
-                    dims[id(t)] = at[0]
-            if size and dims and dims not in tried and len(tried) < _TRIES:
-                tried.append(dims)
-                yield _Batch(size, dims)
-
-
 def _evidence(
-    model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned, batch: _Batch
+    model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned, batch: Batch
 ) -> _Evidence:
     watched = set(_watched(flow, planned))
     drawn = {x.key: n for n, x in enumerate(flow.nodes) if x.random and not x.sources}
 
     def run(change: Any, drawn: dict[Key | None, int]) -> _Watching:
-        given, named = _mapped((args, kwargs), batch, change)
+        given, named = mapped((args, kwargs), batch, change)
         watch: _Watching = record(
             model,
             given,
@@ -203,7 +170,7 @@ def _evidence(
         ).watch
         return watch
 
-    if any(t.is_meta for t in _inputs((args, kwargs))):
+    if any(t.is_meta for t in inputs_in((args, kwargs))):
         raise ValueError("there are no values on the meta device")
     more, other = run(_one_more, {}), run(_moved, drawn)
     unclear = dict(more.unclear)
@@ -232,17 +199,6 @@ def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
     # Where samples hardly differ, what another place in the batch rounds is not much less.
     is_rounding = kept <= 4 * eps * float(samples.abs().max()) and 20 * kept <= replaced
     return is_rounding or kept <= max(1e-3, 10 * eps) * replaced
-
-
-def _mapped(x: Any, batch: _Batch, change: Any) -> Any:
-    if isinstance(x, Tensor):
-        return change(x.detach(), batch.dims[id(x)]) if id(x) in batch.dims else x
-    if isinstance(x, list | tuple):
-        items = [_mapped(item, batch, change) for item in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    if type(x) is dict:
-        return {k: _mapped(v, batch, change) for k, v in x.items()}
-    return x
 
 
 def _other(t: Tensor, dim: int, factor: float) -> Tensor:

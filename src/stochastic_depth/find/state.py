@@ -15,14 +15,19 @@ from torch import Tensor, nn
 
 from .tensors import tensors_within
 
-__all__ = ["attributes", "copied", "in_mode", "untouched"]
+__all__ = ["Kept", "attributes", "copied", "in_mode", "untouched"]
 
 _DEPTH = 4  # of containers and plain objects within what a module keeps
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put everything back that a forward may change, and let no warning of its own out."""
+def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
+    """Put everything back that a forward may change, and let no warning of its own out.
+
+    Args:
+        model: the model.
+        kept: its state, where that is known already.
+    """
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model will say it again
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -31,10 +36,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None and hasattr(numpy, "random"):
             stack.callback(numpy.random.set_state, numpy.random.get_state())
-        kept = _Kept()
-        for module in model.modules():
-            kept.keep_module(vars(module))
-        stack.callback(kept.put_back)
+        stack.callback((kept or Kept(model)).put_back)
         for module in model.modules():
             if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
                 reshard: Any = module.reshard
@@ -42,19 +44,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Kept:
+class Kept:
     """What modules keep: containers, plain objects and generators in place, tensors by value."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.seen: set[int] = set()
+        self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # and what is in them
         self.undo: list[Callable[[], None]] = []
         self.alive: list[Any] = []  # so that no id is used again
-        self.empty: list[dict[Any, Any]] = []
+        for module in model.modules():
+            self._keep_module(vars(module))
 
-    def keep_module(self, state: dict[str, Any]) -> None:
-        """Keep the attributes of a module."""
+    def _keep_module(self, state: dict[str, Any]) -> None:
         before = dict(state)
-        self.undo.append(lambda: _refill_dict(state, before))
+        self.dicts.append((state, before))
         for name, x in before.items():
             kind = type(x)
             if kind in _PLAIN or x is None:
@@ -62,10 +65,9 @@ class _Kept:
             if name in _OF_ALL:
                 if not isinstance(x, dict):
                     continue  # a script's
-                if x:
-                    self._keep_dict(x, 1 if name == "_buffers" else 0)
-                else:
-                    self.empty.append(x)
+                self.dicts.append((x, dict(x) if x else _EMPTY))
+                if x and name == "_buffers":
+                    self._keep_all(x.values(), 1)
             else:
                 self.keep(x, _DEPTH)
 
@@ -103,7 +105,7 @@ class _Kept:
 
     def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
         before = dict(x)
-        self.undo.append(lambda: _refill_dict(x, before))
+        self.dicts.append((x, before))
         self._keep_all(before.values(), depth)
 
     def _keep_all(self, items: Any, depth: int) -> None:
@@ -129,13 +131,15 @@ class _Kept:
 
     def put_back(self) -> None:
         """Put it all back."""
+        for x, before in self.dicts:
+            if len(x) != len(before) or any(x.get(k, x) is not v for k, v in before.items()):
+                x.clear()
+                x.update(before)
         for undo in self.undo:
             undo()
-        for x in self.empty:
-            if x:
-                x.clear()
 
 
+_EMPTY: dict[Any, Any] = {}
 _OF_ALL = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(x, dict))
 _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, types.FunctionType}
 
@@ -152,12 +156,6 @@ def _refill(x: Any, before: list[Any]) -> None:
     if not _same(before, list(x)):
         x.clear()
         x.update(before) if isinstance(x, set) else x.extend(before)
-
-
-def _refill_dict(x: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if len(x) != len(before) or any(x.get(k, x) is not v for k, v in before.items()):
-        x.clear()
-        x.update(before)
 
 
 def attributes(module: nn.Module) -> list[Any]:

@@ -11,6 +11,7 @@ from .flow import Flow, Key
 from .meet import record
 from .plan import Findings
 from .record import Recorder
+from .state import Kept
 
 __all__ = ["run_weighed"]
 
@@ -70,6 +71,7 @@ def run_weighed(
     kwargs: dict[str, Any],
     weights: Mapping[Branch, float],
     findings: Findings,
+    kept: Kept | None = None,
 ) -> Any:
     """What the plain model returns in evaluation where a branch counts ``weights[branch]`` times.
 
@@ -79,12 +81,12 @@ def run_weighed(
         kwargs: the same.
         weights: by branch; 0 leaves it out. The others count once.
         findings: what was found.
+        kept: the model's state, where that is known.
     """
     at: dict[Key, list[tuple[int, float]]] = {}
     for branch, weight in weights.items():
         for merge in findings.merges[branch]:
             at.setdefault(merge.key, []).append((merge.position, weight))
     recorder = type("_Weighing", (_Weighing,), {"weights": at})
-    return record(
-        model, args, kwargs, findings.training, recorder, constants=findings.constants
-    ).result
+    flow = record(model, args, kwargs, findings.training, recorder, findings.constants, kept)
+    return flow.result

@@ -1,0 +1,65 @@
+"""Which dimension of the inputs has the samples: ways to see it, and inputs of fewer samples."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Batch", "first_samples", "inputs_in", "mapped", "ways_to_batch"]
+
+_TRIES = 4  # ways to take a dimension of the inputs for the batch's
+
+
+@dataclass
+class Batch:
+    """One way to see the inputs: how many samples, and in which dimension of each tensor."""
+
+    size: int
+    dims: dict[int, int]  # by id
+
+
+def inputs_in(x: Any) -> Iterator[Tensor]:
+    """The tensors in arguments."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple | dict):
+        for item in x.values() if isinstance(x, dict) else x:
+            yield from inputs_in(item)
+
+
+def ways_to_batch(x: Any) -> Iterator[Batch]:
+    """The ways to take a dimension for the samples', the likeliest first."""
+    shaped = [t for t in inputs_in(x) if t.dim()]
+    tried: list[dict[int, int]] = []
+    for dim in range(max((t.dim() for t in shaped), default=0)):
+        size = next(t for t in shaped if t.dim() > dim).shape[dim]
+        for anywhere in (False, True):
+            dims = {}
+            for t in shaped:
+                at = [d for d in (dim, *range(t.dim())) if d < t.dim() and t.shape[d] == size]
+                if at and (anywhere or at[0] == dim):
+                    dims[id(t)] = at[0]
+            if size and dims and dims not in tried and len(tried) < _TRIES:
+                tried.append(dims)
+                yield Batch(size, dims)
+
+
+def mapped(x: Any, batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Any:
+    """``x`` with ``change(tensor, dim)`` in the place of each tensor that has samples."""
+    if isinstance(x, Tensor):
+        return change(x.detach(), batch.dims[id(x)]) if id(x) in batch.dims else x
+    if isinstance(x, list | tuple):
+        items = [mapped(item, batch, change) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    if type(x) is dict:
+        return {k: mapped(v, batch, change) for k, v in x.items()}
+    return x
+
+
+def first_samples(x: Any, n: int) -> Any:
+    """``x`` with its first ``n`` samples alone, in the likeliest way to see it, if it has more."""
+    batch = next(ways_to_batch(x), None)
+    if batch is None or batch.size <= n:
+        return None
+    return mapped(x, batch, lambda t, dim: t.narrow(dim, 0, n))
