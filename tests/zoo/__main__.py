@@ -1,12 +1,12 @@
 """Measure how much of each model zoo is found and verified, and write docs/coverage.md.
 
 ``python -m tests.zoo`` does all zoos, ``python -m tests.zoo timm`` one, and with ``--only swin``
-one family, which is printed and not written.
+one family, which is printed and not written. ``--without-verify`` leaves ``sd.verify`` out, which
+takes by far the most time; the rows say so.
 """
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -19,7 +19,7 @@ import stochastic_depth as sd
 from stochastic_depth.cli.torchvision_ops import ensure_torchvision
 
 from . import transformers_models
-from .measure import Row, measure, timed
+from .measure import COLUMNS, Row, measure, timed
 from .registered import by_file, timm_registered_zoo
 from .timm_models import MODELS as TIMM
 
@@ -29,20 +29,30 @@ LARGEST = "aimv2_3b_patch14_224"
 HEAD = """# What is found in which model
 
 Written by `python -m tests.zoo`. *Whole*: every residual branch that is expected is found, and
-`sd.verify` passes. *Partial*: some are not found. *None*: nothing is found, and `sd.apply` says so.
-*Wrong*: something fails `sd.verify`, or raises an error that is none of ours. Expected numbers come
-from the model's own DropPath modules (those that a training step runs), from the layer count of its
-configuration, or are kept by hand, with the reason. Seconds are those of building the model and of
-`sd.apply` (detection included), on one busy core of the machine that is named. Models are built
-with random weights; those of transformers are small.
+`sd.verify` passes, with one decision for each sample. *Partial*: some are not found. *None*:
+nothing is found, and `sd.apply` says so. *Wrong*: something fails `sd.verify`, or raises an error
+that is none of ours. Rows that are *not verified* were only tried by `sd.apply` itself, which runs
+the model with all branches dropped, with all of them counted twice, and with some samples selected,
+and refuses what fails. *Samples*: in how many of the branches samples can be selected; in the
+others all are computed and the dropped ones masked.
+
+Expected numbers come from the model's own DropPath modules (those that a training step runs), from
+the layer count of its configuration, or are kept by hand, with the reason. More may be found than
+that. Positional convolutions, `x + dwconv(x)` in CoaT, DaViT or Twins, are refused with this as the
+reason, and sums of two streams, as of TNT's pixels and patches, are no shortcuts.
+
+Seconds are processor time on the machine that is named, on one core: of building the model, of one
+forward of the examples without gradients, and of `sd.apply` with examples, without samples
+(`mode="batch"`) and with (`mode="row"`). Models are built with random weights; those of
+transformers are small.
 
 Registered are all architectures that timm knows, a row for each of its files. They are built
-without values (on the meta device), so `sd.verify` cannot be part of it. *Uncounted*: branches are
-found, but neither DropPath modules nor classes of blocks say how many there should be.
+without values (on the meta device), so nothing can be tried or verified there. *Uncounted*:
+branches are found, but neither DropPath modules nor classes of blocks say how many there should be.
 """
 
 
-def torchvision_zoo(only: str | None) -> Iterator[Row]:
+def torchvision_zoo(only: str | None, verified: bool = True) -> Iterator[Row]:
     """Every classification model of torchvision."""
     from tests.test_torchvision import expected_branches
     from torchvision import models
@@ -61,10 +71,10 @@ def torchvision_zoo(only: str | None) -> Iterator[Row]:
         inputs = torch.randn(2, 3, size, size)
         expected = 0 if none else len(expected_branches(built[0]))
         source = "concatenation or a plain stack" if none else "by the source of its blocks"
-        yield measure(name.split("_")[0], name, built, inputs, expected, source)
+        yield measure(name.split("_")[0], name, built, inputs, expected, source, verified)
 
 
-def timm_zoo(only: str | None) -> Iterator[Row]:
+def timm_zoo(only: str | None, verified: bool = True) -> Iterator[Row]:
     """One model of each of timm's architecture files."""
     import timm
 
@@ -78,15 +88,15 @@ def timm_zoo(only: str | None) -> Iterator[Row]:
         size = built[0].default_cfg["input_size"]
         for inputs in (torch.randn(2, 3, 64, 64), torch.randn(2, *size)):
             try:
-                row = measure(family, name, built, inputs, expected, *reason or [""])
+                row = measure(family, name, built, inputs, expected, *reason or [""], verified)
             except Exception as error:  # of any kind: the model does not take this size
-                row = Row(family, name, 0, "", "none", str(error)[:100], built[1], 0.0)
+                row = Row(family, name, 0, "", "none", str(error)[:100], None, (built[1],))
                 continue
             break
         yield row
 
 
-def transformers_zoo(only: str | None) -> Iterator[Row]:
+def transformers_zoo(only: str | None, verified: bool = True) -> Iterator[Row]:
     """Tiny random models of transformers families."""
     import transformers
 
@@ -94,37 +104,29 @@ def transformers_zoo(only: str | None) -> Iterator[Row]:
     for family in transformers_models.FAMILIES:
         if only not in (None, family.name):
             continue
-        start = time.perf_counter()
-        model, inputs = transformers_models.build(family)
-        built = model, time.perf_counter() - start
+        (model, inputs), seconds = timed(lambda: transformers_models.build(family))  # noqa: B023
+        built = model, seconds
         try:
-            row = measure(family.name, family.model, built, inputs, family.branches, family.reason)
+            row = measure(
+                family.name, family.model, built, inputs, family.branches, family.reason, verified
+            )
         except Exception as error:  # of any kind: it belongs into the table
-            row = Row(family.name, family.model, 0, "", "none", str(error)[:100], built[1], 0.0)
+            row = Row(
+                family.name, family.model, 0, "", "wrong", str(error)[:100], None, (built[1],)
+            )
         yield row
 
 
-def largest_zoo(only: str | None) -> Iterator[Row]:
+def largest_zoo(only: str | None, verified: bool = False) -> Iterator[Row]:
     """The time that detection takes on the largest model of timm that fits: 2.7 billion weights."""
     import timm
 
-    model, build_seconds = timed(lambda: timm.create_model(LARGEST))
-    start = time.perf_counter()
-    found = len(sd.branches(sd.apply(model, 0.2)))
-    seconds = time.perf_counter() - start
-    blocks = 2 * len(model.blocks)
+    model, build = timed(lambda: timm.create_model(LARGEST))
+    _, spent = timed(lambda: sd.apply(model, 0.2))
+    found, blocks = len(sd.branches(model)), 2 * len(model.blocks)
     verdict = "whole" if found == blocks else "partial"
-    expected = f"{blocks} (blocks of 2)"
-    yield Row(
-        "vision_transformer",
-        LARGEST,
-        found,
-        expected,
-        verdict,
-        "not verified",
-        build_seconds,
-        seconds,
-    )
+    told, seconds = f"{blocks} (blocks of 2)", (build, None, spent, None)
+    yield Row("vision_transformer", LARGEST, found, told, verdict, "not verified", None, seconds)
 
 
 def _where(zoo: str) -> str:
@@ -132,7 +134,7 @@ def _where(zoo: str) -> str:
     return f"{package} {version(package)} on {machine(torch.device('cpu'))}."
 
 
-ZOOS: dict[str, Callable[[str | None], Iterator[Row]]] = {
+ZOOS: dict[str, Callable[..., Iterator[Row]]] = {
     "torchvision": torchvision_zoo,
     "timm": timm_zoo,
     "timm-registered": timm_registered_zoo,
@@ -148,13 +150,16 @@ def write(name: str, rows: list[Row]) -> None:
     counts = ", ".join(
         f"{sum(row.verdict == verdict for row in rows)} {verdict}" for verdict in VERDICTS
     )
+    known = [row.samples for row in rows if row.samples is not None]
+    selected = f", samples selected in {sum(known)}" if known else ""
     table = by_file(rows) if name == "timm-registered" else rows
     lines = [
         "",
-        f"{len(rows)} models: {counts}. {_where(name)}",
+        f"{len(rows)} models: {counts}; {sum(row.found for row in rows)} branches{selected}. "
+        f"{_where(name)}",
         "",
-        "| family | model | found | expected | verdict | note | build, s | apply, s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
         *map(str, table),
     ]
     sections[name] = "\n".join(lines) + "\n"
@@ -166,6 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("zoos", nargs="*", choices=[*ZOOS, []], help="all, if none is given")
     parser.add_argument("--only", metavar="FAMILY", help="print this family, and write nothing")
+    parser.add_argument(
+        "--without-verify", dest="verified", action="store_false", help="leave sd.verify out"
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(PAGE.parents[1] / "tests"))  # where test modules find each other
     torch.set_num_threads(1)
@@ -173,7 +181,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in args.zoos or ZOOS:
         rows = []
-        for row in ZOOS[name](args.only):
+        for row in ZOOS[name](args.only, args.verified):
             print(row, flush=True)
             rows.append(row)
         if args.only is None:

@@ -9,70 +9,121 @@ import torch
 from torch import nn
 
 import stochastic_depth as sd
+from stochastic_depth.branch import Mode
 from stochastic_depth.calls import call_of
 from stochastic_depth.find import find
+
+COLUMNS = (
+    "family", "model", "found", "samples", "expected", "verdict", "note",
+    "build, s", "forward, s", "apply, s", "with samples, s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A line of the table.
+
+    Attributes:
+        family: of the model, or its file.
+        model: its name.
+        found: the number of branches.
+        expected: what is expected, and where that comes from.
+        verdict: as the page says.
+        note: why it is not whole.
+        samples: the number of branches in which samples can be selected.
+        seconds: of building, of one forward, of ``apply`` without samples and with; None where
+            that is not measured.
+    """
 
     family: str
     model: str
     found: int
     expected: str
     verdict: str
-    note: str
-    build_seconds: float
-    apply_seconds: float
+    note: str = ""
+    samples: int | None = None
+    seconds: tuple[float | None, ...] = ()
 
     def __str__(self) -> str:
         note = self.note.replace("|", "/").replace("\n", " ")
-        return (
-            f"| {self.family} | {self.model} | {self.found} | {self.expected} | {self.verdict} | "
-            f"{note} | {self.build_seconds:.1f} | {self.apply_seconds:.1f} |"
-        )
+        seconds = [*self.seconds, None, None, None, None][:4]
+        cells = [self.family, self.model, self.found, _shown(self.samples), self.expected]
+        cells += [self.verdict, note]
+        cells += ["" if s is None else f"{s:.3f}" if s < 0.1 else f"{s:.2f}" for s in seconds]
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _shown(x: Any) -> str:
+    return "" if x is None else str(x)
 
 
 Built = tuple[nn.Module, float]
 
 
-def timed(build: Callable[[], nn.Module]) -> Built:
-    """A model, and the seconds that building it took."""
-    start = time.perf_counter()
-    return build(), time.perf_counter() - start
+def timed(run: Callable[[], Any]) -> Any:
+    """What ``run`` returns, and the seconds of processor time that it took."""
+    start = time.process_time()
+    return run(), time.process_time() - start
 
 
 def measure(
-    family: str, name: str, built: Built, inputs: Any, expected: int | None, source: str
+    family: str,
+    name: str,
+    built: Built,
+    inputs: Any,
+    expected: int | None,
+    source: str,
+    verified: bool = True,
 ) -> Row:
     """Apply to a model, verify it, and compare what was found with what was expected."""
-    model, build_seconds = built
+    model, build = built
     drops = drops_that_run(model, inputs)
-    start = time.perf_counter()
-    try:
-        sd.apply(model, 0.2, example_inputs=inputs)
-    except ValueError as error:
-        seconds = time.perf_counter() - start
-        verdict = "whole" if expected == 0 else "none"
-        note = "" if expected == 0 else reasons(model, inputs) or str(error)[:80]
-        told = f"{expected} ({source})"
-        return Row(family, name, 0, told, verdict, note, build_seconds, seconds)
-    seconds = time.perf_counter() - start
+    told = f"{len(drops)} DropPath" if expected is None else f"{expected} ({source})"
+    forward = _forward_seconds(model, inputs)
+    modes: tuple[Mode, ...] = ("batch", "row")
+    seconds = [build, forward]
+    for mode in modes:
+        try:
+            _, spent = timed(lambda: sd.apply(model, 0.2, mode=mode, example_inputs=inputs))  # noqa: B023
+        except ValueError as error:
+            verdict = "whole" if expected == 0 else "none"
+            note = "" if expected == 0 else reasons(model, inputs) or str(error)[:80]
+            return Row(family, name, 0, told, verdict, note, None, (*seconds,))
+        seconds.append(spent)
     found = sd.branches(model)
+    selected = sum(branch.place is not None for branch in found)
     taken = {drop for branch in found for drop in branch.existing}
-    result = sd.verify(model, inputs)
-    failed = "; ".join(f"{c.name}: {c.failure}" for c in result.checks if c.failure)
+    failed = ""
+    if verified:
+        checks = sd.verify(model, inputs).checks
+        failed = "; ".join(f"{c.name}: {c.failure}" for c in checks if c.failure)
     missing = sorted(drops - taken)
-    if expected is None:
-        told, whole = f"{len(drops)} DropPath", bool(drops) and not missing
-    else:
-        told, whole = f"{expected} ({source})", len(found) >= expected
+    whole = len(found) >= (expected or 0) and not (expected is None and (missing or not drops))
+    note = failed
+    if not failed and not whole:
+        note = f"{', '.join(missing[:2])} {reasons(sd.remove(model), inputs)}"
+    elif not failed and selected < len(found):
+        note = "; ".join(dict.fromkeys(b.reason for b in found if b.place is None))
+    if not verified:
+        note = f"not verified. {note}".strip()
     verdict = "wrong" if failed else "whole" if whole else "partial"
-    note = failed or (
-        "" if whole else f"{', '.join(missing[:2])} {reasons(sd.remove(model), inputs)}"
-    )
-    return Row(family, name, len(found), told, verdict, note, build_seconds, seconds)
+    return Row(family, name, len(found), told, verdict, note, selected, (*seconds,))
+
+
+def call(model: nn.Module, inputs: Any) -> None:
+    """One forward without gradients."""
+    args, kwargs = call_of(inputs)
+    with torch.no_grad():
+        model(*args, **kwargs)
+
+
+def _forward_seconds(model: nn.Module, inputs: Any) -> float:
+    """Of the second one, in evaluation."""
+    model.eval()
+    call(model, inputs)
+    _, seconds = timed(lambda: call(model, inputs))
+    model.train()
+    return float(seconds)
 
 
 def drops_that_run(model: nn.Module, inputs: Any) -> set[str]:
@@ -95,8 +146,7 @@ def modules_that_run(model: nn.Module, inputs: Any, kinds: tuple[str, ...]) -> s
     ]
     model.train()
     _batch_norm_aside(model)
-    with torch.no_grad():
-        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    call(model, inputs)
     for handle in handles:
         handle.remove()
     return ran

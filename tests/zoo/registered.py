@@ -6,9 +6,8 @@ classes in ``timm_models.BLOCKS``. Values cannot be verified there.
 """
 
 import os
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 
@@ -17,12 +16,12 @@ from torch import nn
 
 import stochastic_depth as sd
 
-from .measure import Row, drops_that_run, modules_that_run, reasons
+from .measure import Row, drops_that_run, modules_that_run, reasons, timed
 from .timm_models import BLOCKS
 from .timm_models import MODELS as BY_FILE
 
 
-def timm_registered_zoo(only: str | None) -> Iterator[Row]:
+def timm_registered_zoo(only: str | None, verified: bool = False) -> Iterator[Row]:
     """All of them, or those of one architecture file."""
     import timm
 
@@ -46,11 +45,17 @@ def by_file(rows: list[Row]) -> list[Row]:
                 ", ".join(dict.fromkeys(row.expected.partition(" ")[2] for row in of_file)),
                 f"{len(of_file) - len(others)} whole",
                 "; ".join(f"{row.model} {row.verdict}: {row.note}" for row in others),
-                sum(row.build_seconds for row in of_file),
-                sum(row.apply_seconds for row in of_file),
+                None,
+                tuple(_total(row.seconds[k] for row in of_file) for k in range(4)),
             )
         )
     return lines
+
+
+def _total(seconds: Iterable[float | None]) -> float | None:
+    """The sum of those that were measured, if any was."""
+    measured = [s for s in seconds if s is not None]
+    return sum(measured) if measured else None
 
 
 def _file_of(name: str) -> str:
@@ -68,25 +73,25 @@ def _look_at(file: str, name: str) -> Row:
         try:
             return _look_on(torch.device("cpu"), file, name)
         except Exception as error:
-            return Row(file, name, 0, "", "wrong", f"{type(error).__name__} {error}"[:100], 0, 0)
+            return Row(file, name, 0, "", "wrong", f"{type(error).__name__} {error}"[:100])
 
 
 def _look_on(device: torch.device, file: str, name: str) -> Row:
-    start = time.perf_counter()
     with device:
-        model = _build(name)
+        model, build = timed(lambda: _build(name))
         inputs = torch.randn(2, *model.default_cfg["input_size"])
-        build_seconds = time.perf_counter() - start
         drops = drops_that_run(model, inputs)
         blocks = modules_that_run(model, inputs, BLOCKS.get(file, ()))
-        start = time.perf_counter()
-        try:
-            found = sd.branches(sd.apply(model, 0.2, example_inputs=inputs))
-        except ValueError as error:
-            if "no residual branch" not in str(error):
-                raise
-            found = []
-        apply_seconds = time.perf_counter() - start
+        found: list[sd.Branch] = []
+
+        def apply() -> None:
+            try:
+                found.extend(sd.branches(sd.apply(model, 0.2, example_inputs=inputs)))
+            except ValueError as error:
+                if "no residual branch" not in str(error):
+                    raise
+
+        _, spent = timed(apply)
         missing = drops - {drop for branch in found for drop in branch.existing}
         by_hand = BY_FILE[file][1] if file in BY_FILE else None
         note = ""
@@ -101,7 +106,7 @@ def _look_on(device: torch.device, file: str, name: str) -> Row:
         if told and not whole:
             note = f"{len(found)} of {told}, {reasons(sd.remove(model), inputs)}"
     verdict = "whole" if whole else "partial" if told else "uncounted"
-    return Row(file, name, len(found), told, verdict, note, build_seconds, apply_seconds)
+    return Row(file, name, len(found), told, verdict, note, None, (build, None, spent, None))
 
 
 def _build(name: str) -> nn.Module:
