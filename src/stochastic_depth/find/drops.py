@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..branch import Spot
+from .batch import first_samples
 from .flow import ADD, SUBTRACT, Flow
 from .meet import record
 from .plan import Findings, Refused, only
@@ -141,13 +142,20 @@ def find_drops(
     if not any(_may_drop(type(m)) for n, m in model.named_modules() if n not in drops.modules):
         return drops
 
+    inputs = first_samples((args, kwargs), 2) or (args, kwargs)  # which tell as much as more
+
     def run(recorder: Any) -> Flow:
+        args, kwargs = inputs
         return record(model, args, kwargs, training=True, recorder=recorder, constants=constants)
 
     try:
         flow = drops.flow = run(_Drawing)
-    except Exception:  # of any kind: it does not train on these inputs
-        return drops
+    except Exception:  # of any kind: it does not train on so few
+        try:
+            inputs = args, kwargs
+            flow = drops.flow = run(_Drawing)
+        except Exception:  # nor on more
+            return drops
     for node, where in flow.watch.products.items():
         call = flow.calls[flow.nodes[node].call]
         if _only_drops(call.module):

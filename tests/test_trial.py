@@ -1,0 +1,38 @@
+"""What ``apply`` tries on the examples before it believes what was found."""
+
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+SIZES: list[int] = []
+
+
+class Block(nn.Module):
+    """Notes the sizes of its batches, and takes none that is smaller than ``least``."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        SIZES.append(len(x))
+        if len(x) < self.least:
+            raise ValueError("too few samples")
+        return x + self.f(x)
+
+
+def sizes(least: int, n: int) -> list[int]:
+    SIZES.clear()
+    model = sd.apply(Block(least), 0.2, example_inputs=torch.randn(n, 4))
+    assert len(sd.branches(model)) == 1
+    return SIZES
+
+
+def test_a_branch_is_counted_twice_on_one_sample() -> None:
+    assert sizes(least=1, n=8)[-2:] == [1, 1]
+
+
+def test_a_model_that_takes_no_single_sample_is_tried_on_all() -> None:
+    assert sizes(least=2, n=8)[-3:] == [1, 8, 8]
