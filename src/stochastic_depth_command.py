@@ -64,6 +64,8 @@ def say(command: str, message: str, code: int) -> int:
 def program() -> str:
     """How this program can be called again: its name, or its path where it is not on PATH."""
     path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return "python -m stochastic_depth"
     if path.stem != "stochastic-depth" or shutil.which("stochastic-depth"):
         return "stochastic-depth"
     return str(path)

@@ -11,6 +11,8 @@ from .drop.residual import residual
 from .rates import RateSchedule
 from .state import load_state_dict, state_dict
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Branch",
     "DroppedGrad",
@@ -22,6 +24,7 @@ __all__ = [
     "StochasticDepth",
     "Summary",
     "Verification",
+    "__version__",
     "apply",
     "branches",
     "importance",
