@@ -210,6 +210,9 @@ def add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--p", type=probability, help="probability to drop a branch (default: 0.2)"
     )
+    inspect.add_argument(
+        "--png", type=Path, metavar="FILE", help="also draw the branches into this file"
+    )
     add_depth_options(inspect)
 
 

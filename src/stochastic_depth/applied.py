@@ -9,6 +9,7 @@ from .branch import Branch
 from .drop.layer import StochasticDepth
 from .drop.site import Site
 from .drop.slot import outer_slot, slot_of
+from .tables import table_html
 
 __all__ = ["branches", "is_applied", "sites"]
 
@@ -17,7 +18,7 @@ def branches(model: nn.Module) -> list[Branch]:
     """The droppable branches of ``model`` in the order of execution; empty where there are none.
 
     Each call returns the same objects. A :class:`stochastic_depth.StochasticDepth` wrapper in the
-    model is a branch, too.
+    model is a branch, too. Notebooks show the list as a table.
 
     Example:
         >>> import torchvision, stochastic_depth as sd
@@ -33,7 +34,20 @@ def branches(model: nn.Module) -> list[Branch]:
             found[module.branch] = None
     for site in sites(model):
         found |= dict.fromkeys(site.branches)
-    return sorted(found, key=lambda branch: branch.order)
+    return _Listed(sorted(found, key=lambda branch: branch.order))
+
+
+class _Listed(list[Branch]):
+    """A list that notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        head = ("branch", "kind", "p", "mode", "modules", "decided", "dropped")
+        lines = [
+            (b.name, b.kind, f"{b.p:.3f}", b.mode, ", ".join(b.modules), *map(str, counts))
+            for b in self
+            for counts in [(b.decided, b.dropped)]
+        ]
+        return table_html([head, *lines])
 
 
 def is_applied(model: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """``summary``: what is dropped, how often, what it saves, and what could not be dropped."""
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +17,8 @@ from ..drop.run import Owner
 from ..find import find, find_blocks, flop_shares, guess_inputs
 from ..find.blocks import WHOLE
 from ..find.plan import Findings
+from ..tables import table_html
+from .picture import draw
 
 __all__ = ["Row", "Summary", "summary"]
 
@@ -27,7 +28,8 @@ class Row:
     """A branch in the summary; shares are of the whole model.
 
     In ``"subset"`` mode, ``p`` is the rate that takes effect on a batch like the example:
-    1 - k/B, where k of its B samples are kept.
+    1 - k/B, where k of its B samples are kept. ``decided`` and ``dropped`` count the decisions of
+    training so far.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Row:
     p: float
     parameters: float
     flops: float | None
+    decided: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,16 +117,29 @@ class Summary:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head, *rows = self._table()
-        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        return (
-            "<table><thead><tr>"
-            + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-            + "</tr></thead><tbody>"
-            + "".join(f"<tr>{row}</tr>" for row in cells)
-            + "</tbody></table><pre>"
-            + html.escape("\n".join(self._notes()))
-            + "</pre>"
+        return table_html(self._table(), self._notes())
+
+    def plot(self) -> Any:
+        """Draw the branches in the order in which they run, with matplotlib.
+
+        Each has its rate, the share of its decisions that have dropped it in training so far, and
+        its share of the model's FLOPs, if example inputs were given.
+
+        Returns:
+            A ``matplotlib.figure.Figure``: notebooks show it, and ``figure.savefig("model.png")``
+            writes it.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+            >>> import torchvision, stochastic_depth as sd
+            >>> model = sd.apply(torchvision.models.resnet18(), p=0.2)
+            >>> figure = sd.summary(model).plot()
+        """
+        kept = "" if self.compute_kept is None else f"; compute kept {self.compute_kept:.1%}"
+        return draw(
+            self.rows, f"expected depth {self.expected_depth:.2f} of {self.depth} branches{kept}"
         )
 
 
@@ -178,7 +195,9 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
         if example_inputs is not None:  # a wrapper is found as a block
             flops = shares.get(branch.name, shares.get(f"{branch.name}:{WHOLE}", 0.0))
         count = sum(p.numel() for p in own)
-        rows.append(Row(branch.name, branch.kind, _rate(branch, size), count / total, flops))
+        share, p = count / total, _rate(branch, size)
+        counts = branch.decided, branch.dropped
+        rows.append(Row(branch.name, branch.kind, p, share, flops, *counts))
     names = {branch.name for branch in applied}
     blocks = [b.name.partition(":")[0] for b in applied if b.kind == "block"]
     free = [b.name for b in findings.branches if b.name not in names and not _in(b.name, blocks)]

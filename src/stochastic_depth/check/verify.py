@@ -1,7 +1,6 @@
 """``verify``: prove on a user's own model what our tests prove on ours."""
 
 import copy
-import html
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..drop.draws import Draws
 from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import copied, in_mode, untouched
+from ..tables import table_html
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -58,7 +58,8 @@ class Verification:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        lines = [(check.name, check.failure or "ok") for check in self.checks]
+        return table_html([("check", "result"), *lines])
 
 
 def verify(model: nn.Module, example_inputs: Any) -> Verification:

@@ -1,5 +1,6 @@
 """What stochastic depth finds in a model."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,16 +8,27 @@ import torch
 import stochastic_depth as sd
 
 from . import depth
+from .errors import CommandError
 from .models import load
 from .task import try_out
 
 
-def inspect(*, model: str, image_size: int | None = None, **options: Any) -> None:
-    """Print the summary of a model by name, its weights random."""
+def inspect(
+    *, model: str, image_size: int | None = None, png: Path | None = None, **options: Any
+) -> None:
+    """Print the summary of a model by name, its weights random, and draw it into ``png``."""
+    if png is not None and not png.parent.is_dir():
+        raise CommandError(f"--png {png}: there is no folder {png.parent}")
     network = load(model, weights="none", advise_weights=False)
     size = image_size or network.image_size
     images = torch.zeros(2, 3, size, size)
     if image_size:
         try_out(model, network.model, image_size)
     depth.apply(model, network.model, images, **{"p": 0.2, **options})
-    print(sd.summary(network.model, images))
+    summary = sd.summary(network.model, images)
+    print(summary)
+    if png is not None:
+        try:
+            summary.plot().savefig(png, format="png")
+        except OSError as error:
+            raise CommandError(f"--png {png}: cannot be written: {error.strerror}") from error

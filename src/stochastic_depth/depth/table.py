@@ -1,8 +1,10 @@
 """The table of :func:`stochastic_depth.importance`."""
 
-import html
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from ..check.picture import pyplot
+from ..tables import table_html
 
 __all__ = ["By", "Importance", "Of", "Row"]
 
@@ -76,14 +78,7 @@ class Importance:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head, *rows = (
-            "".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in self._table()
-        )
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        notes = html.escape("\n".join(self._notes()))
-        return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><pre>{notes}</pre>"
-        )
+        return table_html(self._table(), self._notes())
 
     def plot(self, ax: Any = None) -> Any:
         """A bar for each, in the order of ``rows``, with matplotlib.
@@ -93,11 +88,12 @@ class Importance:
 
         Returns:
             The axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
         """
         if ax is None:
-            from matplotlib import pyplot
-
-            _, ax = pyplot.subplots(figsize=(6, 0.8 + 0.22 * len(self.rows)))
+            _, ax = pyplot().subplots(figsize=(6, 0.8 + 0.22 * len(self.rows)))
         names = [row.name for row in self.rows]
         ax.barh(range(len(names)), [row.value for row in self.rows])
         ax.set_yticks(range(len(names)), names)
