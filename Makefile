@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .venv-demo
 
-.PHONY: demo test zoo format clean
+.PHONY: demo test zoo format docs test-wheel test-oldest test-newest clean
 
 demo: $(DEMO)/ready  ## Fine-tune a pretrained network with and without stochastic depth.
 	$(DEMO)/bin/stochastic-depth finetune
@@ -21,8 +21,11 @@ format: $(VENV)/ready
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+docs: $(VENV)/docs  ## The documentation site, into build/docs; warnings are errors.
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs build/docs
+
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(VENV)-* build dist
 
 # What the demo runs and nothing else.
 $(DEMO)/ready: pyproject.toml constraints.txt
@@ -36,4 +39,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli]' --group dev
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
 	touch $@

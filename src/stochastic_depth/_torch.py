@@ -91,11 +91,9 @@ graph_task = torch._C._current_graph_task_id
 
 
 # What packs the tensors that autograd saves, None where nothing does. Non-reentrant checkpointing
-# works through such hooks, and nothing public tells that they are there. Nor does a torch before
-# 2.8 at all, so there they are assumed: whatever may be recomputed is recorded then.
+# works through such hooks, and nothing public tells that they are there.
 def saved_tensors_hooks() -> Any:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return True if top is None else top(False)
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def is_transformed() -> bool:
