@@ -19,6 +19,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_custom_sections = ["Reference", "Shape"]
 
 html_theme = "furo"
 html_title = f"stochastic-depth {release}"

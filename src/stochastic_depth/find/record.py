@@ -315,7 +315,9 @@ class Recorder(TorchFunctionMode):
             node.spot = spot(3)
             alpha = kwargs.get("alpha", 1)
             node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0
-        node.function = is_in_function(sys._getframe(2))
+        # An input that a custom Function returns is handed on as a view of itself, by its apply().
+        handed_on = name == "view_as" and len(args) == 2 and args[0] is args[1]
+        node.function = handed_on or is_in_function(sys._getframe(2))
         for t in outputs:
             self._name(t, self._add(Node("item", call, (index,)), t) if several else index)
         for t in changed:

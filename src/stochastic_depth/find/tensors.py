@@ -1,7 +1,8 @@
 """Tensors in arguments and results, and what tells them apart."""
 
 from collections.abc import Iterator
-from types import FrameType
+from functools import lru_cache
+from types import CodeType, FrameType
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,6 @@ __all__ = [
 ]
 
 _CALL = nn.Module._call_impl.__code__
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CHECKPOINT = checkpoint.__file__
 
 
@@ -110,15 +110,23 @@ def memory_of(t: Tensor) -> int:
 
 def is_in_function(frame: FrameType | None) -> bool:
     """Whether it is in the forward of a custom Function, which is none of checkpoint's."""
-    below = None
     while frame is not None:
         code = frame.f_code
         if code is _CALL:
             return False
-        if code is _APPLY:
-            return below is None or below.f_code.co_filename != _CHECKPOINT
-        below, frame = frame, frame.f_back
+        if _is_forward(code):
+            return code.co_filename != _CHECKPOINT
+        frame = frame.f_back
     return False
+
+
+@lru_cache(4096)
+def _is_forward(code: CodeType) -> bool:
+    """Whether it is the forward of a custom Function: ``apply`` itself may be no code of Python."""
+    classes = torch.autograd.Function.__subclasses__()
+    for cls in classes:  # which grows
+        classes += cls.__subclasses__()
+    return any(getattr(cls.forward, "__code__", None) is code for cls in classes)
 
 
 def may_hold(x: Any) -> bool:
