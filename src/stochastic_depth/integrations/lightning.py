@@ -24,8 +24,8 @@ class StochasticDepthCallback(L.Callback):
     continues as if it had not been interrupted. Each further ``fit`` begins its own schedule.
 
     Args:
-        schedule: of the rates over training; see :class:`stochastic_depth.RateSchedule`. None
-            leaves them as they are.
+        rate_schedule: the course of the rates over training, as in
+            :class:`stochastic_depth.RateSchedule`. None leaves them as they are.
         steps: how many optimizer steps it takes; None is all of the training.
         options: of :func:`stochastic_depth.apply`, which is called on the LightningModule before
             the strategy wraps it, unless it has stochastic depth already. (Modules that are made in
@@ -44,9 +44,9 @@ class StochasticDepthCallback(L.Callback):
     """
 
     def __init__(
-        self, schedule: TimeSchedule | None = None, steps: int | None = None, **options: Any
+        self, rate_schedule: TimeSchedule | None = None, steps: int | None = None, **options: Any
     ) -> None:
-        self.schedule = schedule
+        self.rate_schedule = rate_schedule
         self.steps = steps
         self.options = options
         self._model: L.LightningModule | None = None
@@ -80,7 +80,7 @@ class StochasticDepthCallback(L.Callback):
         if self._rates is None:
             steps = trainer.estimated_stepping_batches
             all_steps = None if steps == float("inf") else int(steps)
-            self._rates = rate_schedule(pl_module, self.schedule, self.steps, all_steps)
+            self._rates = rate_schedule(pl_module, self.rate_schedule, self.steps, all_steps)
         self._optimizer_steps = trainer.global_step
         if self._loaded:
             self._rates.load_state_dict(self._loaded["schedule"])

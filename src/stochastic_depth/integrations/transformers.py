@@ -27,8 +27,8 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
     generator; the Trainer itself saves torch's default one, for each process.
 
     Args:
-        schedule: of the rates over training; see :class:`stochastic_depth.RateSchedule`. None
-            leaves them as they are.
+        rate_schedule: the course of the rates over training, as in
+            :class:`stochastic_depth.RateSchedule`. None leaves them as they are.
         steps: how many optimizer steps it takes; None is all of the training.
         options: of :func:`stochastic_depth.apply`, which is called when the Trainer is made (with
             ``model_init`` when training begins), unless the model has stochastic depth already.
@@ -45,9 +45,9 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
     """
 
     def __init__(
-        self, schedule: TimeSchedule | None = None, steps: int | None = None, **options: Any
+        self, rate_schedule: TimeSchedule | None = None, steps: int | None = None, **options: Any
     ) -> None:
-        self.schedule = schedule
+        self.rate_schedule = rate_schedule
         self.steps = steps
         self.options = options
         self._model: Any = None
@@ -69,7 +69,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
                 "arguments; set it to False: StochasticDepthCallback restores itself"
             )
         self._apply(kwargs["model"])
-        self._rates = rate_schedule(self._model, self.schedule, self.steps, state.max_steps)
+        self._rates = rate_schedule(self._model, self.rate_schedule, self.steps, state.max_steps)
         if state.global_step > 0:
             self._restore(state.stateful_callbacks.get(_NAME))
 
