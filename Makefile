@@ -24,6 +24,28 @@ format: $(VENV)/ready
 docs: $(VENV)/docs  ## The documentation site, into build/docs; warnings are errors.
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs build/docs
 
+test-wheel:  ## Build sdist and wheel into dist/, and use the wheel where torch is and nothing else.
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet --constraint constraints.txt --upgrade pip
+	$(VENV)-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)-wheel/bin/pip install --quiet --constraint constraints.txt dist/stochastic_depth-*.whl
+	cp tests/first_session.py $(VENV)-wheel/ && cd $(VENV)-wheel && bin/python -W error first_session.py
+	cd $(VENV)-wheel && bin/stochastic-depth --version && bin/python -m stochastic_depth --version
+
+# The tests that need torch alone, for the ends of what is promised.
+CORE := tests/test_rates.py tests/test_rows.py tests/test_verify.py tests/test_residual.py \
+	tests/test_layer.py tests/test_replay.py tests/test_rate_schedule.py tests/test_private_names.py \
+	tests/find tests/faithful \
+	$(addprefix --ignore=tests/,find/test_blocks_by_hand.py faithful/test_changes_after_apply.py \
+	faithful/test_other_tracers.py faithful/test_reports.py)
+
+test-oldest: TORCH ?= torch==2.13.*
+test-newest: TORCH ?= torch
+test-oldest test-newest: test-%:  ## The core tests with the oldest torch promised, and the newest there is.
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet '$(TORCH)' --editable . numpy 'pytest>=9' pytest-timeout hypothesis scipy
+	$(VENV)-$*/bin/pytest $(CORE)
+
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist
 

@@ -166,7 +166,11 @@ class Texts(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, object]:
         generator = torch.Generator().manual_seed(index)
         tokens = torch.randint(3, 50, (8,), generator=generator)
-        return {"input_ids": tokens, "attention_mask": torch.ones(8, dtype=int), "labels": index % 2}
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones(8, dtype=int),
+            "labels": index % 2,
+        }
 
 
 def bert(lora: bool) -> nn.Module:
@@ -187,7 +191,14 @@ def bert(lora: bool) -> nn.Module:
 
 def train(folder: Path, *given: str, lora: bool = False, resume: bool = False) -> Trainer:
     common = ["--output_dir", str(folder), "--use_cpu", "--max_steps", "8", "--save_steps", "4"]
-    common += ["--per_device_train_batch_size", "4", "--report_to", "none", "--disable_tqdm", "true"]
+    common += [
+        "--per_device_train_batch_size",
+        "4",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "true",
+    ]
     common += ["--learning_rate", "0.01", "--gradient_accumulation_steps", "2"]
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
         [*common, *given]
@@ -238,9 +249,7 @@ def test_timms_loop(dtype):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
                 loss = cross_entropy(model(images[i : i + 4]), labels[i : i + 4]) / 2
             updates = i % 8 == 4  # the gradients of two batches
-            scaler(
-                loss, optimizer, 1.0, parameters=model.parameters(), need_update=updates
-            )
+            scaler(loss, optimizer, 1.0, parameters=model.parameters(), need_update=updates)
             if updates:
                 optimizer.zero_grad()
                 average.update(model)

@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         scripts = wheel.read(f"stochastic_depth-{sd.__version__}.dist-info/entry_points.txt")
     assert names == SOURCES
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
-    assert [line for line in needed if "extra ==" not in line] == ["Requires-Dist: torch>=2.4"]
+    assert [line for line in needed if "extra ==" not in line] == ["Requires-Dist: torch>=2.13"]
     assert b"stochastic-depth = stochastic_depth_command:main" in scripts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.utils._pytree import (  # the public ``torch.utils.pytree`` came after torch 2.4
+from torch.utils._pytree import (  # torch has no public one
     TreeSpec,
     tree_flatten,
     tree_leaves,
