@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # which itself imports this
     from .summary import Row
 
-__all__ = ["draw", "pyplot"]
+__all__ = ["picture_of", "pyplot"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GRAY = "#0072B2", "#D55E00", "#777777"
@@ -29,7 +29,7 @@ def pyplot() -> Any:
     return pyplot
 
 
-def draw(rows: Sequence["Row"], title: str) -> Any:
+def picture_of(rows: Sequence["Row"], title: str) -> Any:
     """A figure of three columns: the network, the rates with what was dropped, and the compute."""
     plt = pyplot()
     count = len(rows)

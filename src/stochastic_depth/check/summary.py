@@ -18,7 +18,7 @@ from ..find import find, find_blocks, flop_shares, guess_inputs
 from ..find.blocks import WHOLE
 from ..find.plan import Findings
 from ..tables import table_html
-from .picture import draw
+from .picture import picture_of
 
 __all__ = ["Row", "Summary", "summary"]
 
@@ -138,7 +138,7 @@ class Summary:
             >>> figure = sd.summary(model).plot()
         """
         kept = "" if self.compute_kept is None else f"; compute kept {self.compute_kept:.1%}"
-        return draw(
+        return picture_of(
             self.rows, f"expected depth {self.expected_depth:.2f} of {self.depth} branches{kept}"
         )
 
