@@ -109,6 +109,11 @@ trainer:
 """
 
 
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py"])  # LightningCLI warns of others than its own
+
+
 def cli(folder: Path, epochs: int, *more: str, precision: str = "32-true") -> L.LightningModule:
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, epochs=epochs, precision=precision))
