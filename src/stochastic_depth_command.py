@@ -20,6 +20,10 @@ MODEL_HELP = (
     "an image classifier: a name of torchvision, timm or the Hugging Face hub ('resnet50', "
     "'timm/resnet50', 'microsoft/resnet-50'), or a folder saved by save_pretrained"
 )
+RUN_HELP = (
+    "a folder of finetune (its model with the lowest validation error is used), or the folder of "
+    "one of its models"
+)
 SCHEDULES = ("linear", "linear-timm", "linear-efficientnet", "uniform")
 MODES = ("batch", "row", "subset")
 LOGGERS = ("csv", "tensorboard", "wandb")
@@ -86,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True)
     add_finetune(commands)
     add_predict(commands)
+    add_prune(commands)
     add_inspect(commands)
     return root
 
@@ -188,10 +193,27 @@ def add_predict(commands: Any) -> None:
         "run",
         type=Path,
         metavar="RUN",
-        help="a folder of finetune (its model with the lowest validation error is used), or the "
-        "folder of one of its models",
+        help=f"{RUN_HELP}, or a file of prune",
     )
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+
+
+def add_prune(commands: Any) -> None:
+    """The arguments of `prune`."""
+    prune = commands.add_parser(
+        "prune",
+        help="take the least important branches out of a fine-tuned model for good",
+        description="Take branches out of a model that finetune left, in the order in which it "
+        "ranked them on validation images, and write what is left to a file.",
+        argument_default=argparse.SUPPRESS,
+    )
+    prune.add_argument("run", type=Path, metavar="RUN", help=RUN_HELP)
+    prune.add_argument(
+        "--keep", type=positive, required=True, metavar="K", help="how many branches stay"
+    )
+    prune.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the file to write, such as less.pt"
+    )
 
 
 def add_inspect(commands: Any) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
+import stochastic_depth as sd
 from stochastic_depth.cli import main
 from stochastic_depth.cli.training import Turns
 
@@ -81,6 +83,11 @@ def test_a_comparison_leaves_all_that_it_measured_and_no_checkpoints(uninterrupt
         assert result["step_seconds"] > 0
         errors = [epoch["val_error"] for epoch in result["history"]]
         assert errors[result["chosen_epoch"] - 1] == min(errors)
+        assert len(set(result["ranking"])) == 4
+        assert [point["branches"] for point in result["curve"]] == [4, 3, 2, 1]
+        assert result["curve"][0]["error"] == result["chosen"]["error"]
+    row = found["summary"]["test error, 2 of 4 branches left, %"]
+    assert row["p = 0.5"] == [100 * with_["curve"][2]["error"]]
     ratio = found["summary"]["time per step, ms"]["p = 0.5 over without"]
     assert ratio["mean"] == pytest.approx(with_["step_seconds"] / without["step_seconds"])
     assert ratio["half_width_95"] is None
@@ -249,6 +256,59 @@ def test_the_snippet_loads_the_model_that_predict_uses(uninterrupted, images, ca
         chance = names["model"](names["prepare"](image)[None]).softmax(1)[0, 1]
     assert main(["predict", str(folder), str(picture)]) == 0
     assert f"dark {100 * chance:.1f} %" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Encountered `nan` values")  # by torchmetrics
+def test_a_run_that_diverged_is_reported_all_the_same(images, tmp_path, capsys):
+    options = ["--p", 0.5, "--lr", 1e30, "--out", tmp_path / "run"]
+    assert finetune("--data", images, *TINY, *options) == 0
+    output = capsys.readouterr().out
+    assert "Kept p = 0.5, seed 1, as they cannot be ranked: every branch (the loss of" in output
+    options = ["--keep", "3", "--out", str(tmp_path / "less.pt")]
+    assert main(["prune", str(tmp_path / "run"), *options]) == 2
+    assert "0 of the 4 branches of" in capsys.readouterr().err
+
+
+def test_a_pruned_file_is_what_the_run_skipped_and_predict_and_the_snippet_use_it(
+    uninterrupted, images, tmp_path, capsys
+):
+    run, out = uninterrupted / "seed0-p0.5", tmp_path / "new" / "less.pt"
+    assert main(["prune", str(run), "--keep", "2", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    info = json.loads((run / "model.json").read_text())
+    gone = info["ranking"][:2]
+    assert f"took out 2 of 4 branches: {', '.join(gone)}." in output
+    assert f"Test error: {100 * info['curve'][2]['error']:.1f} %, against" in output
+    whole, less, pixels = {}, {}, torch.rand(4, 3, 32, 32)
+    exec(info["snippet"], whole)
+    exec(torch.load(out, weights_only=True)["info"]["snippet"], less)
+    counts = [sum(p.numel() for p in made["model"].parameters()) for made in (whole, less)]
+    assert f"Parameters: {counts[1]:,} of {counts[0]:,}" in output
+    assert counts[1] < counts[0]
+    with torch.no_grad():
+        with sd.skip(whole["model"], gone, pixels):
+            skipped = whole["model"](pixels)
+        assert torch.equal(less["model"](pixels), skipped)
+    picture = Path(images, "dark", "0.png")
+    assert main(["predict", str(out), str(picture)]) == 0
+    with Image.open(picture) as image, torch.inference_mode():
+        chance = less["model"](less["prepare"](image)[None]).softmax(1)[0, 1]
+    assert f"dark {100 * chance:.1f} %" in capsys.readouterr().out
+
+
+def test_a_model_of_transformers_is_pruned_to_a_file(images, tmp_path, capsys):
+    ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[2] * 4, num_labels=2)
+    ).save_pretrained(tmp_path / "model")
+    run, out = tmp_path / "run", tmp_path / "less.pt"
+    options = ["--model", tmp_path / "model", *TINY[2:], "--p", 0.5, "--out", run]
+    assert finetune("--data", images, *options) == 0
+    (result,) = metrics(run)["results"]
+    keep = len(result["curve"]) - 2
+    assert main(["prune", str(run), "--keep", str(keep), "--out", str(out)]) == 0
+    names: dict = {}
+    exec(torch.load(out, weights_only=True)["info"]["snippet"], names)
+    assert main(["predict", str(out), str(Path(images, "dark", "0.png"))]) == 0
 
 
 def finetune_on_two_devices(*options: object, **environment: str) -> None:

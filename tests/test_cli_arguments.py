@@ -1,5 +1,6 @@
 """Whatever a person can get wrong is one line, exit code 2, and no file; and it comes early."""
 
+import json
 import os
 import subprocess
 import sys
@@ -276,6 +277,79 @@ def test_predict_refuses_what_is_no_run_and_no_image(tmp_path, images, capsys):
         assert message in refused("predict", run, image, capsys=capsys)
     (tmp_path / "model.json").write_text("{}")
     assert "lacks classes" in refused("predict", tmp_path, picture, capsys=capsys)
+
+
+def saved(folder: Path, **changed: object) -> Path:
+    """A folder as `finetune` leaves it, of a network with random weights."""
+    network = models.load("timm/test_resnet", weights="none", classes=2)
+    folder.mkdir()
+    torch.save(network.model.state_dict(), folder / "model.pt")
+    names = ["layer1.0:conv1", "layer2.0:conv2", "layer3.0:conv2", "layer4.0:conv1"]
+    info = {
+        "model": "timm/test_resnet", "config": None, "classes": ["a", "b"], "image_size": 32,
+        "mean": [0.5] * 3, "std": [0.5] * 3, "ranking": names,
+        "curve": [{"branches": n, "error": 0.5} for n in (4, 3, 2, 1)],
+        **changed,
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "message"),
+    [
+        ({}, ["--keep", "4"], "--keep 4: must be less than the 4 branches of"),
+        ({}, ["--keep", "9"], "--keep 9: must be less than the 4 branches of"),
+        ({"ranking": ["layer1.0:conv1"]}, ["--keep", "2"], "1 of the 4 branches"),
+        ({"ranking": ["nothing"]}, ["--keep", "3"], "--keep 3: 'nothing' is no branch"),
+        ({"ranking": None}, ["--keep", "3"], "has no ranking of the branches"),
+        ({"curve": []}, ["--keep", "3"], "has no ranking of the branches"),
+        ({"curve": [{"error": 0.5}]}, ["--keep", "3"], "has no ranking of the branches"),
+        (
+            {"model": "timm/test_vit", "image_size": 160},
+            ["--keep", "3"],
+            "model.pt: cannot be used",
+        ),
+        ({"model": "timm/none"}, ["--keep", "3"], "--model timm/none"),
+    ],
+)
+def test_prune_refuses_what_cannot_be(changed, options, message, tmp_path, capsys):
+    run = saved(tmp_path / "run", **changed)
+    out = tmp_path / "less.pt"
+    assert message in refused("prune", run, *options, "--out", out, capsys=capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_prune_refuses_runs_and_files_that_cannot_be(tmp_path, capsys, monkeypatch):
+    run, other = saved(tmp_path / "run"), tmp_path / "other.pt"
+    torch.save({"conv1.weight": torch.zeros(1)}, other)
+    out = tmp_path / "less.pt"
+    for place, to, message in (
+        (run, run, f"--out {run}: is there already; name another file"),
+        (run, other, f"--out {other}: is there already; name another file"),
+        (run, other / "less.pt", "is a file, so no folder can be made in it"),
+        (run, "/proc/less.pt", "nothing can be written to /proc"),
+        (tmp_path / "no", out, "no: no such folder; give the folder of a run"),
+        (tmp_path / "run" / "model.json", out, "model.json: cannot be used"),
+        (other, out, "other.pt: is no file that stochastic-depth prune wrote"),
+    ):
+        given = [place, "--keep", 2, "--out", to]
+        assert message in refused("prune", *given, capsys=capsys)
+    assert main(["prune", str(run), "--keep", "2", "--out", str(out)]) == 0
+    capsys.readouterr()
+    given = [out, "--keep", 1, "--out", tmp_path / "lesser.pt"]
+    assert "less.pt: is pruned already; give the run" in refused("prune", *given, capsys=capsys)
+    (run / "model.pt").write_bytes(b"cut short")
+    given = [run, "--keep", 1, "--out", tmp_path / "lesser.pt"]
+    assert "model.pt: cannot be used" in refused("prune", *given, capsys=capsys)
+    assert not (tmp_path / "lesser.pt").exists()
+
+
+def test_options_of_prune(capsys):
+    message = "must be a whole number of at least 1, got '0'"
+    assert_usage(["prune", "run", "--keep=0", "--out=less.pt"], "--keep", message, capsys)
+    assert_usage(["prune", "run", "--out=less.pt"], "--keep", "required", capsys)
+    assert_usage(["prune", "run", "--keep=2"], "--out", "required", capsys)
 
 
 def test_defaults_depend_on_what_is_given(tmp_path):

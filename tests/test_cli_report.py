@@ -1,4 +1,5 @@
 import statistics
+from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -24,6 +25,7 @@ def result(seed: int, p: float, error: float, seconds: float = 0.1) -> Result:
         expected_depth=9 - p,
         realised_depth=9 - p,
         history=history,
+        curve=[{"branches": n, "error": error + (9 - n) / 20} for n in (9, 6, 3, 1)],
     )
 
 
@@ -85,6 +87,16 @@ def test_differences_are_paired_so_the_levels_of_the_seeds_do_not_count():
     change = row["p = 0.5 minus without"]
     assert change["by_seed"] == pytest.approx([-5, -5, -5])
     assert change["half_width_95"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_errors_with_less_depth_are_rows_of_their_own():
+    found = comparison([-0.05, -0.05, -0.05]).summary()
+    row = found["test error, 6 of 9 branches left, %"]
+    assert row["without"] == pytest.approx([35, 45, 55])
+    assert row["p = 0.5 minus without"]["mean"] == pytest.approx(-5)
+    assert list(found)[-1] == "test error, 1 of 9 branches left, %"
+    some = [result(0, 0.0, 0.2), replace(result(0, 0.5, 0.2), curve=[])]
+    assert not any("left" in name for name in Comparison(some).summary())
 
 
 @pytest.mark.parametrize("seeds", [1, 5])

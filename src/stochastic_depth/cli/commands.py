@@ -16,6 +16,10 @@ def run(command: str, given: dict[str, Any]) -> None:
         from .predict import predict
 
         predict(**given)
+    elif command == "prune":
+        from .prune import prune
+
+        prune(**given)
     else:
         from .finetune import finetune
 

@@ -1,4 +1,4 @@
-"""The figure of a run: error over the epochs, error in the end, and time per step."""
+"""The figure of a run: error over the epochs, in the end, and with less depth; time per step."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +22,17 @@ STYLES = (
 
 
 def plot(comparison: Comparison, task: str, label_noise: float, path: Path) -> None:
-    """Draw the three panels; a thin line or small mark is one seed, a thick one the mean."""
+    """Draw the four panels; a thin line or small mark is one seed, a thick one the mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.9), layout="constrained", dpi=100)
-    curve, test, cost = figure.subplots(1, 3, width_ratios=(1.2, 1, 0.9))
+    figure = Figure(figsize=(10, 7), layout="constrained", dpi=100)
+    (curve, test), (depth, cost) = figure.subplots(2, 2, width_ratios=(1.2, 1))
     rates = list(comparison.by_rate)
     for place, p in enumerate(rates):
         colour, marker = STYLES[place % len(STYLES)]
         draw_curves(curve, comparison, p, colour, marker)
         draw_errors(test, comparison, p, place, colour, marker)
+        draw_depths(depth, comparison, p, colour, marker)
         draw_costs(cost, comparison, p, place, colour, marker)
     curve.set(xlabel="epoch", ylabel="validation error, %")
     curve.legend(title="stochastic depth", frameon=False, fontsize=8, title_fontsize=8)
@@ -41,7 +42,9 @@ def plot(comparison: Comparison, task: str, label_noise: float, path: Path) -> N
     cost.set(ylabel="time per step, ms", xlim=(-0.6, len(rates) - 0.4))
     highest = max(value for p in rates for value in comparison.values(by_key("step_ms"), p))
     cost.set_ylim(0, 1.2 * highest)
-    for axes in (curve, test, cost):
+    depth.set(xlabel="branches left, chosen epoch", ylabel="test error, %")
+    depth.invert_xaxis()
+    for axes in (curve, test, depth, cost):
         axes.spines[["top", "right"]].set_visible(False)
     seeds = comparison.seeds
     noise = f", {100 * label_noise:g} % of the labels wrong" if label_noise else ""
@@ -63,13 +66,14 @@ def by_key(key: str) -> Quantity:
 def draw_curves(axes: Any, comparison: Comparison, p: float, colour: str, marker: str) -> None:
     """The validation error over the epochs."""
     curves = [[100 * epoch["val_error"] for epoch in r.history] for r in comparison.by_rate[p]]
-    epochs = range(1, len(curves[0]) + 1)
-    if len(curves) > 1:
-        for errors in curves:
-            axes.plot(epochs, errors, color=colour, linewidth=0.8, alpha=0.4)
-    mean = [fmean(column) for column in zip(*curves, strict=True)]
-    axes.plot(epochs, mean, color=colour, linewidth=2, marker=marker, ms=4, label=label(p))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    lines(axes, range(1, len(curves[0]) + 1), curves, p, colour, marker)
+
+
+def draw_depths(axes: Any, comparison: Comparison, p: float, colour: str, marker: str) -> None:
+    """The test error with fewer and fewer branches."""
+    found = [result.by_depth for result in comparison.by_rate[p]]
+    left = [n for n in found[0] if all(n in errors for errors in found)]
+    lines(axes, left, [[100 * errors[n] for n in left] for errors in found], p, colour, marker)
 
 
 def draw_errors(
@@ -98,6 +102,23 @@ def draw_costs(
             ha="center",
             fontsize=8,
         )
+
+
+def lines(
+    axes: Any,
+    x: Sequence[int],
+    seeds: Sequence[Sequence[float]],
+    p: float,
+    colour: str,
+    marker: str,
+) -> None:
+    """A thin line for each seed, and a thick one for the mean."""
+    if len(seeds) > 1:
+        for values in seeds:
+            axes.plot(x, values, color=colour, linewidth=0.8, alpha=0.4)
+    mean = [fmean(column) for column in zip(*seeds, strict=True)]
+    axes.plot(x, mean, color=colour, linewidth=2, marker=marker, ms=4, label=label(p))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def points(axes: Any, x: float, values: Sequence[float], colour: str, marker: str) -> None:

@@ -20,6 +20,7 @@ from stochastic_depth_command import program
 
 from . import saving
 from .batches import evaluation_batches, training_batches
+from .curve import Watched, curve, rank
 from .data import with_wrong_labels
 from .errors import CommandError, Interrupted
 from .files import write_json
@@ -85,7 +86,8 @@ def run(task: Task, folder: Path, console: Console) -> None:
         console.print(
             f"\n{folder}/ holds metrics.json, curves.png, and for each of the "
             f"{len(results)} runs model.pt and model.json.\n"
-            f"To use one: {program()} predict {folder} IMAGE..."
+            f"To use one: {program()} predict {folder} IMAGE...\n"
+            f"To make it less deep: {program()} prune {folder} --keep BRANCHES --out FILE"
         )
 
 
@@ -157,6 +159,15 @@ def train(task: Task, seed: int, folder: Path, overall: Overall) -> list[Result]
         replace(found, last=scores, chosen=best)
         for found, scores, best in zip(results, last, chosen, strict=True)
     ]
+    device = fitting.strategy.root_device
+    seen, unseen = (
+        Watched(images, device, lambda cost: overall.tick(cost / len(variants)))
+        for images in (val, test)
+    )
+    results = [
+        shallower(task, found, variant.to(device).eval(), seen, unseen)
+        for found, variant in zip(results, variants, strict=True)
+    ]
     if is_first_process():
         for found, variant in zip(results, variants, strict=True):
             save(task, found, variant, folder / f"seed{seed}-{variant.name}")
@@ -205,6 +216,15 @@ def result(task: Task, seed: int, p: float, variant: Variant, dropped: list[list
     )
 
 
+def shallower(task: Task, found: Result, variant: Variant, val: Watched, test: Watched) -> Result:
+    """The same with what the model, which is that of the chosen epoch, gives with less depth."""
+    depth = task.summaries[found.p].depth
+    ranking, unranked = rank(variant, val)
+    points = curve(variant, ranking, depth, test, task.example())
+    whole = {"branches": depth, "error": found.chosen["error"]}
+    return replace(found, ranking=ranking, unranked=unranked, curve=[whole, *points])
+
+
 def save(task: Task, found: Result, variant: Variant, folder: Path) -> None:
     """Leave the model of the chosen epoch, which it has now."""
     about = {
@@ -215,6 +235,8 @@ def save(task: Task, found: Result, variant: Variant, folder: Path) -> None:
         "epoch": found.chosen_epoch,
         "validation_error": variant.best["error"],
         "test_error": found.chosen["error"],
+        "ranking": found.ranking,
+        "curve": found.curve,
     }
     saving.save(folder, task, variant.best["state"], about)
 

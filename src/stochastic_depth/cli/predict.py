@@ -24,9 +24,9 @@ def predict(*, run: Path, images: list[Path]) -> None:
             raise CommandError(f"IMAGE {bad}: cannot be read as an image")
     saved = find(run)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if saved.folder != run:
-        console.print(f"Using {saved.folder}, the model with the lowest validation error.")
-    model = saved.load()
+    if saved.path != run:
+        console.print(f"Using {saved.path}, the model with the lowest validation error.")
+    model = saved.network().model
     mean, std = (255 * torch.tensor(saved.info[key]).view(-1, 1, 1) for key in ("mean", "std"))
     prepared = Images(Files(images), saved.info["image_size"])
     for index, path in enumerate(images):

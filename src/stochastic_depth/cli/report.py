@@ -13,7 +13,7 @@ from rich.table import Table
 from .figure import plot
 from .files import write_json
 from .names import label
-from .results import QUANTITIES, Change, Comparison, Result
+from .results import Change, Comparison, Result
 from .task import Task
 
 
@@ -25,7 +25,7 @@ def write_report(results: Sequence[Result], task: Task, folder: Path, console: C
     console.print()
     console.print(table(comparison, task.title()))
     console.print(reading(comparison))
-    for finding in findings:
+    for finding in [*findings, *comparison.unranked()]:
         console.print(f"\n{finding}")
     write_json(
         folder / "metrics.json",
@@ -51,7 +51,7 @@ def table(comparison: Comparison, title: str) -> Table:
         table.add_column(label(p), justify="right", no_wrap=True)
         if p != comparison.reference:
             table.add_column("change", justify="right", no_wrap=True)
-    for quantity in QUANTITIES:
+    for quantity in comparison.quantities:
         cells = []
         for p in comparison.by_rate:
             mean = Change(tuple(comparison.values(quantity, p))).mean
@@ -76,7 +76,9 @@ def reading(comparison: Comparison) -> str:
         text += "all rates saw the same batches from the same start, and were trained by turns; "
     return text + (
         "the time per step is the mean of the middle half of all steps "
-        f"({found['cpu']}, {found['threads']} threads)."
+        f"({found['cpu']}, {found['threads']} threads). With branches left out, the test error is "
+        "that of the chosen epoch, and those go first without which the loss on validation images "
+        "is least."
     )
 
 

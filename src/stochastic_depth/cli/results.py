@@ -1,7 +1,7 @@
 """What each variant of each seed gave, and what follows from all of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +15,9 @@ class Result:
 
     ``last`` are the scores on the test images after the last epoch, ``chosen`` those after the
     epoch with the lowest validation error. ``flops`` is the share of the model's that ran.
+    ``ranking`` are the branches, the least important on validation images first, ``unranked`` why
+    others are not among them, and ``curve`` the test errors after the chosen epoch with so many
+    branches left.
     """
 
     seed: int
@@ -28,6 +31,14 @@ class Result:
     expected_depth: float
     realised_depth: float
     history: list[dict[str, float]]
+    ranking: list[str] = field(default_factory=list)
+    unranked: dict[str, str] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def by_depth(self) -> dict[int, float]:
+        """The test errors by the number of branches left."""
+        return {int(point["branches"]): point["error"] for point in self.curve}
 
     def line(self, seeds: int) -> str:
         """The result in one line."""
@@ -97,6 +108,22 @@ class Comparison:
         self.reference, *self.others = self.by_rate
         self.seeds = len(self.by_rate[self.reference])
 
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """The rows of the table; the last ones are the test errors with less depth."""
+        results = [result for results in self.by_rate.values() for result in results]
+        whole, *left = results[0].by_depth or [0]
+        shared = [n for n in left if all(n in result.by_depth for result in results)]
+        return QUANTITIES + tuple(
+            Quantity(
+                f"error_at_{n}",
+                f"test error, {n} of {whole} branches left, %",
+                lambda r, n=n: 100 * r.by_depth[n],  # type: ignore[misc]
+                1,
+            )
+            for n in shared
+        )
+
     def values(self, quantity: Quantity, p: float) -> list[float]:
         """The quantity at a rate, by seed."""
         return [quantity.value(result) for result in self.by_rate[p]]
@@ -109,7 +136,7 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """All of the table's numbers, for each seed."""
         rows: dict[str, Any] = {}
-        for quantity in QUANTITIES:
+        for quantity in self.quantities:
             row: dict[str, Any] = {label(p): self.values(quantity, p) for p in self.by_rate}
             for p in self.others:
                 change = self.change(quantity, p)
@@ -126,6 +153,16 @@ class Comparison:
     def findings(self, label_noise: float) -> list[str]:
         """What the numbers support, a sentence for each rate."""
         return [self.finding(p, label_noise) for p in self.others]
+
+    def unranked(self) -> list[str]:
+        """Which branches are never left out, a sentence for each rate and seed that has such."""
+        return [
+            f"Kept {described(p)}, seed {result.seed + 1}, as they cannot be ranked: "
+            + "; ".join(f"{name} ({reason})" for name, reason in result.unranked.items())
+            for p, results in self.by_rate.items()
+            for result in results
+            if result.unranked
+        ]
 
     def finding(self, p: float, label_noise: float) -> str:
         """What the numbers support of a rate."""

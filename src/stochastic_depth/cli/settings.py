@@ -103,15 +103,20 @@ def check_folder(folder: Path) -> None:
             f"--out {folder}: holds a run already; continue it with --resume, or name another "
             "folder"
         )
+    check_place(folder, folder)
+
+
+def check_place(out: Path, folder: Path) -> None:
+    """See that ``out`` can be written to ``folder``, which may have to be made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise CommandError(f"--out {folder}: {nearest} is a file, so no folder can be made in it")
+        raise CommandError(f"--out {out}: {nearest} is a file, so no folder can be made in it")
     try:
         with TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise CommandError(
-            f"--out {folder}: nothing can be written to {nearest} ({error.strerror})"
+            f"--out {out}: nothing can be written to {nearest} ({error.strerror})"
         ) from error
 
 

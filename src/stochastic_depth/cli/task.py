@@ -13,6 +13,7 @@ import stochastic_depth as sd
 
 from . import data, depth, models
 from .batches import EpochOrder
+from .curve import cost
 from .errors import CommandError, first_line
 from .seeds import derive
 from .settings import Settings
@@ -87,7 +88,9 @@ class Task:
             for images in (self.splits.val, self.splits.test)
         )
         epochs = self.settings.epochs
-        return epochs * self.steps() + EVALUATION_COST * (epochs * val + 2 * test)
+        training = epochs * self.steps() + EVALUATION_COST * (epochs * val + 2 * test)
+        depth = next(iter(self.summaries.values())).depth
+        return training + cost(depth, val, test)
 
     def seconds(self) -> float:
         """How long a seed will take, from a few steps of one variant."""
