@@ -111,6 +111,29 @@ def test_attention_counts_and_nothing_else_is_in_a_transformer_layer() -> None:
     assert result.rows[1].flops == pytest.approx(mlp / total)
 
 
+def test_equal_layers_have_equal_flops_where_attention_in_steps_is_another_run() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.mlp = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+            if not torch.backends.cuda.flash_sdp_enabled():  # as where attention goes in steps
+                out = (out + 0).contiguous()
+            x = x + out
+            return x + self.mlp(x)
+
+    model, x = nn.Sequential(*[Attention() for _ in range(4)]), torch.randn(2, 5, 8)
+    rows = sd.summary(sd.apply(model, 0.5, example_inputs=x), x).rows
+    attention, mlp = 2 * 10 * 8 * 24 + 2 * 2 * 10 * 5 * 8, 2 * 10 * 8 * 8
+    total = 4 * (attention + mlp)
+    assert len(rows) == 8
+    for row, expected in zip(rows, 4 * [attention, mlp], strict=True):
+        assert row.flops == pytest.approx(expected / total)
+
+
 def test_a_parameter_that_two_layers_of_a_branch_share_counts_once() -> None:
     model = small()
     model.blocks[3].conv2.weight = model.blocks[3].conv1.weight

@@ -47,11 +47,18 @@ def flop_shares(
     counts: list[int] = []
     space = {"total": staticmethod(counter.get_total_flops), "flops": counts}
     recorder = type("_Counting", (_Counting,), space)
+    constants = findings.constants
     # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
     with counter, sdpa_kernel(SDPBackend.MATH):
-        record(model, args, kwargs, False, recorder, constants=findings.constants)
+        counted = record(model, args, kwargs, False, recorder, constants=constants)
+    # A model may do more for attention in steps, so values are told by their keys.
+    until = dict(zip([node.key for node in counted.nodes], counts, strict=False))
+    made, before = [], 0
+    for node in record(model, args, kwargs, False, constants=constants).nodes:
+        now = max(until.get(node.key, before), before)
+        made.append(now - before)
+        before = now
     total = max(counter.get_total_flops(), 1)
-    made = [b - a for a, b in zip([0, *counts], counts, strict=False)]
     return {
         branch: sum(made[i] for i in nodes if i < len(made)) / total
         for branch, nodes in findings.nodes.items()
