@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from benchmarks import ddp_cost, models, overhead, page, ranks, regional, step_time
+from benchmarks import ddp_cost, depth, models, overhead, page, ranks, regional, step_time
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
         "small": models.Subject(lambda: models.cifar_resnet(8), (4, 3, 16, 16)),
         "tokens": models.Subject(lambda: models.llama(6, 16, 2), (4, 5, 16)),
     }
-    for module in (models, step_time):
+    for module in (models, step_time, depth):
         monkeypatch.setattr(module, "SUBJECTS", subjects)
     monkeypatch.setattr(step_time, "ON_CPU", list(subjects))
     monkeypatch.setattr(step_time, "RESULTS", tmp_path / "results" / "step_time.json")
@@ -69,6 +69,17 @@ def test_step_time_measures_in_bfloat16_and_compiled(small, monkeypatch, capsys)
     assert "bfloat16 autocast" in out
     for side in ("plain", "batch", "subset"):
         assert f"| {side}, compiled |" in out
+
+
+def test_depth_compares_with_the_whole_model_and_what_chance_does(
+    small, monkeypatch, capsys
+) -> None:
+    run(monkeypatch, depth, "small", "tokens", "--rounds", "2")
+    rows = [r.split(" | ") for r in capsys.readouterr().out.splitlines() if r.startswith("| ")][1:]
+    taken = [row[:4] for row in rows if row[0] == "| tokens"]
+    assert [row[1] for row in taken] == ["nothing", "3 blocks", "6 of 12 branches"]
+    assert [row[2] for row in taken[:2]] == [row[3] for row in taken[:2]] == ["1.00", "0.50"]
+    assert len(rows) == 6
 
 
 def test_overhead_compares_with_a_second_plain_model(monkeypatch, capsys) -> None:
