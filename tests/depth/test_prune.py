@@ -254,16 +254,20 @@ def test_bad_input_changes_nothing(options, error, match):
     assert [b.name for b in sd.branches(model)] == names
 
 
-def test_what_others_depend_on_stays():
+@pytest.mark.parametrize("head_is_zero", [False, True])
+def test_what_others_depend_on_stays(head_is_zero):
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
             self.blocks = nn.ModuleList(Block(8) for _ in range(3))
+            self.head = nn.Linear(8, 8)
+            if head_is_zero:
+                nn.init.zeros_(self.head.weight)
 
         def forward(self, x):
             for i, block in enumerate(self.blocks):
                 x = block(x) * (i + 1)
-            return x
+            return self.head(x)
 
     model, x = Counts().eval(), torch.randn(2, 8)
     out = model(x)
@@ -271,7 +275,27 @@ def test_what_others_depend_on_stays():
         sd.prune(model, remove="blocks.1", example_inputs=x)
     assert torch.equal(model(x), out)
     assert len(model.blocks) == 3
-    skips_as_it_prunes(model, "blocks.1:mlp", x)
+    sd.prune(model, remove="blocks.1:mlp", example_inputs=x)
+
+
+@pytest.mark.parametrize("head_is_zero", [False, True])
+def test_scale_eval_is_not_folded_into_what_it_is_no_factor_of(head_is_zero):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + torch.tanh(self.body(x))
+
+    model, x = nn.Sequential(Odd(), Odd(), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    if head_is_zero:
+        nn.init.zeros_(model[2].weight)
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    sd.apply(model, p=0.5, scale="eval", example_inputs=x)
+    with pytest.raises(ValueError, match="no weights that this could become a part of"):
+        sd.prune(model, remove="0", example_inputs=x)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
 
 def test_wrapped_models_are_refused():

@@ -21,21 +21,46 @@ def output_of(
     look: Look,
     chosen: Iterable[Branch] = (),
     weights: Mapping[Branch, float] | None = None,
-) -> Any:
-    """What the model gives in evaluation, without these branches; all is as before afterwards."""
+    blocks: Mapping[str, str] | None = None,
+) -> tuple[Any, dict[str, list[Tensor]]]:
+    """What the model and its blocks give in evaluation, without these branches.
+
+    A model whose head is still zero gives the same whatever its blocks do, so what these give
+    counts, too. All is as before afterwards.
+
+    Args:
+        model: the model.
+        look: at it.
+        chosen: what is left out.
+        weights: of branches in evaluation.
+        blocks: the names of the blocks now, by what they are called in the result; None takes all.
+    """
     chosen, weights = list(chosen), weights or {}
-    with opened(model, look, [*chosen, *weights]) as stands:
-        decisions = {stands[b]: (False, weight) for b, weight in weights.items()}
-        decisions |= {stands[b]: (True, 1.0) for b in chosen}
-        with (
-            untouched(model),
-            in_mode(model, False),
-            torch.no_grad(),
-            forced(decisions),
-            BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
-        ):
-            args, kwargs = copied(look.inputs)
-            return model(*args, **kwargs)
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for key, name in (blocks or {name: name for name in look.blocks}).items():
+
+        def keep(_: Any, args: Any, out: Any, key: str = key) -> None:
+            if (value := _first(out)) is not None:
+                seen.setdefault(key, []).append(value.clone())  # it may be overwritten
+
+        hooks.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        with opened(model, look, [*chosen, *weights]) as stands:
+            decisions = {stands[b]: (False, weight) for b, weight in weights.items()}
+            decisions |= {stands[b]: (True, 1.0) for b in chosen}
+            with (
+                untouched(model),
+                in_mode(model, False),
+                torch.no_grad(),
+                forced(decisions),
+                BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
+            ):
+                args, kwargs = copied(look.inputs)
+                return model(*args, **kwargs), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def is_handed_on(

@@ -239,13 +239,16 @@ def _cut(
     wanted = output_of(model, look, blocks) if blocks else None
     wanted_alone = output_of(model, look, chosen) if alone else None
     cuts = cut_blocks(model, gone, undo)
+    left = [n for n in look.blocks if not any(is_below(n, block) for block in gone)]
+    names = {name: cuts.name(name) for name in left}
     if config:
         follow(model, cuts, undo)
     if blocks:
-        _check(model, look, wanted, "blocks")
+        _check(model, look, wanted, "blocks", names)
         if config and configured(model) is model and not _has_adapters(model):
             again = rebuilt(model)
-            problem = difference(output_of(again, look), output_of(model, look))
+            given = [output_of(m, look, blocks=names) for m in (again, model)]
+            problem = difference(*given)
             if problem:
                 raise ValueError(
                     f"a {type(model).__name__} made of the configuration of the pruned one gives "
@@ -258,25 +261,26 @@ def _cut(
         of_parameters = Undo()
         parameters = cut_parameters(model, alone, cuts, of_parameters)
         try:
-            _check(model, look, wanted_alone, "branches")
+            _check(model, look, wanted_alone, "branches", names)
         except RuntimeError:
             of_parameters.put_back()
             if not parameters:
                 raise
-            _check(model, look, wanted_alone, "branches")  # something else looks at them: they stay
+            # Something else looks at them: they stay.
+            _check(model, look, wanted_alone, "branches", names)
         else:
             undo.add(of_parameters)
             gone += parameters
         if config and configured(model) is model:  # saved with it, for whoever loads it
             own = undo.keep(vars(model.config))
-            names = [cuts.name(block_of(b)) + ":" + b.name.partition(":")[2] for b in alone]
-            own[CONFIG_KEY] = [*own.get(CONFIG_KEY, ()), *names]
+            now = [cuts.name(block_of(b)) + ":" + b.name.partition(":")[2] for b in alone]
+            own[CONFIG_KEY] = [*own.get(CONFIG_KEY, ()), *now]
     return gone, cuts
 
 
-def _check(model: nn.Module, look: Look, wanted: Any, what: str) -> None:
+def _check(model: nn.Module, look: Look, wanted: Any, what: str, names: dict[str, str]) -> None:
     try:
-        problem = difference(output_of(model, look), wanted)
+        problem = difference(output_of(model, look, blocks=names), wanted)
     except Exception as error:
         raise RuntimeError(
             f"the model fails without these {what}, and is as it was: {type(error).__name__}: "
