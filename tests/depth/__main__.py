@@ -142,8 +142,8 @@ def main() -> None:
             if args.only in (None, case[0]):
                 rows.append(look(case))
                 print(rows[-1], flush=True)
-        if args.only is None:
-            write(zoo, rows)
+                if args.only is None:
+                    write(zoo, rows)
 
 
 if __name__ == "__main__":
