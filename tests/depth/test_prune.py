@@ -278,6 +278,24 @@ def test_what_others_depend_on_stays(head_is_zero):
     sd.prune(model, remove="blocks.1:mlp", example_inputs=x)
 
 
+def test_a_parameter_that_a_block_looks_at_stays():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.bias = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            y = self.body(x)
+            if self.bias is not None:
+                y = y + self.bias
+            return x + y
+
+    model, x = nn.Sequential(Block(8), Biased(), nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    pruned = skips_as_it_prunes(model, "1:body", x)
+    assert torch.equal(pruned(x), model[2](model[0](x)))
+    assert pruned[1].bias is not None
+
+
 @pytest.mark.parametrize("head_is_zero", [False, True])
 def test_scale_eval_is_not_folded_into_what_it_is_no_factor_of(head_is_zero):
     class Odd(nn.Module):

@@ -22,7 +22,7 @@ def output_of(
     chosen: Iterable[Branch] = (),
     weights: Mapping[Branch, float] | None = None,
     blocks: Mapping[str, str] | None = None,
-) -> tuple[Any, dict[str, list[Tensor]]]:
+) -> tuple[Any, dict[str, list[Tensor | None]]]:
     """What the model and its blocks give in evaluation, without these branches.
 
     A model whose head is still zero gives the same whatever its blocks do, so what these give
@@ -36,13 +36,13 @@ def output_of(
         blocks: the names of the blocks now, by what they are called in the result; None takes all.
     """
     chosen, weights = list(chosen), weights or {}
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[Tensor | None]] = {}
     hooks = []
     for key, name in (blocks or {name: name for name in look.blocks}).items():
 
         def keep(_: Any, args: Any, out: Any, key: str = key) -> None:
-            if (value := _first(out)) is not None:
-                seen.setdefault(key, []).append(value.clone())  # it may be overwritten
+            value = _first(out)  # which may be overwritten
+            seen.setdefault(key, []).append(None if value is None else value.clone())
 
         hooks.append(model.get_submodule(name).register_forward_hook(keep))
     try:
@@ -107,6 +107,8 @@ def _difference(a: Any, b: Any, compared: list[int]) -> str:
             return ""
         apart = (a.double() - b.double()).abs().nan_to_num().max().item()
         return f"apart by up to {apart:.3g}"
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return f"{type(a).__name__}, {type(b).__name__}"
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         pairs = [(a[key], b[key]) for key in a.keys() & b.keys()]
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
