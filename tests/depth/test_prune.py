@@ -131,6 +131,46 @@ def test_keep_takes_a_number_a_ranking_or_names():
     assert removed(keep=3, by=ranking) == ("blocks.0", "blocks.4")
 
 
+def test_all_but_one():
+    x = x_for_net()
+    names = [f"blocks.{i}:{kind}" for i in range(5) for kind in ("attn", "mlp")]
+    one = skips_as_it_prunes(net(), names[:-1], x)
+    assert len(one.blocks) == 1
+    assert len(sd.prune(net(), keep=1, example_inputs=x).blocks) == 1
+    with pytest.raises(ValueError, match="nothing would be left"):
+        sd.prune(one, remove="blocks.0:mlp", example_inputs=x)
+
+
+def test_a_branch_whose_value_is_used_elsewhere_stays():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.one(x)
+            x = x + y
+            return x + self.two(x), y
+
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Odd(), Odd()])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x, y = block(x)
+            return x * y
+
+    model, x = Uses().eval(), torch.randn(2, 8)
+    out, names = model(x), list(model.state_dict())
+    for what in ("blocks.1:one", "blocks.1"):
+        with pytest.raises(ValueError, match="can"):
+            sd.prune(model, remove=what, example_inputs=x)
+        assert list(model.state_dict()) == names
+        assert torch.equal(model(x), out)
+
+
 def test_a_frozen_a_tied_and_a_shared_block():
     x = x_for_net()
     model = net()

@@ -59,7 +59,7 @@ def test_families_prune_as_they_skip(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("keep", [range(2), [1, 2]])
+@pytest.mark.parametrize("keep", [range(1), range(2), [1, 2], [0, 2]])
 def test_generation_is_the_same_with_and_without_a_cache(name, keep):
     model, inputs = made(name)
     view = sd.shallow(model, keep=keep, example_inputs=inputs)
@@ -67,9 +67,10 @@ def test_generation_is_the_same_with_and_without_a_cache(name, keep):
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     outputs = [view.generate(prompt, use_cache=cache, **options) for cache in (True, False)]
     assert torch.equal(*outputs)
-    greedy = model.generate(prompt[:1], **options)
-    assisted = model.generate(prompt[:1], assistant_model=view, **options)
-    assert torch.equal(assisted, greedy)
+    for one in prompt.split(1):
+        greedy = model.generate(one, **options)
+        assisted = model.generate(one, assistant_model=view, **options)
+        assert torch.equal(assisted, greedy)
 
 
 @pytest.mark.parametrize("name", DECODERS[:2])
@@ -81,6 +82,9 @@ def test_generation_without_single_branches(name):
         view = sd.shallow(model, remove=branch, example_inputs=inputs)
         outputs = [view.generate(prompt, use_cache=cache, **options) for cache in (True, False)]
         assert torch.equal(*outputs), branch
+        greedy = model.generate(prompt[:1], **options)
+        assisted = model.generate(prompt[:1], assistant_model=view, **options)
+        assert torch.equal(assisted, greedy), branch
         assert view.config.pruned_branches == [branch]
 
 
@@ -172,14 +176,16 @@ def test_configurations_that_cannot_follow_are_refused(name, block, match):
     assert pruned.config.to_dict() == config
 
 
-def test_adapters_of_peft_inside():
+@pytest.mark.parametrize("branch", ["", "base_model.model.model.layers.2:self_attn"])
+def test_adapters_of_peft_inside(branch):
     peft = pytest.importorskip("peft")
     model, inputs = made("llama")
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora).eval()
-    with sd.skip(adapted, "base_model.model.model.layers.1", inputs):
+    what = ["base_model.model.model.layers.1", *filter(None, [branch])]
+    with sd.skip(adapted, what, inputs):
         skipped = run(adapted, inputs)
-    sd.prune(adapted, remove="base_model.model.model.layers.1", example_inputs=inputs)
+    sd.prune(adapted, remove=what, example_inputs=inputs)
     assert all(torch.equal(a, b) for a, b in zip(run(adapted, inputs), skipped, strict=True))
     merged = adapted.merge_and_unload().eval()
     assert len(merged.model.layers) == merged.config.num_hidden_layers == 2
