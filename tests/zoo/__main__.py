@@ -45,8 +45,8 @@ Seconds are processor time on the machine that is named, on one core: of buildin
 forward of the examples without gradients, and of `sd.apply` with examples, without samples
 (`mode="batch"`) and with (`mode="row"`). Models are built with random weights; those of
 transformers are small.
-
-Registered are all architectures that timm knows, a row for each of its files. They are built
+"""
+REGISTERED = """All architectures that timm knows, a row for each of its files. They are built
 without values (on the meta device), so nothing can be tried or verified there. *Uncounted*:
 branches are found, but neither DropPath modules nor classes of blocks say how many there should be.
 """
@@ -157,6 +157,7 @@ def write(name: str, rows: list[Row]) -> None:
         "",
         f"{len(rows)} models: {counts}; {sum(row.found for row in rows)} branches{selected}. "
         f"{_where(name)}",
+        *(["", REGISTERED.rstrip()] if name == "timm-registered" else []),
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
