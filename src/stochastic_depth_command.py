@@ -24,7 +24,7 @@ RUN_HELP = (
     "a folder of finetune (its model with the lowest validation error is used), or the folder of "
     "one of its models"
 )
-SCHEDULES = ("linear", "linear-timm", "linear-efficientnet", "uniform")
+SCHEDULES = ("linear", "linear-timm", "linear-efficientnet", "uniform", "alternating")
 MODES = ("batch", "row", "subset")
 LOGGERS = ("csv", "tensorboard", "wandb")
 MISSING = "pip install 'stochastic-depth[cli]' installs everything that the command needs"

@@ -99,10 +99,11 @@ def test_apply_returns_the_model_and_lists_its_branches_in_depth_order() -> None
         ("linear-timm", 0.3, [0.0, 0.1, 0.2, 0.3]),
         ("linear-efficientnet", 0.4, [0.0, 0.1, 0.2, 0.3]),
         ("uniform", 0.4, [0.4] * 4),
+        ("alternating", 0.4, [0.0, 0.4, 0.0, 0.4]),
         (lambda level, depth: level / (2 * depth), None, [0.125, 0.25, 0.375, 0.5]),
         ([0.0, 0.5, 1.0, 0.25], None, [0.0, 0.5, 1.0, 0.25]),
     ],
-    ids=["linear", "timm", "efficientnet", "uniform", "function", "list"],
+    ids=["linear", "timm", "efficientnet", "uniform", "alternating", "function", "list"],
 )
 def test_every_schedule_reaches_the_branches(
     schedule: Any, p: float | None, expected: list[float]

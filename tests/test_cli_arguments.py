@@ -178,7 +178,7 @@ def test_the_help_names_the_choices(capsys):
         main(["inspect", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "an image classifier: a name of torchvision, timm" in text
-    assert "{linear,linear-timm,linear-efficientnet,uniform}" in text
+    assert "{linear,linear-timm,linear-efficientnet,uniform,alternating}" in text
     assert "{batch,row,subset}" in text
 
 

@@ -34,6 +34,8 @@ def rates(model: nn.Module) -> list[float]:
     ("schedule", "expected"),
     [
         ("early", [1, 0.75, 0.5, 0.25, 0, 0]),
+        ("falling", [1, 2 / 3, 1 / 3, 0, 0, 0]),
+        ("until", [1, 1, 1, 1, 0, 0]),
         ("late", [0, 0, 0, 0, 1, 1]),
         ("linear", [0, 0.25, 0.5, 0.75, 1, 1]),
         ("cosine", [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1]),

@@ -211,6 +211,7 @@ def test_dinov2_drops_from_3d_inputs_only_and_nothing_up_to_a_tenth(shape: tuple
         ("linear-timm", [0.0, 1 / 6, 2 / 6, 0.5]),
         ("linear-efficientnet", [0.0, 0.125, 0.25, 0.375]),
         ("uniform", [0.5, 0.5, 0.5, 0.5]),
+        ("alternating", [0.0, 0.5, 0.0, 0.5]),
     ],
 )
 def test_named_schedules(schedule: str, expected: list[float]) -> None:

@@ -60,9 +60,10 @@ def apply(
             takes the rates of the model's own DropPath modules (0 where a branch has none), and
             None goes with a ``schedule`` that sets the rates itself.
         schedule: how the rate grows with depth: ``"linear"`` (the paper's), ``"linear-timm"``,
-            ``"linear-efficientnet"``, ``"uniform"``, a function (l, L) -> p with l = 1..L, or a
-            list; see :func:`stochastic_depth.rates.depth_rates`. Depth counts the blocks with a
-            selected branch in the order of execution; branches of one block share its depth.
+            ``"linear-efficientnet"``, ``"uniform"``, ``"alternating"`` (every other block), a
+            function (l, L) -> p with l = 1..L, or a list; see
+            :func:`stochastic_depth.rates.depth_rates`. Depth counts the blocks with a selected
+            branch in the order of execution; branches of one block share its depth.
         mode: ``"batch"``, one decision for a branch and call; ``"row"``, one for each sample, as in
             timm and torchvision, of which only the kept ones are computed; or ``"subset"``, a
             fixed number of samples, the nearest to B (1-p) of B.

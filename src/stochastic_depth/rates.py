@@ -18,10 +18,10 @@ __all__ = [
     "rate_factor",
 ]
 
-NamedDepth = Literal["linear", "linear-timm", "linear-efficientnet", "uniform"]
+NamedDepth = Literal["linear", "linear-timm", "linear-efficientnet", "uniform", "alternating"]
 DepthSchedule = NamedDepth | Callable[[int, int], float] | Sequence[float]
 
-NamedTime = Literal["early", "late", "linear", "cosine", "exponential"]
+NamedTime = Literal["early", "falling", "until", "late", "linear", "cosine", "exponential"]
 TimeSchedule = NamedTime | Callable[[int], float]
 
 
@@ -37,6 +37,8 @@ def depth_rates(schedule: DepthSchedule, p: float | None, depth: int) -> list[fl
             - ``"linear-efficientnet"``: p (l-1)/L, of the EfficientNets: the first has 0, and p
               is never reached;
             - ``"uniform"``: p;
+            - ``"alternating"``: 0 for the first block, p for the second, and so on, so that every
+              other block can be left out later;
             - a function of (l, L) that returns the rate, or a list of L rates.
         p: the rate of the named schedules, in [0, 1]; None for a function or a list.
         depth: the number of blocks L, at least 1.
@@ -51,7 +53,8 @@ def depth_rates(schedule: DepthSchedule, p: float | None, depth: int) -> list[fl
         [0.125, 0.25, 0.375, 0.5]
 
     Reference:
-        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382), eq. 4.
+        Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382), eq. 4;
+        Elhoushi et al., Don't Drop Dropout, ICML 2026 (arXiv:2609.05275), for alternating rates.
     """
     levels = range(1, depth + 1)
     if isinstance(schedule, str):
@@ -69,6 +72,8 @@ def depth_rates(schedule: DepthSchedule, p: float | None, depth: int) -> list[fl
             return [p * ((level - 1) / (depth - 1)) if depth > 1 else p for level in levels]
         if schedule == "linear-efficientnet":
             return [p * ((level - 1) / depth) for level in levels]
+        if schedule == "alternating":
+            return [p if level % 2 == 0 else 0.0 for level in levels]
         return [p] * depth
     if p is not None:
         raise ValueError(
@@ -98,6 +103,9 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         schedule: how the rates change over training, where t is ``step`` and T is ``steps``:
 
             - ``"early"``: 1 - t/T, then 0: early stochastic depth, against underfitting;
+            - ``"falling"``: 1 - t/(T-1), then 0: where T is all of training, the last step has
+              full depth: the recipe for language models;
+            - ``"until"``: 1, and 0 from step T: full depth for the last steps;
             - ``"late"``: 0, and 1 from step T;
             - ``"linear"``: t/T, then 1: a warm-up;
             - ``"cosine"``: (1 - cos(pi t/T))/2, then 1: a warm-up;
@@ -118,6 +126,7 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
 
     Reference:
         Liu et al., Dropout Reduces Underfitting, ICML 2023 (arXiv:2303.01500), for early and late;
+        Elhoushi et al., Don't Drop Dropout, ICML 2026 (arXiv:2609.05275), for falling;
         Zhang and He, Accelerating Training of Transformer-Based Language Models with Progressive
         Layer Dropping, NeurIPS 2020 (arXiv:2010.13369), for the exponential.
     """
@@ -127,6 +136,10 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
     done = min(step / cast(int, steps), 1.0)
     if schedule == "early":
         return 1.0 - done
+    if schedule == "falling":
+        return 1.0 - min(step / max(cast(int, steps) - 1, 1), 1.0)
+    if schedule == "until":
+        return float(done < 1.0)
     if schedule == "late":
         return float(done == 1.0)
     if schedule == "linear" or done == 1.0:
@@ -167,9 +180,9 @@ class RateSchedule:
     Args:
         model: a model with stochastic depth; it may be wrapped (DistributedDataParallel), before
             or afterwards.
-        schedule: ``"early"``, ``"late"``, ``"linear"``, ``"cosine"``, ``"exponential"``, or a
-            function from the number of steps done to a factor in [0, 1]; see
-            :func:`stochastic_depth.rates.rate_factor`.
+        schedule: ``"early"``, ``"falling"``, ``"until"``, ``"late"``, ``"linear"``, ``"cosine"``,
+            ``"exponential"``, or a function from the number of steps done to a factor in [0, 1];
+            see :func:`stochastic_depth.rates.rate_factor`.
         steps: how many optimizer steps it takes until the rates stay as they are; None for a
             function.
 

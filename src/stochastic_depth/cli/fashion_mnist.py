@@ -16,7 +16,7 @@ from .seeds import permutation
 NAME = "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 FILES = Path("usr/share/datasets/fashion-mnist")
-IMAGE_SIZE = 64
+IMAGE_SIZE = 48
 TRAINING_IMAGES = 1_000
 VALIDATION_IMAGES = 500
 TEST_IMAGES = 2_000
