@@ -56,16 +56,14 @@ class Coloured(nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> Any:
-        larger = nn.functional.interpolate(images, size=(64, 64), mode="bilinear")
+        larger = nn.functional.interpolate(images, size=(48, 48), mode="bilinear")
         return self.network(larger.expand(-1, 3, -1, -1))
 
 
 FACTOR = {"tiny": 0.03, "small": 1.0, "large": 10.0}  # of the images
 CASES = (
     Case("too few epochs", "pretrained", 1_000, 1, 1e-3, {"p": 0.5}),
-    Case(
-        "eight branches at p = 0.5", "resnet18", 1_000, 6, 1e-3, {"p": 0.5, "schedule": "uniform"}
-    ),
+    Case("eight branches at p = 0.5", "resnet18", 500, 6, 1e-3, {"p": 0.5, "schedule": "uniform"}),
     Case("an underfitting model", "narrow", 4_000, 6, 3e-3, {"p": 0.5}),
 )
 

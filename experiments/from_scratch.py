@@ -50,13 +50,13 @@ class Scale:
 
 SCALES = {
     "tiny": Scale((8, 14), 4, 64, 64, 1),
-    "small": Scale((14, 26, 50), 8, 2_000, 2_000, 20),
+    "small": Scale((14, 32), 8, 1_000, 2_000, 15),
     "large": Scale((20, 56, 110), 16, 50_000, 10_000, 100),
 }
 
 
 class Block(nn.Module):
-    """Two convolutions and the shortcut; where the size changes, one that pads with zeros."""
+    """Two convolutions and the shortcut; where the size changes, it is a convolution too."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

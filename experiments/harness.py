@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,6 +36,7 @@ STYLES = (  # Okabe and Ito's colours, which colour-blind readers can tell apart
     ("#E69F00", "P"),
     ("#56B4E9", "X"),
 )
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightning", "stochastic-depth")
 Numbers = dict[str, float]
 
 
@@ -62,7 +64,8 @@ class Store:
             print(f"{self.name}: {key} ...", flush=True)
             self.runs[key] = run()
             self.path.parent.mkdir(exist_ok=True)
-            write_json(self.path, {"machine": machine(), "size": self.size, "runs": self.runs})
+            made_by = {"machine": machine(), "versions": versions()}
+            write_json(self.path, {**made_by, "size": self.size, "runs": self.runs})
             print(f"{self.name}: {key}: {time.monotonic() - started:.0f} s", flush=True)
         return self.runs[key]
 
@@ -76,6 +79,11 @@ def arguments(description: str | None, seeds: int) -> tuple[str, int]:
     parser.add_argument("--seeds", type=int, help=f"default: {seeds}, or 2 if tiny")
     given = parser.parse_args()
     return given.size, given.seeds or (2 if given.size == "tiny" else seeds)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on besides the machine."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def device() -> torch.device:
@@ -161,12 +169,15 @@ def write_section(store: Store, title: str, text: str, figure: Any) -> None:
     image = DOCS / "images" / f"evidence-{store.name}.png"
     image.parent.mkdir(exist_ok=True)
     figure.savefig(image)
-    kept = json.loads(store.path.read_text())["machine"]
+    kept = json.loads(store.path.read_text())
+    names = ", ".join(f"{name} {number}" for name, number in kept["versions"].items())
+    on = kept["machine"]
     section = (
         f"<!-- {store.name} -->\n## {title}\n\n{LABELS[store.size]} `python -m "
         f"experiments.{store.name}{'' if store.size == 'small' else ' --size ' + store.size}`; "
-        f"{kept['cpu']}, {kept['threads']} threads, torch {kept['torch']}; all seeds' numbers are "
-        f"in `experiments/results/{store.path.name}`.\n\n{text}\n\n"
+        f"{on['cpu']}, {on['threads']} thread{'s'[: on['threads'] != '1']}, Python "
+        f"{on['python']}, {names}. All seeds' numbers are in "
+        f"`experiments/results/{store.path.name}`.\n\n{text}\n\n"
         f"![{title}](images/{image.name})\n<!-- /{store.name} -->"
     )
     page = DOCS / "evidence.md"

@@ -41,9 +41,8 @@ NOISE = (0.0, 0.4)
 WITHOUT = "without"
 ARMS: dict[str, dict[str, Any]] = {
     WITHOUT: {},
-    "p = 0.1, batch": {"p": 0.1, "mode": "batch"},
-    "p = 0.3, batch": {"p": 0.3, "mode": "batch"},
-    "p = 0.3, row": {"p": 0.3, "mode": "row"},
+    "p = 0.1": {"p": 0.1},
+    "p = 0.3": {"p": 0.3},
 }
 BATCH = 32
 
@@ -58,7 +57,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(8, 4, 16, 1),
-    "small": Scale(100, 100, 64, 8),
+    "small": Scale(40, 60, 32, 5),
     "large": Scale(100, 100, 128, 30),
 }
 Part = tuple[dict[str, Tensor], Tensor]
@@ -211,7 +210,7 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
 
 
 def main() -> None:
-    size, seeds = arguments(__doc__, seeds=5)
+    size, seeds = arguments(__doc__, seeds=3)
     scale, store = SCALES[size], Store("text", size).load()
     data = load(scale)
     for seed in range(seeds):

@@ -6,6 +6,7 @@ and a mistyped option answer at once, and what torch's threads do is settled bef
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -73,6 +74,11 @@ def program() -> str:
     if path.stem != "stochastic-depth" or shutil.which("stochastic-depth"):
         return "stochastic-depth"
     return str(path)
+
+
+def command_line(*words: object) -> str:
+    """What to type into a shell for this program with these arguments."""
+    return shlex.join([program(), *map(str, words)])
 
 
 def parser() -> argparse.ArgumentParser:

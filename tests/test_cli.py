@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import stochastic_depth as sd
 from stochastic_depth.cli import main
-from stochastic_depth.cli.training import Turns
+from stochastic_depth.cli.task import Task
+from stochastic_depth.cli.training import Turns, Variant
 
 TINY = [
     *("--model", "timm/test_resnet", "--weights", "none", "--image-size", "32"),
@@ -111,6 +113,7 @@ def test_the_plan_names_runs_time_and_folder(images, tmp_path, capsys):
         "turns; 1 epoch of 3 steps, at most 8 images each; about "
     ) in output
     assert f"Files go to {out}; if interrupted, continue with: " in output
+    assert "seed 1 of 2, epoch 1 of 1: validation error " in output  # and the time left
     assert "seed 2 of 2, p = 0.5: test error" in output
     assert "With 25 % of the training labels wrong, stochastic depth at p = 0.2 " in output
     assert "95 % interval" in output
@@ -127,6 +130,29 @@ def test_a_rate_that_never_drops_is_the_same_to_the_bit_as_without(images, tmp_p
     without, with_ = metrics(run)["results"]
     assert with_["last"] == without["last"]
     assert with_["history"] == without["history"]
+
+
+def test_the_rates_are_trained_by_turns(images, tmp_path, monkeypatch):
+    """So a busy machine slows all alike; who is first rotates."""
+    order = []
+    monkeypatch.setattr(Task, "seconds", lambda task: 1.0)  # takes steps too, for the plan
+    monkeypatch.setattr(Variant, "forward", recording(order, Variant.forward))
+    options = ["--p", "0,0.2,0.5", "--epochs", 2, "--out", tmp_path / "run"]
+    assert finetune("--data", images, *TINY, *options) == 0
+    turn = [0.0, 0.2, 0.5]
+    by_step = [turn[step % 3 :] + turn[: step % 3] for step in range(3)]  # three steps an epoch
+    assert order == 2 * [p for step in by_step for p in step]
+
+
+def recording(order: list[float], forward: Callable) -> Callable:
+    """The rates of the variants in the order of their training steps."""
+
+    def record(self: Variant, images: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            order.append(self.p)
+        return forward(self, images)
+
+    return record
 
 
 def test_realised_depth_counts_what_ran(images, tmp_path):

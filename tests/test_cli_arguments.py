@@ -91,6 +91,8 @@ def test_a_folder_for_the_results_that_cannot_be(
         (["--model", "nosuchnet"], "--model nosuchnet: neither a known name nor a folder"),
         (["--model", "vgg11"], "--model vgg11: no residual branch was found in it"),
         (["--model", "timm/test_vit", "--image-size", "50"], "--image-size 50: timm/test_vit"),
+        (["--batch-size", "1"], "--batch-size 1: timm/test_resnet cannot be trained on 1 image of"),
+        (["--batch-size", "32", "--devices", "32"], "--devices 32: more than there are training"),
     ],
 )
 def test_models_that_cannot_be_used(images, options, message, tmp_path, capsys):
@@ -195,6 +197,8 @@ def test_the_command_can_be_called_again_where_it_is_not_on_the_path(monkeypatch
     assert stochastic_depth_command.program() == ".venv/bin/stochastic-depth"
     monkeypatch.setattr(stochastic_depth_command.shutil, "which", lambda name: "/bin/" + name)
     assert stochastic_depth_command.program() == "stochastic-depth"
+    resume = stochastic_depth_command.command_line("finetune", "--resume", Path("my runs"))
+    assert resume == "stochastic-depth finetune --resume 'my runs'"  # for a shell
 
 
 def test_a_resumed_run_does_not_log_over_its_first_part(tmp_path):
@@ -238,18 +242,43 @@ def test_settings_that_cannot_be_read(tmp_path, content, capsys):
     assert "its settings.json cannot be read" in message
 
 
-def test_inspect_prints_the_summary(capsys):
-    options = ["--image-size", "64", "--p", "0.5", "--schedule", "uniform"]
-    assert main(["inspect", "resnet18", *options]) == 0
+@pytest.mark.parametrize("content", [b"cut short", b"", b"PK\x03\x04"])
+def test_results_of_a_seed_that_cannot_be_read(images, tmp_path, content, capsys):
+    out = tmp_path / "run"
+    assert main(["finetune", "--data", str(images), *TINY, "--out", str(out)]) == 0
+    (out / "seed0-p0.2" / "model.pt").write_bytes(content)
+    picture = images / "dark" / "0.png"
+    assert "model.pt: cannot be used" in refused("predict", out, picture, capsys=capsys)
+    (out / "seed0.json").write_bytes(content)
+    message = refused("finetune", "--resume", out, capsys=capsys)
+    assert "its seed0.json cannot be read" in message
+    assert "delete that file to train this seed again" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "block", "depth"),
+    [
+        ("resnet18", 64, "layer4.1", "4.00 of 8"),
+        ("resnet18", 7, "layer4.1", "4.00 of 8"),
+        ("resnet50", 64, "layer4.2", "8.00 of 16"),
+        ("vit_b_16", 224, "encoder_layer_11", "12.00 of 24"),
+        ("timm/test_vit", 160, "blocks.5", "6.00 of 12"),
+        ("transformers/resnet", 64, "resnet.encoder.stages.3.layers.2", "8.00 of 16"),
+    ],
+)
+def test_inspect_prints_the_summary(model, size, block, depth, capsys):
+    options = ["--image-size", str(size), "--p", "0.5", "--schedule", "uniform"]
+    assert main(["inspect", model, *options]) == 0
     output = capsys.readouterr().out
-    assert "layer4.1" in output
-    assert "4.00 of 8" in output
+    assert block in output
+    assert depth in output
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         ("alexnet", "--model alexnet: no residual branch was found in it"),
+        ("densenet121", "--model densenet121: no residual branch was found in it"),
         ("/nonexistent/path", "--model /nonexistent/path: no such folder"),
         ("transformers/bert", "is a bert model, which transformers has no image classifier for"),
         ("transformers/nosuch", "Unrecognized"),
@@ -261,6 +290,8 @@ def test_models_that_inspect_refuses(model, message, capsys):
     assert message in error
     for word in ("whole=", "example_inputs", "AutoModel", "--weights", "Repo id"):
         assert word not in error
+    names = error.partition("did you mean ")[2].rstrip("?\n").split(", ")
+    assert len(names) == len(set(names))
 
 
 def test_predict_refuses_what_is_no_run_and_no_image(tmp_path, images, capsys):

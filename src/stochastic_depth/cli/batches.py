@@ -73,7 +73,7 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
         self.devices = devices
         self.epoch = 0
         shares = count // devices  # images of each device in an epoch
-        batches = -(-shares * devices // batch_size)
+        batches = -(-shares * devices // batch_size)  # none, if there are fewer images than devices
         self.sizes = [
             devices * (shares // batches + (number < shares % batches)) for number in range(batches)
         ]

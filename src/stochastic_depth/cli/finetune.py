@@ -16,13 +16,13 @@ from typing import Any
 from lightning import Trainer
 from rich.console import Console
 
-from stochastic_depth_command import program
+from stochastic_depth_command import command_line
 
 from . import saving
 from .batches import evaluation_batches, training_batches
 from .curve import Watched, curve, rank
 from .data import with_wrong_labels
-from .errors import CommandError, Interrupted
+from .errors import CommandError, Interrupted, first_line
 from .files import write_json
 from .loggers import close_logger, make_logger
 from .names import described
@@ -64,7 +64,7 @@ def finetune(*, out: Path | None = None, resume: Path | None = None, **given: An
         try:
             run(task, folder, console)
         except KeyboardInterrupt:
-            again = f"{program()} finetune --resume {folder.resolve()}"
+            again = command_line("finetune", "--resume", folder.resolve())
             raise Interrupted(f"continue with: {again}") from None
 
 
@@ -86,8 +86,8 @@ def run(task: Task, folder: Path, console: Console) -> None:
         console.print(
             f"\n{folder}/ holds metrics.json, curves.png, and for each of the "
             f"{len(results)} runs model.pt and model.json.\n"
-            f"To use one: {program()} predict {folder} IMAGE...\n"
-            f"To make it less deep: {program()} prune {folder} --keep BRANCHES --out FILE"
+            f"To use one: {command_line('predict', folder)} IMAGE...\n"
+            f"To make it less deep: {command_line('prune', folder)} --keep BRANCHES --out FILE"
         )
 
 
@@ -109,7 +109,7 @@ def plan(task: Task, folder: Path, left: list[int]) -> str:
         text += f"; about {duration(len(left) * task.seconds())} on this machine"
     return (
         f"{text}.\nFiles go to {folder.resolve()}; if interrupted, continue with: "
-        f"{program()} finetune --resume {folder.resolve()}\n"
+        f"{command_line('finetune', '--resume', folder.resolve())}\n"
     )
 
 
@@ -126,7 +126,13 @@ def read_results(folder: Path, seed: int) -> list[Result] | None:
     path = folder / f"seed{seed}.json"
     if not path.is_file():
         return None
-    return [Result(**result) for result in json.loads(path.read_text())["results"]]
+    try:
+        return [Result(**result) for result in json.loads(path.read_text())["results"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CommandError(
+            f"--resume {folder}: its {path.name} cannot be read ({first_line(error)}); delete that "
+            "file to train this seed again"
+        ) from error
 
 
 def train(task: Task, seed: int, folder: Path, overall: Overall) -> list[Result]:

@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.request import getproxies
 
-import torch
 from torch import Tensor, nn
 
 from .errors import CommandError, first_line
+from .files import read_tensors
 
 EMBEDDED = "efficientnet-lite0"
 IMAGENET_CLASSES = 1000
@@ -240,10 +239,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
     except OSError as error:
         raise CommandError(f"--weights {path}: cannot be read: {first_line(error)}") from error
-    except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         raise CommandError(
             f"--weights {path}: cannot be read; it must be what torch.save(model.state_dict(), "
             "file) or safetensors wrote, and hold nothing but tensors"

@@ -1,7 +1,6 @@
 """A model as it is left for use: its weights, and all it takes to use them beside them."""
 
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 import stochastic_depth as sd
+from stochastic_depth_command import command_line
 
 from . import models
 from .errors import CommandError, first_line
-from .files import write_json
+from .files import read_tensors, write_json
 from .task import Task
 
 HEAD = """\
@@ -118,8 +118,8 @@ class Saved:
 def read(path: Path) -> Any:
     """What is in a file of torch.save."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        return read_tensors(path)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CommandError(f"{path}: cannot be used ({first_line(error)})") from error
 
 
@@ -154,6 +154,6 @@ def find(run: Path) -> Saved:
     if not left:
         raise CommandError(
             f"RUN {run}: holds no finished model; if the run was interrupted, continue it with "
-            f"stochastic-depth finetune --resume {run}"
+            + command_line("finetune", "--resume", run)
         )
     return min(left, key=lambda saved: saved.info.get("validation_error", 1.0))

@@ -34,6 +34,7 @@ class Task:
         self.source = self.network()
         self.image_size = settings.image_size or self.splits.image_size or self.source.image_size
         try_out(settings.model, self.source.model, self.image_size, len(self.splits.classes))
+        self.try_smallest_batch()
         self.summaries: dict[float, sd.Summary] = {}
         for p in settings.p:
             model = copy.deepcopy(self.source.model)
@@ -76,10 +77,33 @@ class Task:
             variants.append(Variant(p, model, network.mean, network.std, flops))
         return variants
 
+    def try_smallest_batch(self) -> None:
+        """See that there are batches, and that the model can be trained on one or two images."""
+        settings = self.settings
+        smallest = min(self.batch_sizes(), default=0) // settings.devices
+        if not smallest:
+            count = len(self.splits.train)  # type: ignore[arg-type]
+            raise CommandError(
+                f"--devices {settings.devices}: more than there are training images ({count})"
+            )
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                copy.deepcopy(self.source.model).train()(self.example()[:smallest])
+        except (RuntimeError, ValueError) as error:
+            raise CommandError(
+                f"--batch-size {settings.batch_size}: {settings.model} cannot be trained on "
+                f"{smallest} image{'s'[: smallest > 1]} of {self.image_size} pixels per device "
+                f"({first_line(error)}); give a larger one"
+            ) from error
+
+    def batch_sizes(self) -> list[int]:
+        """The batches of an epoch, of all devices together."""
+        settings, count = self.settings, len(self.splits.train)  # type: ignore[arg-type]
+        return EpochOrder(count, settings.batch_size, 0, settings.devices).sizes
+
     def steps(self) -> int:
         """How many batches an epoch has."""
-        settings, count = self.settings, len(self.splits.train)  # type: ignore[arg-type]
-        return len(EpochOrder(count, settings.batch_size, 0, settings.devices))
+        return len(self.batch_sizes())
 
     def cost(self) -> float:
         """What a seed costs, in training batches: the ticks of `training.Turns`."""
