@@ -20,12 +20,12 @@ from stochastic_depth.cli.seeds import derive
 
 from .from_scratch import BATCH, batches, classify, error, resnet, tensors
 from .harness import (
-    STYLES,
     Store,
     arguments,
     axes,
     change,
     device,
+    draw_pairs,
     markdown,
     mean,
     ratio,
@@ -104,7 +104,9 @@ def run(case: Case, factor: float, seed: int) -> dict[str, Any]:
 def report(store: Store, factor: float, seeds: int) -> None:
     """Write the section."""
     figure, panels = axes(
-        len(CASES), f"Fashion-MNIST, {seeds} seeds: test error where stochastic depth does not suit"
+        len(CASES),
+        f"Fashion-MNIST, stochastic depth p = 0.5 where it does not suit, {seeds} seeds "
+        "(joined by lines), mean (bar)",
     )
     rows = []
     for panel, case in zip(panels, CASES, strict=True):
@@ -125,13 +127,7 @@ def report(store: Store, factor: float, seeds: int) -> None:
                 ratio(found[WITH]["seconds"], found[WITHOUT]["seconds"]),
             ]
         )
-        for place, arm in enumerate((WITHOUT, WITH)):
-            colour, marker = STYLES[place]
-            panel.plot([place] * seeds, found[arm]["error"], marker, color=colour)
-        for pair in zip(found[WITHOUT]["error"], found[WITH]["error"], strict=True):
-            panel.plot((0, 1), pair, color="grey", linewidth=0.6, zorder=0)
-        panel.set_xticks((0, 1), (WITHOUT, WITH))
-        panel.set_xlim(-0.5, 1.5)
+        draw_pairs(panel, {arm: found[arm]["error"] for arm in (WITHOUT, WITH)})
         panel.set_title(case.name, fontsize=10)
         panel.set_ylabel("test error, %")
     header = ["case", "images × epochs", "stochastic depth", "training error without, %"]

@@ -92,7 +92,9 @@ def report(store: Store, seeds: int) -> None:
     figure, panels = axes(
         len(NOISE),
         f"EfficientNet-Lite0 on Fashion-MNIST, {images:,} training images, {epochs} epochs, "
-        f"{seeds} seeds: change of the test error, 95 % interval",
+        f"{seeds} paired seeds (dots), mean and its 95 % interval",
+        sharex=True,
+        sharey=True,
     )
     rows = []
     for panel, noise in zip(panels, NOISE, strict=True):
@@ -119,10 +121,10 @@ def report(store: Store, seeds: int) -> None:
             if not plain:
                 draw(panel, place, found["error_last"], base["error_last"])
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_yticks(range(1, len(ARMS)), list(ARMS)[1:] if panel is panels[0] else [])
+        panel.set_yticks(range(1, len(ARMS)), list(ARMS)[1:])
         panel.set_ylim(len(ARMS) - 0.5, 0.5)
         panel.set_title(f"{100 * noise:g} % of the labels wrong", fontsize=10)
-        panel.set_xlabel("points")
+        panel.set_xlabel("change of the test error, points")
     header = ["wrong labels", "variant", "error, last epoch, %", "change", "change, chosen epoch"]
     header += ["NLL, change", "calibration error, change", "time per step, ×", "FLOPs, ×"]
     text = (
@@ -140,7 +142,7 @@ def draw(panel: Any, place: int, values: list[float], base: list[float]) -> None
     differences = [a - b for a, b in zip(values, base, strict=True)]
     colour, marker = STYLES[place % len(STYLES)]
     centre, half = sum(differences) / len(differences), half_width(differences) or 0.0
-    panel.plot(differences, [place] * len(differences), ".", color=colour, alpha=0.4)
+    panel.plot(differences, [place + 0.12] * len(differences), ".", color=colour, alpha=0.6)
     panel.errorbar(centre, place, xerr=half, color=colour, marker=marker, capsize=3, linewidth=2)
 
 

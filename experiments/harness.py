@@ -152,16 +152,40 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def axes(count: int, title: str) -> tuple[Any, Any]:
-    """A figure of the width of a page, with some panels side by side."""
+def axes(count: int, title: str, **shared: bool) -> tuple[Any, Any]:
+    """A figure of the width of a page, with panels side by side that may share their axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.9), layout="constrained", dpi=100)
     figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(1, count, squeeze=False)[0]
+    panels = figure.subplots(1, count, squeeze=False, **shared)[0]
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def draw_pairs(panel: Any, by_arm: dict[str, list[float]]) -> None:
+    """Each arm's values side by side, the ones of a seed joined by a line, and their mean."""
+    columns = list(by_arm.values())
+    for values in zip(*columns, strict=True):
+        panel.plot(range(len(columns)), values, color="#999999", linewidth=0.7, zorder=0)
+    for place, values in enumerate(columns):
+        colour, marker = STYLES[place]
+        panel.plot([place] * len(values), values, marker, color=colour, alpha=0.6)
+        panel.plot((place - 0.2, place + 0.2), [fmean(values)] * 2, color=colour, linewidth=2.5)
+    panel.set_xticks(range(len(columns)), list(by_arm))
+    panel.set_xlim(-0.5, len(columns) - 0.5)
+
+
+def draw_curve(
+    panel: Any, x: Sequence[float], y: Sequence[Sequence[float]], place: int, name: str
+) -> None:
+    """The means at each x as a thick line, and each seed as a thin one."""
+    colour, marker = STYLES[place]
+    for seed in zip(*y, strict=True):
+        panel.plot(x, seed, color=colour, linewidth=0.7, alpha=0.5)
+    means = [fmean(values) for values in y]
+    panel.plot(x, means, color=colour, linewidth=2, marker=marker, label=name)
 
 
 def write_section(store: Store, title: str, text: str, figure: Any) -> None:

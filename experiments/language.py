@@ -10,6 +10,7 @@ trained as such.
 
 import time
 from dataclasses import dataclass
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -32,6 +33,7 @@ from .harness import (
     axes,
     change,
     device,
+    draw_curve,
     markdown,
     mean,
     ratio,
@@ -56,7 +58,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(4, 32, 4, 4, 32, 8, files=8),
-    "small": Scale(8, 96, 500, 16, 96, 128),
+    "small": Scale(8, 96, 500, 16, 64, 128),
     "large": Scale(24, 512, 10_000, 64, 512, 512),
 }
 # Rate, rule over depth, rule over training, layers as a share.
@@ -256,23 +258,35 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
         rows.append(row)
     header = ["", "loss, nats", "change", "CPU time, ×", "FLOPs, ×", f"first {half} layers"]
     header += [f"every other of {scale.layers}", f"best {half} by rank", "drafts accepted"]
-    figure, (panel,) = axes(
-        1,
-        f"Llama-shaped, {scale.layers} layers of {scale.width}, Python's documentation, "
-        f"{scale.steps:,} steps, {seeds} seeds: loss with the first layers alone",
+    figure, (prefix, halves) = axes(
+        2,
+        f"Llama-shaped, {scale.layers} layers of {scale.width}, on Python's documentation, "
+        f"{scale.steps:,} steps, {seeds} seeds (thin or small), mean (thick or large)",
     )
+    kept = range(half, scale.layers + 1)
+    ways = ("loss", "first half", "alternate half", "ranked half")
     for place, (arm, found) in enumerate(runs.items()):
-        colour, marker = STYLES[place]
         if "by prefix" in found[0]:
-            depths = [int(kept) for kept in found[0]["by prefix"]]
-            values = [sum(r["by prefix"][str(kept)] for r in found) / len(found) for kept in depths]
-            panel.plot(depths, values, color=colour, marker=marker, label=arm)
+            by_prefix = [[r["by prefix"][str(count)] for r in found] for count in kept]
+            draw_curve(prefix, kept, by_prefix, place, arm)
+            colour, marker = STYLES[place]
+            for spot, way in enumerate(ways):
+                x, losses = spot + 0.2 * (place - 1), [r[way] for r in found]
+                halves.plot([x] * len(losses), losses, marker, color=colour, ms=4, alpha=0.5)
+                halves.plot(x, fmean(losses), marker, color=colour, ms=8)
         else:
-            losses = [r["loss"] for r in found]
-            panel.plot([half] * len(losses), losses, marker, color=colour, label=arm)
-    panel.set(xlabel="layers kept", ylabel="held-out loss, nats per token")
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(frameon=False)
+            draw_curve(prefix, [half], [[r["loss"] for r in found]], place, arm)
+    prefix.set(xlabel="first layers kept", ylabel="held-out loss, nats per token")
+    prefix.set_xticks(kept)
+    prefix.legend(frameon=False)
+    halves.set_ylabel("held-out loss, nats per token")
+    names = (
+        "all layers",
+        f"first {half}",
+        f"every other\nof {scale.layers}",
+        f"best {half}\nby rank",
+    )
+    halves.set_xticks(range(4), names)
     text = (
         f"{scale.layers} layers of {scale.width}, BPE of {VOCABULARY:,}, {scale.steps:,} steps of "
         f"{scale.batch} × {scale.length} tokens, AdamW at 3e-3 with warm-up and cosine. Text: "

@@ -23,12 +23,12 @@ from stochastic_depth.cli.seeds import derive, permutation
 
 from . import documentation
 from .harness import (
-    STYLES,
     Store,
     arguments,
     axes,
     change,
     device,
+    draw_pairs,
     markdown,
     mean,
     ratio,
@@ -57,7 +57,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(8, 4, 16, 1),
-    "small": Scale(40, 60, 32, 5),
+    "small": Scale(40, 60, 32, 4),
     "large": Scale(100, 100, 128, 30),
 }
 Part = tuple[dict[str, Tensor], Tensor]
@@ -175,13 +175,13 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
     """Write the section."""
     figure, panels = axes(
         len(NOISE),
-        f"MiniLM on paragraphs of Python's documentation, {scale.epochs} epochs, {seeds} seeds",
+        f"MiniLM on {len(TOPICS) * scale.trained} paragraphs of Python's documentation, "
+        f"{scale.epochs} epochs, {seeds} seeds (joined by lines), mean (bar)",
     )
     rows = []
     for panel, noise in zip(panels, NOISE, strict=True):
         runs = [store.runs[f"{noise:g} wrong, seed {seed}"] for seed in range(seeds)]
-        for place, arm in enumerate(ARMS):
-            colour, marker = STYLES[place]
+        for arm in ARMS:
             found = {key: [r[arm][key] for r in runs] for key in ("error", "nll", "seconds")}
             base = {key: [r[WITHOUT][key] for r in runs] for key in ("error", "nll", "seconds")}
             row = [f"{100 * noise:g} %", arm, mean(found["error"], 1)]
@@ -193,9 +193,7 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
                 row.append(change(found["nll"], base["nll"], 2))
                 row.append(ratio(found["seconds"], base["seconds"]))
             rows.append(row)
-            panel.plot([place] * seeds, found["error"], marker, color=colour)
-        panel.set_xticks(range(len(ARMS)), list(ARMS), fontsize=8)
-        panel.set_xlim(-0.5, len(ARMS) - 0.5)
+        draw_pairs(panel, {arm: [r[arm]["error"] for r in runs] for arm in ARMS})
         panel.set_title(f"{100 * noise:g} % of the labels wrong", fontsize=10)
         panel.set_ylabel("test error, %")
     header = ["wrong labels", "", "test error, %", "change", "NLL", "change", "time per step, ×"]

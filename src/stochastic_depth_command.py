@@ -15,7 +15,7 @@ from typing import Any
 
 DEMO = (
     "With no arguments: EfficientNet-Lite0 from ImageNet on 1,000 photos of Fashion-MNIST with "
-    "40 % of their labels wrong, without stochastic depth and with p = 0.5, three seeds each."
+    "40 % of their labels wrong, without stochastic depth and with p = 0.5, four seeds each."
 )
 MODEL_HELP = (
     "an image classifier: a name of torchvision, timm or the Hugging Face hub ('resnet50', "
@@ -158,7 +158,9 @@ def add_finetune(commands: Any) -> None:
         "--lr", type=above_zero, help="peak learning rate of AdamW (default: 0.001)"
     )
     training.add_argument(
-        "--seeds", type=positive, help="how many (default: 3 for several rates, otherwise 1)"
+        "--seeds",
+        type=positive,
+        help="how many (default: 4 on the built-in data, 3 for several rates, otherwise 1)",
     )
     training.add_argument(
         "--quick",

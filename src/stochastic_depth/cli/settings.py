@@ -47,7 +47,9 @@ class Settings:
         """Fill in the defaults that depend on what else is given."""
         quick = given.get("quick", False)
         if not given.keys() & {"model", "data"}:  # chosen on validation images: docs/finetune.md
-            given = {"p": (0.0, 0.5), "label_noise": 0.4, "epochs": 6 if quick else 10} | given
+            epochs, seeds = (6, 1) if quick else (10, 4)
+            demo = {"p": (0.0, 0.5), "label_noise": 0.4, "epochs": epochs, "seeds": seeds}
+            given = demo | given
         given.setdefault("p", (0.2,))
         given.setdefault("epochs", 3 if quick else 8)
         given.setdefault("seeds", 3 if len(given["p"]) > 1 and not quick else 1)
