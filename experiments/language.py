@@ -58,7 +58,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(4, 32, 4, 4, 32, 8, files=8),
-    "small": Scale(8, 96, 500, 16, 64, 128),
+    "small": Scale(8, 96, 400, 16, 64, 128),
     "large": Scale(24, 512, 10_000, 64, 512, 512),
 }
 # Rate, rule over depth, rule over training, layers as a share.

@@ -41,8 +41,7 @@ NOISE = (0.0, 0.4)
 WITHOUT = "without"
 ARMS: dict[str, dict[str, Any]] = {
     WITHOUT: {},
-    "p = 0.1": {"p": 0.1},
-    "p = 0.3": {"p": 0.3},
+    "p = 0.2": {"p": 0.2},
 }
 BATCH = 32
 

@@ -35,7 +35,7 @@ def rates(model: nn.Module) -> list[float]:
     [
         ("early", [1, 0.75, 0.5, 0.25, 0, 0]),
         ("falling", [1, 2 / 3, 1 / 3, 0, 0, 0]),
-        ("until", [1, 1, 1, 1, 0, 0]),
+        ("plateau", [1, 1, 1, 1, 0, 0]),
         ("late", [0, 0, 0, 0, 1, 1]),
         ("linear", [0, 0.25, 0.5, 0.75, 1, 1]),
         ("cosine", [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1]),
@@ -47,6 +47,15 @@ def test_the_factors_are_those_of_the_papers(schedule, expected):
     assert found == pytest.approx(expected, rel=1e-14)
     assert found[0] == expected[0]  # ends are exact
     assert found[4:] == expected[4:]
+
+
+def test_the_plateau_ends_with_full_depth():
+    """400 steps at the full rate and 100 of falling, as in modded-nanogpt's pull request 348."""
+    found = [rate_factor("plateau", step, 500) for step in range(510)]
+    expected = 400 * [1.0] + [1 - step / 100 for step in range(100)] + 10 * [0.0]
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found[:400] == 400 * [1.0]
+    assert found[500:] == 10 * [0.0]
 
 
 def test_the_exponential_is_progressive_layer_dropping():

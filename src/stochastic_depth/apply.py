@@ -58,7 +58,8 @@ def apply(
             :func:`remove`.
         p: the probability to drop, in [0, 1], which ``schedule`` scales with depth. ``"model"``
             takes the rates of the model's own DropPath modules (0 where a branch has none), and
-            None goes with a ``schedule`` that sets the rates itself.
+            None goes with a ``schedule`` that sets the rates itself. Which p suits which model:
+            docs/recipes.md.
         schedule: how the rate grows with depth: ``"linear"`` (the paper's), ``"linear-timm"``,
             ``"linear-efficientnet"``, ``"uniform"``, ``"alternating"`` (every other block), a
             function (l, L) -> p with l = 1..L, or a list; see

@@ -21,7 +21,7 @@ __all__ = [
 NamedDepth = Literal["linear", "linear-timm", "linear-efficientnet", "uniform", "alternating"]
 DepthSchedule = NamedDepth | Callable[[int, int], float] | Sequence[float]
 
-NamedTime = Literal["early", "falling", "until", "late", "linear", "cosine", "exponential"]
+NamedTime = Literal["early", "falling", "plateau", "late", "linear", "cosine", "exponential"]
 TimeSchedule = NamedTime | Callable[[int], float]
 
 
@@ -105,7 +105,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
             - ``"early"``: 1 - t/T, then 0: early stochastic depth, against underfitting;
             - ``"falling"``: 1 - t/(T-1), then 0: where T is all of training, the last step has
               full depth: the recipe for language models;
-            - ``"until"``: 1, and 0 from step T: full depth for the last steps;
+            - ``"plateau"``: 1, falling to 0 over the last fifth of T, then 0: where T is short of
+              all of training, full depth for the steps after it;
             - ``"late"``: 0, and 1 from step T;
             - ``"linear"``: t/T, then 1: a warm-up;
             - ``"cosine"``: (1 - cos(pi t/T))/2, then 1: a warm-up;
@@ -127,6 +128,7 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
     Reference:
         Liu et al., Dropout Reduces Underfitting, ICML 2023 (arXiv:2303.01500), for early and late;
         Elhoushi et al., Don't Drop Dropout, ICML 2026 (arXiv:2609.05275), for falling;
+        https://github.com/KellerJordan/modded-nanogpt/pull/348 for the plateau;
         Zhang and He, Accelerating Training of Transformer-Based Language Models with Progressive
         Layer Dropping, NeurIPS 2020 (arXiv:2010.13369), for the exponential.
     """
@@ -138,8 +140,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         return 1.0 - done
     if schedule == "falling":
         return 1.0 - min(step / max(cast(int, steps) - 1, 1), 1.0)
-    if schedule == "until":
-        return float(done < 1.0)
+    if schedule == "plateau":
+        return min(1.0, 5.0 * (1.0 - done))
     if schedule == "late":
         return float(done == 1.0)
     if schedule == "linear" or done == 1.0:
@@ -180,7 +182,7 @@ class RateSchedule:
     Args:
         model: a model with stochastic depth; it may be wrapped (DistributedDataParallel), before
             or afterwards.
-        schedule: ``"early"``, ``"falling"``, ``"until"``, ``"late"``, ``"linear"``, ``"cosine"``,
+        schedule: ``"early"``, ``"falling"``, ``"plateau"``, ``"late"``, ``"linear"``, ``"cosine"``,
             ``"exponential"``, or a function from the number of steps done to a factor in [0, 1];
             see :func:`stochastic_depth.rates.rate_factor`.
         steps: how many optimizer steps it takes until the rates stay as they are; None for a
