@@ -105,5 +105,8 @@ def test_nothing_in_the_figure_is_clipped(seeds, tmp_path):
     with Image.open(tmp_path / "curves.png") as image:
         pixels = image.convert("L")
         assert pixels.size[0] == 1000
-        edge = [pixels.crop((0, 0, pixels.size[0], 2)), pixels.crop((0, 0, 2, pixels.size[1]))]
+        width, height = pixels.size
+        strips = [(0, 0, width, 2), (0, height - 2, width, height)]
+        strips += [(0, 0, 2, height), (width - 2, 0, width, height)]
+        edge = [pixels.crop(strip) for strip in strips]
         assert all(part.getextrema() == (255, 255) for part in edge)

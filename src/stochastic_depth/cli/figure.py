@@ -33,15 +33,17 @@ def plot(comparison: Comparison, task: str, label_noise: float, path: Path) -> N
         draw_curves(curve, comparison, p, colour, marker)
         draw_errors(test, comparison, p, place, colour, marker)
         draw_depths(depth, comparison, p, colour, marker)
-        draw_costs(cost, comparison, p, place, colour, marker)
+        points(cost, place, comparison.values(by_key("step_ms"), p), colour, marker)
     curve.set(xlabel="epoch", ylabel="validation error, %")
     curve.legend(title="stochastic depth", frameon=False, fontsize=8, title_fontsize=8)
     test.set(ylabel="test error, %", xlim=(-0.5, 1.5))
     test.set_xticks((0, 1), ("last epoch", "epoch chosen\non validation"))
-    cost.set_xticks(range(len(rates)), [label(p) for p in rates])
+    cost.set_xticks(range(len(rates)), [costs(comparison, p) for p in rates], fontsize=8)
     cost.set(ylabel="time per step, ms", xlim=(-0.6, len(rates) - 0.4))
+    if comparison.others:
+        cost.set_xlabel("below the rate: × time, × FLOPs", fontsize=8)
     highest = max(value for p in rates for value in comparison.values(by_key("step_ms"), p))
-    cost.set_ylim(0, 1.2 * highest)
+    cost.set_ylim(0, 1.1 * highest)
     depth.set(xlabel="branches left, chosen epoch", ylabel="test error, %")
     depth.invert_xaxis()
     for axes in (curve, test, depth, cost):
@@ -86,22 +88,12 @@ def draw_errors(
     axes.margins(y=0.12)
 
 
-def draw_costs(
-    axes: Any, comparison: Comparison, p: float, place: int, colour: str, marker: str
-) -> None:
-    """The time per step, and the ratios of time and FLOPs above it."""
-    times = comparison.values(by_key("step_ms"), p)
-    points(axes, place, times, colour, marker)
-    if p != comparison.reference:
-        ratios = [comparison.change(by_key(key), p).mean for key in ("step_ms", "flops")]
-        axes.annotate(
-            f"time × {ratios[0]:.2f}\nFLOPs × {ratios[1]:.2f}",
-            (place, max(times)),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+def costs(comparison: Comparison, p: float) -> str:
+    """The rate, and the ratios of time and FLOPs below it."""
+    if p == comparison.reference:
+        return label(p)
+    time, flops = (comparison.change(by_key(key), p).mean for key in ("step_ms", "flops"))
+    return f"{label(p)}\n× {time:.2f}\n× {flops:.2f}"
 
 
 def lines(

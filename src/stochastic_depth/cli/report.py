@@ -77,8 +77,8 @@ def reading(comparison: Comparison) -> str:
     return text + (
         "the time per step is the mean of the middle half of all steps "
         f"({found['cpu']}, {found['threads']} thread{'s'[: found['threads'] != '1']}). "
-        "With branches left out, the test error is that of the chosen epoch, and those go first without which the loss on validation images "
-        "is least."
+        "With branches left out, the test error is that of the chosen epoch, and those go first "
+        "without which the loss on validation images is least."
     )
 
 
