@@ -61,12 +61,23 @@ SCALES = {
     "small": Scale(8, 96, 400, 16, 64, 128),
     "large": Scale(24, 512, 10_000, 64, 512, 512),
 }
-# Rate, rule over depth, rule over training, layers as a share.
-ARMS: dict[str, tuple[float, str, str | None, float]] = {
-    DENSE: (0.0, "", None, 1.0),
-    "recipe": (P, "linear-timm", "falling", 1.0),
-    "constant p": (P / 2, "linear-timm", None, 1.0),
-    "shallow": (0.0, "", None, 0.5),
+
+
+@dataclass(frozen=True)
+class Arm:
+    p: float = 0.0
+    course: str | None = None  # over training
+    mode: str = "row"
+    draw: str = "auto"
+    layers: float = 1.0  # as a share
+
+
+ARMS = {
+    DENSE: Arm(),
+    "recipe": Arm(P, "falling"),
+    "balanced": Arm(P, "falling", "batch", "balanced"),
+    "constant p": Arm(P / 2),
+    "shallow": Arm(layers=0.5),
 }
 
 
@@ -122,25 +133,25 @@ def make(scale: Scale, share: float) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def run(scale: Scale, arm: str, seed: int, data: tuple[Sequences, Tensor]) -> dict[str, Any]:
+def run(scale: Scale, arm: Arm, seed: int, data: tuple[Sequences, Tensor]) -> dict[str, Any]:
     """Train one arm, and evaluate it with all and with some of its layers."""
-    p, schedule, course, share = ARMS[arm]
     train, held = data
     torch.manual_seed(seed)
-    model = make(scale, share)
+    model = make(scale, arm.layers)
     callbacks = []
-    if p:
+    if arm.p:
         example = {"input_ids": train.pieces[:2], "labels": train.pieces[:2]}
         sd.apply(
             model,
-            p,
+            arm.p,
             blocks=LlamaDecoderLayer,
-            schedule=schedule,
-            mode="row",
+            schedule="linear-timm",
+            mode=arm.mode,
+            draw=arm.draw,
             example_inputs=example,
             seed=seed,
         )
-        callbacks.append(callback(course, scale.steps))
+        callbacks.append(callback(arm.course, scale.steps))
     with TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
@@ -170,7 +181,7 @@ def run(scale: Scale, arm: str, seed: int, data: tuple[Sequences, Tensor]) -> di
         "flops": flops(model, train.pieces[:1], ran),
         "loss": loss(model, held, None),
     }
-    if share == 1.0:
+    if arm.layers == 1.0:
         count = scale.layers
         half = count // 2
         alternate = [i for i in range(count) if i % 2 == 0]
@@ -271,7 +282,7 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
             draw_curve(prefix, kept, by_prefix, place, arm)
             colour, marker = STYLES[place]
             for spot, way in enumerate(ways):
-                x, losses = spot + 0.2 * (place - 1), [r[way] for r in found]
+                x, losses = spot + 0.18 * (place - 1.5), [r[way] for r in found]
                 halves.plot([x] * len(losses), losses, marker, color=colour, ms=4, alpha=0.5)
                 halves.plot(x, fmean(losses), marker, color=colour, ms=8)
         else:
@@ -292,8 +303,9 @@ def report(store: Store, scale: Scale, seeds: int) -> None:
         f"{scale.batch} × {scale.length} tokens, AdamW at 3e-3 with warm-up and cosine. Text: "
         "the sources of Python's documentation, from Debian's `python3.11-doc` (licence PSF-2.0), "
         f"every tenth file held out. *recipe*: whole layers, a decision for each sequence, p = {P} "
-        f"over depth as l/(L−1), falling to 0. *constant p*: the same with p = {P / 2}, so that as "
-        "many layers are dropped in all. *shallow*: half as many layers, trained as such. "
+        "over depth as l/(L−1), falling to 0. *balanced*: the same with a decision for each batch, "
+        "balanced so that about as many layers run in each step. *constant p*: the recipe with "
+        f"p = {P / 2} throughout, so that as many are dropped in all. *shallow*: half as many layers, trained as such. "
         "*best by rank*: those layers are kept whose removal hurts most on training text. "
         "*drafts accepted*: how often the first half's most likely token is that of all layers. "
         "The arms ran one after the other, hence CPU time, not wall-clock time.\n\n"
@@ -306,8 +318,10 @@ def main() -> None:
     scale, store = SCALES[size], Store("language", size).load()
     data = load(scale)
     for seed in range(seeds):
-        for arm in ARMS:
-            store.get(f"{arm}, seed {seed}", lambda arm=arm, seed=seed: run(scale, arm, seed, data))
+        for name, arm in ARMS.items():
+            store.get(
+                f"{name}, seed {seed}", lambda arm=arm, seed=seed: run(scale, arm, seed, data)
+            )
     report(store, scale, seeds)
 
 
