@@ -133,9 +133,9 @@ def report(store: Store, seeds: int) -> None:
     text = (
         f"{images:,} training images, {epochs} epochs, AdamW at 1e-3 with one cycle, batches of "
         f"32, images of {fashion_mnist.IMAGE_SIZE} pixels, *batch* mode, {seeds} paired seeds "
-        f"({FIRST_SEED} and up), by turns; ± is half a 95 % interval of the mean difference. Errors, "
-        "NLL and calibration error are those after the last epoch, on test images; *chosen epoch* "
-        "is the one with the lowest validation error. The default of `stochastic-depth finetune` "
+        f"({FIRST_SEED} and up), by turns; ± is half a 95 % interval of the mean difference. "
+        "Errors, NLL and calibration error are those after the last epoch, on test images; *chosen "
+        "epoch* is the one with the lowest validation error. The default of `stochastic-depth finetune` "
         "was chosen by the two columns on validation images, and nothing on test images.\n\n"
         + markdown(header, rows)
     )
