@@ -136,7 +136,7 @@ def report(store: Store, seeds: int) -> None:
         f"({FIRST_SEED} and up), by turns; ± is half a 95 % interval of the mean difference. "
         "Errors, NLL and calibration error are those after the last epoch, on test images; *chosen "
         "epoch* is the one with the lowest validation error. The default of `stochastic-depth "
-        "finetune` was chosen by the two columns on validation images, and nothing on test images.\n\n"
+        "finetune` was chosen by the columns on validation images, nothing on test images.\n\n"
         + markdown(header, rows)
     )
     write_section(store, "Fine-tuning with wrong labels", text, figure)
