@@ -154,7 +154,7 @@ def draw(panel: Any, place: int, values: list[float], base: list[float]) -> None
 
 
 def main() -> None:
-    size, seeds = arguments(__doc__, seeds=5)
+    size, seeds = arguments(__doc__, seeds=3)
     store = Store("finetuning", size).load()
     for seed in range(seeds):
         for noise in NOISE:
