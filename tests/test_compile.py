@@ -1,6 +1,7 @@
 """Compiled graphs: one graph, no recompiles, the same model as in eager mode."""
 
 import copy
+import pickle
 
 import numpy
 import pytest
@@ -147,6 +148,27 @@ def test_blocks_compiled_one_by_one_really_skip_and_equal_eager_with_the_same_de
     model.zero_grad()
     model(x).sum().backward()
     assert all(p.grad is None for p in model.parameters())  # nothing was computed of them
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "pickle"],
+)
+def test_the_blocks_of_a_copy_really_skip(clone):
+    model, x = build(Mlp, depth=3)
+    sd.apply(model, p=0.5, example_inputs=x)
+    copied = clone(model)
+    for child in copied:
+        child.compile(backend="eager")
+    for step in range(10):
+        torch.manual_seed(step)
+        ours = copied(x)
+        torch.manual_seed(step)
+        torch.testing.assert_close(ours, model(x))
+    drops = [[branch.dropped for branch in sd.branches(m)] for m in (model, copied)]
+    assert drops[0] == drops[1]
+    assert sum(drops[0]) > 0
 
 
 @pytest.mark.parametrize("mode", ["batch", "row", "subset"])

@@ -12,6 +12,7 @@ from stochastic_depth.depth.looks import look_at
 from stochastic_depth.find import guess_inputs
 from zoo.timm_models import MODELS
 
+from .measure import awake
 from .small import run, skips_as_it_prunes
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
@@ -55,10 +56,10 @@ def can_go(model, name, inputs):
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name):
     torch.manual_seed(0)
-    assert check(getattr(torchvision.models, name)().eval()) == 2
+    assert check(awake(getattr(torchvision.models, name)().eval())) == 2
 
 
 @pytest.mark.parametrize("file", WITH_BRANCHES)
 def test_timm(file):
     torch.manual_seed(0)
-    assert check(timm.create_model(WITH_BRANCHES[file]).eval()) > 0
+    assert check(awake(timm.create_model(WITH_BRANCHES[file]).eval())) > 0

@@ -38,6 +38,8 @@ class Site:
         findings: of the whole model, for reports.
     """
 
+    decides_outside = True
+
     def __init__(
         self,
         block: nn.Module,
@@ -105,7 +107,7 @@ class Site:
         slot.site = self
         inner = slot_of(self.block)
         inner.site = self  # where what is compiled goes
-        self.block.__dict__["compile"] = inner.compile
+        inner.decide_outside()
         self._renew()
         for module in self._existing():
             put(module).site = PassOn(module)

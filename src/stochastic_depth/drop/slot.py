@@ -80,6 +80,8 @@ class Slot:
         self.repeats: Repeats | None = None
         self.module.__dict__[REPLICATE] = self.replicate
         self.module.__dict__[_GETSTATE] = self.state_of_module
+        if getattr(type(self.site), "decides_outside", False):  # a copy of a block
+            self.decide_outside()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = here.frame
@@ -108,8 +110,12 @@ class Slot:
             return self.inner(*args, **kwargs)
         return class_call(self.module, *args, **kwargs)
 
+    def decide_outside(self) -> None:
+        """Have the module's decisions made outside of what ``module.compile()`` compiles."""
+        self.module.__dict__[_COMPILE] = self.compile
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """``module.compile()`` for a block: its decisions stay outside of what is compiled."""
+        """``module.compile()`` for a block."""
         call = MethodType(type(self.module)._call_impl, self.module)
         self.module.__dict__[COMPILED_CALL] = torch.compile(call, *args, **kwargs)
         put(self.module)
