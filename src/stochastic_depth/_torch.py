@@ -4,6 +4,7 @@
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,22 +49,34 @@ COMPILED_CALL = "_compiled_call_impl"
 
 # Where a module has its children and parameters.
 CONTENTS = "_modules", "_parameters"
+_OTHER: dict[type, Any] = {dict: OrderedDict, OrderedDict: dict}
 
 
-def tell_apart(own: dict[str, Any]) -> None:
+def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Change the type of the dicts with a module's contents, or back; ``own`` is its ``__dict__``.
 
     torch.compile takes a graph that it has made of one model for another of the same class, and
     does not look at what stands in the place of its call: a model compiled without stochastic depth
     would lend its graph to one that has it, and nothing would be dropped. It does look at the
     types of these dicts, which have been ordered ones and plain ones in torch's history.
+
+    Args:
+        own: the ``__dict__`` of the module.
+        before: what this returned; the same dicts are then put back.
+
+    Returns:
+        The dicts that were there.
     """
-    for name in CONTENTS:
-        contents = own.get(name)
-        if type(contents) is dict:
-            own[name] = OrderedDict(contents)
-        elif type(contents) is OrderedDict:
-            own[name] = dict(contents)
+    there = {name: own[name] for name in CONTENTS if type(own.get(name)) in _OTHER}
+    for name, contents in there.items():
+        other = (before or {}).get(name)
+        if other is None:
+            own[name] = _OTHER[type(contents)](contents)
+        else:
+            other.clear()
+            other.update(contents)
+            own[name] = other
+    return there
 
 
 # How ``nn.parallel.replicate`` copies a module, ``__dict__`` and all.

@@ -137,12 +137,6 @@ class _Trial:
 
     def selects(self, branches: Sequence[Branch]) -> bool:
         """Whether selected samples are what they are where all are computed and masked."""
-        few = first_samples(self.inputs, 4)
-        return (few is not None and self.selects_of(branches, few)) or self.selects_of(
-            branches, self.inputs
-        )
-
-    def selects_of(self, branches: Sequence[Branch], inputs: Any) -> bool:
         outputs = []
         for select in (True, False):
             with ExitStack() as stack:
@@ -155,7 +149,7 @@ class _Trial:
                         branch.place = None
                 chosen = {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
                 try:
-                    outputs.append(self.run(chosen, inputs))
+                    outputs.append(self.run(chosen, self.inputs))
                 except Exception:  # of any kind: the samples do not fit
                     return False
         return _are_close(*outputs)

@@ -82,9 +82,10 @@ def test_generation_without_single_branches(name):
         view = sd.shallow(model, remove=branch, example_inputs=inputs)
         outputs = [view.generate(prompt, use_cache=cache, **options) for cache in (True, False)]
         assert torch.equal(*outputs), branch
-        greedy = model.generate(prompt[:1], **options)
-        assisted = model.generate(prompt[:1], assistant_model=view, **options)
-        assert torch.equal(assisted, greedy), branch
+        if "attn" not in branch:  # transformers crops the caches of all attentions
+            greedy = model.generate(prompt[:1], **options)
+            assisted = model.generate(prompt[:1], assistant_model=view, **options)
+            assert torch.equal(assisted, greedy), branch
         assert view.config.pruned_branches == [branch]
 
 

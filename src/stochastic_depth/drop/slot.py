@@ -64,6 +64,7 @@ class Slot:
         inner: what runs in place of the class's call: compiled code.
         names: by which frames may know it: its module's names below their blocks.
         repeats: the calls that checkpointing inside of a block may repeat.
+        before: the dicts of the module's contents, which others stand in for.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -78,6 +79,7 @@ class Slot:
         self.inner: Any = None
         self.names: tuple[str, ...] = ()
         self.repeats: Repeats | None = None
+        self.before: dict[str, Any] = {}
         self.module.__dict__[REPLICATE] = self.replicate
         self.module.__dict__[_GETSTATE] = self.state_of_module
         if getattr(type(self.site), "decides_outside", False):  # a copy of a block
@@ -175,7 +177,7 @@ def put(module: nn.Module) -> Slot:
     slot: Slot | None = slot_of(module)
     if slot is None:
         slot = own[CALL] = Slot(module)
-        tell_apart(own)
+        slot.before = tell_apart(own)
     compiled: Any = own.get(COMPILED_CALL)
     if compiled is None:
         return slot
@@ -197,7 +199,7 @@ def keep_slots(model: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         for module, held in before:
-            for name in names & module.__dict__.keys():
+            for name in names.difference(CONTENTS) & module.__dict__.keys():
                 del module.__dict__[name]
             module.__dict__.update(held)
         for slot, site in zip(slots, sites, strict=True):
@@ -214,6 +216,6 @@ def take_out(module: nn.Module) -> None:
         slot.site = None  # what ``module.compile()`` has made may hold it
         for name in (CALL, REPLICATE, _GETSTATE, _COMPILE):
             own.pop(name, None)
-        tell_apart(own)
+        tell_apart(own, slot.before)
     if isinstance(compiled := own.get(COMPILED_CALL), Slot):
         own[COMPILED_CALL] = compiled.inner
