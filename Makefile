@@ -12,6 +12,7 @@ test: $(VENV)/ready  ## Everything that CI checks.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 zoo: $(VENV)/ready  ## The long sweeps over whole model zoos.
