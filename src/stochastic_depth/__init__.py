@@ -6,6 +6,7 @@ from .branch import Branch, DroppedGrad, Mode, Scale
 from .check.summary import Summary, summary
 from .check.verify import Verification, verify
 from .depth import Importance, Pruned, importance, prune, pruned, sampling, shallow, skip
+from .drop.draws import Draw, Ranks
 from .drop.layer import StochasticDepth
 from .drop.residual import residual
 from .rates import RateSchedule
@@ -15,10 +16,12 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Branch",
+    "Draw",
     "DroppedGrad",
     "Importance",
     "Mode",
     "Pruned",
+    "Ranks",
     "RateSchedule",
     "Scale",
     "StochasticDepth",
