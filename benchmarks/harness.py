@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import stochastic_depth as sd
 from stochastic_depth.drop.force import forced
+from stochastic_depth.install import by_block
 
 
 @dataclass
@@ -55,6 +56,11 @@ class Side:
             decided, dropped = decided - before[name][0], dropped - before[name][1]
             left -= self.shares[name] * dropped / decided if decided else 0.0
         return left
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The blocks of an applied model, in the order of execution."""
+    return list(by_block(sd.branches(model)))
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter  # what torch's own tests count
 
 import stochastic_depth as sd
 
-from .harness import Side, branch_shares, interleave, machine, spread
+from .harness import Side, block_names, branch_shares, interleave, machine, spread
 from .models import llama, vit
 
 MODES = ("batch", "row", "subset")
@@ -36,11 +36,6 @@ def compile_blocks(model: nn.Module, names: list[str], backend: object) -> None:
         model.get_submodule(name).compile(backend=backend)
 
 
-def blocks_of(model: nn.Module, x: Tensor) -> list[str]:
-    applied = sd.apply(copy.deepcopy(model), p=0.5, example_inputs=x)
-    return list(dict.fromkeys(branch.name.partition(":")[0] for branch in sd.branches(applied)))
-
-
 def time_rows(name: str, args: argparse.Namespace) -> list[str]:
     plain, x = build(name, args)
     shares = branch_shares(Side(sd.apply(copy.deepcopy(plain), p=0.0, example_inputs=x), x))
@@ -48,7 +43,7 @@ def time_rows(name: str, args: argparse.Namespace) -> list[str]:
     for mode in MODES:
         ours = sd.apply(copy.deepcopy(plain), 0.5, schedule="uniform", mode=mode, example_inputs=x)
         sides[mode] = Side(ours, x, shares)
-    names = blocks_of(plain, x)
+    names = block_names(ours)
     for side in sides.values():
         compile_blocks(side.model, names, args.backend)
     for _ in range(12):  # most patterns of what is dropped come up, and are compiled
@@ -66,7 +61,7 @@ def time_rows(name: str, args: argparse.Namespace) -> list[str]:
 
 def graph_row(name: str, args: argparse.Namespace, mode: str, order: str) -> str:
     model, x = build(name, args)
-    names = blocks_of(model, x)
+    names = block_names(sd.apply(copy.deepcopy(model), p=0.5, example_inputs=x))
     counter = CompileCounter()
     torch.compiler.reset()
     if order == ORDERS[1]:

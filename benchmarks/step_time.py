@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 import stochastic_depth as sd
 from stochastic_depth import Mode
 
-from .harness import Side, branch_shares, interleave, machine, peak_mebibytes, spread
+from .harness import Side, block_names, branch_shares, interleave, machine, peak_mebibytes, spread
 from .models import ON_CPU, ON_GPU, SUBJECTS, TokenBlock, build
 from .peers import ON_TOKENS, PEERS, rates_of
 
@@ -54,7 +54,7 @@ def compiled(model: nn.Module, mode: str) -> nn.Module:
     """``model`` in the way of compiling that its mode allows."""
     if mode in ("plain", "subset"):
         return torch.compile(model)
-    for name in dict.fromkeys(branch.name.partition(":")[0] for branch in sd.branches(model)):
+    for name in block_names(model):
         model.get_submodule(name).compile()
     return model
 

@@ -67,18 +67,18 @@ def say(command: str, message: str, code: int) -> int:
 
 
 def program() -> str:
-    """How this program can be called again: its name, or its path where it is not on PATH."""
+    """How a shell calls this program again: its name, or its path where it is not on PATH."""
     path = Path(sys.argv[0])
     if path.name == "__main__.py":
         return "python -m stochastic_depth"
     if path.stem != "stochastic-depth" or shutil.which("stochastic-depth"):
         return "stochastic-depth"
-    return str(path)
+    return shlex.quote(str(path))
 
 
 def command_line(*words: object) -> str:
     """What to type into a shell for this program with these arguments."""
-    return shlex.join([program(), *map(str, words)])
+    return f"{program()} {shlex.join(map(str, words))}"
 
 
 def parser() -> argparse.ArgumentParser:

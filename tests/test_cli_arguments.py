@@ -199,6 +199,9 @@ def test_the_command_can_be_called_again_where_it_is_not_on_the_path(monkeypatch
     assert stochastic_depth_command.program() == "stochastic-depth"
     resume = stochastic_depth_command.command_line("finetune", "--resume", Path("my runs"))
     assert resume == "stochastic-depth finetune --resume 'my runs'"  # for a shell
+    monkeypatch.setattr(sys, "argv", ["/site-packages/stochastic_depth/__main__.py"])
+    again = stochastic_depth_command.command_line("predict", Path("run"))
+    assert again == "python -m stochastic_depth predict run"
 
 
 def test_a_resumed_run_does_not_log_over_its_first_part(tmp_path):

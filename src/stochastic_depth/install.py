@@ -11,7 +11,7 @@ from torch import nn
 from ._torch import outside_graphs
 from .applied import branches
 from .branch import Branch, DroppedGrad, Mode, Scale
-from .drop.collectives import modules_of, parameters_of
+from .drop.collectives import own_parameters
 from .drop.draws import Draws
 from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
@@ -78,6 +78,9 @@ def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Br
         branch.dropped_grad = settings.dropped_grad
     about = replace(findings, plans={}, nodes={}, merges={}, constants=[])
     of_block = by_block(chosen)
+    # What a branch costs, to balance decisions by. FLOPs would take another run of the model, and
+    # are no better where it counts: see docs/benchmarks.md.
+    sizes: dict[Branch, int] = {}
     for name, plans in findings.plans.items():
         if mine := of_block.get(name):
             kept = {form: only(plan, mine) for form, plan in plans.items()}
@@ -86,21 +89,11 @@ def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Br
             site = kind(block, mine, kept, settings.draws, watch_block, about)
             site.takes_new = settings.include is None and settings.exclude is None
             site.install()
+            sizes |= {b: sum(p.numel() for p in own_parameters(b, site)) for b in mine}
             for wrapper in compiled_around(model, name):
                 put(wrapper).site = site
-    settings.draws.deal(chosen, findings.nodes, [size_of(model, branch) for branch in chosen])
+    settings.draws.deal(chosen, findings.nodes, [sizes[branch] for branch in chosen])
     return chosen
-
-
-def size_of(model: nn.Module, branch: Branch) -> int:
-    """How many parameters a branch has, by which balanced decisions tell what it costs.
-
-    FLOPs would take another run of the model, and are no better where it counts: see
-    docs/benchmarks.md.
-    """
-    block = model.get_submodule(block_of(branch))
-    found = {p for module in modules_of(branch, block) for p in parameters_of(module)}
-    return sum(p.numel() for p in found)
 
 
 def compiled_around(model: nn.Module, name: str) -> list[nn.Module]:

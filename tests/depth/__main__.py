@@ -118,16 +118,15 @@ def write(zoo: str, rows: list[Any]) -> None:
     """Put the table of a zoo in its section of the page."""
     from benchmarks.harness import machine
 
+    from zoo.page import write_section
+
     from .measure import HEADER
 
-    text = PAGE.read_text() if PAGE.exists() else HEAD
-    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     verdicts = [row.verdict for row in rows]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("same", "refused", "wrong"))
     where = f"{zoo} {version(zoo)} on {machine(torch.device('cpu'))}"
     lines = ["", f"{len(rows)} models: {counts}. {where}.", "", HEADER, *map(str, rows)]
-    sections[zoo] = "\n".join(lines) + "\n"
-    PAGE.write_text(HEAD + "".join(f"\n## {n}\n{sections[n]}" for n in ZOOS if n in sections))
+    write_section(PAGE, HEAD, ZOOS, zoo, lines)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from stochastic_depth.cli.torchvision_ops import ensure_torchvision
 
 from . import transformers_models
 from .measure import COLUMNS, Row, measure, timed
+from .page import write_section
 from .registered import by_file, timm_registered_zoo
 from .timm_models import MODELS as TIMM
 
@@ -145,8 +146,6 @@ ZOOS: dict[str, Callable[..., Iterator[Row]]] = {
 
 def write(name: str, rows: list[Row]) -> None:
     """Put the table of a zoo in its section of the page."""
-    text = PAGE.read_text() if PAGE.exists() else HEAD
-    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     counts = ", ".join(
         f"{sum(row.verdict == verdict for row in rows)} {verdict}" for verdict in VERDICTS
     )
@@ -163,8 +162,7 @@ def write(name: str, rows: list[Row]) -> None:
         "|---" * len(COLUMNS) + "|",
         *map(str, table),
     ]
-    sections[name] = "\n".join(lines) + "\n"
-    PAGE.write_text(HEAD + "".join(f"\n## {n}\n{sections[n]}" for n in ZOOS if n in sections))
+    write_section(PAGE, HEAD, ZOOS, name, lines)
 
 
 def main() -> None:

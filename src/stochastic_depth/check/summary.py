@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import nn
 
 from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
-from ..drop.balance import cost_classes, slowest
-from ..drop.collectives import parameters_of
+from ..drop.balance import Way, cost_classes, slowest
+from ..drop.collectives import own_parameters
 from ..drop.decide import subset_size
 from ..drop.layer import StochasticDepth
 from ..drop.run import Owner
@@ -189,12 +189,10 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
     rows = []
     for branch in applied:
         owner = owners[branch]
-        own = {p for m in owner.modules_of(branch) for p in parameters_of(m)}
-        own |= set(owner.parameters_of(branch))
         flops = None
         if example_inputs is not None:  # a wrapper is found as a block
             flops = shares.get(branch.name, shares.get(f"{branch.name}:{WHOLE}", 0.0))
-        count = sum(p.numel() for p in own)
+        count = sum(p.numel() for p in own_parameters(branch, owner))
         share, p = count / total, _rate(branch, size)
         counts = branch.decided, branch.dropped
         rows.append(Row(branch.name, branch.kind, p, share, flops, *counts))
@@ -216,14 +214,8 @@ def _slowest(rows: list[Row], ranks: int) -> dict[str, float]:
     """What the slowest rank executes of the model, by how decisions are drawn."""
     rates, costs = [row.p for row in rows], [row.flops or 0.0 for row in rows]
     classes = cost_classes([row.parameters for row in rows])  # as balanced decisions have them
-    droppable = sum(costs)
-    shares: dict[str, float] = {}
-    draws: tuple[Literal["independent", "shared", "balanced"], ...]
-    draws = ("independent", "shared", "balanced")
-    for draw in draws:
-        executed = slowest(rates, costs, ranks, draw, classes=classes)
-        shares[draw] = 1.0 - droppable * (1.0 - executed)
-    return shares
+    executed = {way: slowest(rates, costs, ranks, way, classes=classes) for way in get_args(Way)}
+    return {way: 1.0 - sum(costs) * (1.0 - share) for way, share in executed.items()}
 
 
 def _in(name: str, blocks: list[str]) -> bool:

@@ -21,7 +21,18 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Rounds", "balanced_order", "coins", "cost_classes", "slowest", "stream", "systematic"]
+__all__ = [
+    "Rounds",
+    "Way",
+    "balanced_order",
+    "coins",
+    "cost_classes",
+    "slowest",
+    "stream",
+    "systematic",
+]
+
+Way = Literal["independent", "shared", "balanced"]  # how the decisions of several ranks are drawn
 
 ONE = 1 << 53  # lengths, rounded up, and positions are whole parts of 1, so nothing drifts
 STEP = int((5**0.5 - 1) / 2 * ONE) | 1  # the golden section of it, odd: no position comes twice
@@ -196,7 +207,7 @@ def slowest(
     rates: Sequence[float],
     costs: Sequence[float],
     ranks: int,
-    draw: Literal["independent", "shared", "balanced"] = "independent",
+    draw: Way = "independent",
     *,
     classes: Sequence[int] | None = None,
     steps: int = 200,

@@ -10,7 +10,7 @@ from torch.nn import SyncBatchNorm
 from .._torch import is_view_of_flat_parameter
 from ..branch import Branch
 
-__all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "parameters_of"]
+__all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "own_parameters"]
 
 
 def modules_of(branch: Branch, block: nn.Module) -> list[nn.Module]:
@@ -99,6 +99,17 @@ def parameters_of(module: nn.Module) -> Iterator[Tensor]:
             yield value
     for child in module.children():
         yield from parameters_of(child)
+
+
+def own_parameters(branch: Branch, owner: Any) -> list[Tensor]:
+    """The parameters of a branch, each once: of its modules, and what its block reads for it alone.
+
+    Args:
+        branch: the branch.
+        owner: asked for both.
+    """
+    inside = (p for module in owner.modules_of(branch) for p in parameters_of(module))
+    return list(dict.fromkeys((*inside, *owner.parameters_of(branch))))
 
 
 def _is_of_fsdp(parameter: Any) -> bool:

@@ -193,13 +193,14 @@ class Draws:
 
     def state(self) -> dict[str, Any]:
         """The states of those generators that have been used: tensors, numbers, dicts and lists."""
+        decks = {deck.name: deck for deck in self.decks.values()}
         state: dict[str, Any] = {"common": self._common, "decks": {}}
         for source, generator in self._generators.items():
             if isinstance(source, str):
                 state[source] = generator.get_state()
             else:
                 kind, name = source
-                deck = next((d for d in self.decks.values() if d.name == name), None)
+                deck = decks.get(name)
                 now = {} if deck is None else deck.state(kind)
                 state["decks"].setdefault(name, {})[kind] = [generator.get_state(), now]
         return state
@@ -209,8 +210,9 @@ class Draws:
         self._alone.clear()  # what is restored is not seeded again
         self._common = state["common"]
         self._generators = {kind: _restored(state[kind]) for kind in _KINDS if kind in state}
+        decks = {deck.name: deck for deck in self.decks.values()}
         for name, by_kind in state["decks"].items():
-            deck = next((d for d in self.decks.values() if d.name == name), None)
+            deck = decks.get(name)
             for kind, (generator, now) in by_kind.items():
                 self._generators[kind, name] = _restored(generator)
                 if deck is not None:

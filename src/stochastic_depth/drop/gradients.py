@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..branch import Branch
-from .collectives import parameters_of
+from .collectives import own_parameters
 from .ranks import is_distributed
 
 __all__ = ["left_out"]
@@ -30,9 +30,7 @@ def left_out(shortcut: Tensor, branch: Branch, owner: Any, in_place: bool = Fals
     """
     counted_on = branch.dropped_grad == "zero" or is_distributed()
     if counted_on and torch.is_grad_enabled():
-        owned = [p for module in owner.modules_of(branch) for p in parameters_of(module)]
-        everything = dict.fromkeys((*owned, *owner.parameters_of(branch)))
-        wanted = [p for p in everything if p.requires_grad]
+        wanted = [p for p in own_parameters(branch, owner) if p.requires_grad]
         if wanted:
             return _Unused.apply(shortcut, *wanted)  # type: ignore[no-untyped-call,no-any-return]
     return shortcut if in_place else shortcut.clone()

@@ -142,20 +142,19 @@ def find_drops(
     if not any(_may_drop(type(m)) for n, m in model.named_modules() if n not in drops.modules):
         return drops
 
-    inputs = first_samples((args, kwargs), 2) or (args, kwargs)  # which tell as much as more
-
-    def run(recorder: Any) -> Flow:
+    def run(recorder: Any, inputs: Any) -> Flow:
         args, kwargs = inputs
         return record(model, args, kwargs, training=True, recorder=recorder, constants=constants)
 
-    try:
-        flow = drops.flow = run(_Drawing)
-    except Exception:  # of any kind: it does not train on so few
+    few = first_samples((args, kwargs), 2)  # which tell as much as more
+    for inputs in [(args, kwargs)] if few is None else [few, (args, kwargs)]:
         try:
-            inputs = args, kwargs
-            flow = drops.flow = run(_Drawing)
-        except Exception:  # nor on more
-            return drops
+            flow = drops.flow = run(_Drawing, inputs)
+            break
+        except Exception:  # of any kind: it does not train on these
+            continue
+    else:
+        return drops
     for node, where in flow.watch.products.items():
         call = flow.calls[flow.nodes[node].call]
         if _only_drops(call.module):
@@ -171,7 +170,7 @@ def find_drops(
             drops.coins[flow.calls[c].name] = where
     if drops.coins:
         try:
-            sides = [run(lambda m, c, s=s: _Tossing(m, c, s)) for s in (_HEADS, _TAILS)]
+            sides = [run(lambda m, c, s=s: _Tossing(m, c, s), inputs) for s in (_HEADS, _TAILS)]
         except Exception:  # of any kind: it does not stand such numbers
             return drops
         for name in list(drops.coins):
