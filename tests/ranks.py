@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -69,6 +70,11 @@ def _start(
     function(rank, *args)
     dist.barrier()
     dist.destroy_process_group()
+    # FSDP's modules keep gloo's threads alive, and one that frees a tensor while the interpreter
+    # is being taken down aborts the process ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def gathered(values: torch.Tensor) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """FSDP: no collective is missed, and gradients are those of one process with the same decisions."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
@@ -16,6 +18,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -262,3 +269,57 @@ def test_fsdp1_on_two_ranks() -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_way_to_shard(ranks: int, ways: list[str]) -> None:
     launch(train_all, ranks, cases(ways, RANKS), seconds=1100)
+
+
+class Split(nn.Module):
+    """A block that two ranks compute together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def split_in_two(rank: int, after: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[Split() for _ in range(4)]).double()
+    model, x = copy.deepcopy(plain), batch(0, 0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+    def parallel() -> None:
+        for block in model:
+            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+    if after:
+        parallel()
+    sd.apply(model, P, schedule="uniform", example_inputs=x)
+    if not after:
+        parallel()
+    torch.manual_seed(rank)  # by which they would decide apart
+    for step in range(STEPS):
+        x, before = batch(0, step), [b.dropped for b in sd.branches(model)]
+        model.zero_grad()
+        model(x).square().mean().backward()
+        dropped = [b.dropped - old for b, old in zip(sd.branches(model), before, strict=True)]
+        assert all(gathered(torch.tensor(dropped))[0].eq(torch.tensor(dropped)))
+        y = x
+        for block, absent in zip(plain, dropped, strict=True):
+            y = y + (0 if absent else 1 / (1 - P)) * (block(y) - y)
+        plain.zero_grad()
+        y.square().mean().backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            got = ours.grad
+            got = got.full_tensor() if isinstance(got, DTensor) else got
+            want = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            torch.testing.assert_close(torch.zeros_like(want) if got is None else got, want)
+
+
+def split_all(rank: int) -> None:
+    for after in (False, True):
+        split_in_two(rank, after)
+
+
+def test_tensor_parallel_blocks_are_dropped_on_all_ranks_or_on_none() -> None:
+    launch(split_all, 2)

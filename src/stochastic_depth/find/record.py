@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from .._torch import tree_flatten, tree_unflatten
 from .flow import ADD, SUBTRACT, Call, Flow, Key, Node
 from .form import form_of
 from .spot import spot
-from .state import attributes
+from .state import attributes, is_sharded
 from .tensors import (
+    CALL,
+    held,
     is_in_function,
     kind_of,
     leaves_of,
@@ -59,6 +62,7 @@ class Recorder(TorchFunctionMode):
         self.flow = Flow()
         self.model = model
         self.thread = threading.get_ident()
+        self.sharded = any(is_sharded(m) for m in model.modules())
         self.names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(id(module), []).append(name)
@@ -192,7 +196,9 @@ class Recorder(TorchFunctionMode):
         """Name a tensor that has the memory of a known one, as a custom Function hands them out."""
         for ref in self.memory.get(memory_of(t), ()):
             other = ref()
-            if other is not None and other is not t and (node := self.node(other)) is not None:
+            if other is None or other is t or memory_of(other) != memory_of(t):  # moved since
+                continue
+            if (node := self.node(other)) is not None:
                 call = self.stack[-1] if self.stack else -1
                 alias = self._add(Node("alias", call, (node,), function=True), t)
                 self._name(t, alias)
@@ -229,8 +235,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Parameters on their way between ranks are no values.
-        if self.paused or sys._getframe(1).f_code.co_filename.startswith(_FSDP):
+        if self.paused or (self.sharded and _is_between_ranks(sys._getframe(1))):
             return func(*args, **kwargs)
         name: str = getattr(func, "__name__", "") or str(func)
         if name == "__get__":
@@ -329,8 +334,10 @@ class Recorder(TorchFunctionMode):
         """Other tensors with the memory of one that was overwritten have changed with it."""
         for ref in list(self.memory.get(memory_of(written), ())):
             t = ref()
-            node = None if t is None or t is written else self.node(t)
-            if t is not None and node is not None and node != op:
+            if t is None or t is written or memory_of(t) != memory_of(written):
+                continue
+            node = self.node(t)
+            if node is not None and node != op:
                 call = self.stack[-1] if self.stack else -1
                 self._name(t, self._add(Node("alias", call, (node, op)), t))
 
@@ -338,7 +345,11 @@ class Recorder(TorchFunctionMode):
         """The flow of a run that returned ``result``."""
         flow = self.flow
         flow.result = result
-        kept = {node for ref, node in self.known.values() if ref() is not None}
+        alive = [t for ref, _ in self.known.values() if (t := ref()) is not None]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # A collective's thread lets go of a tensor when it comes to it, which is by chance.
+            alive = [*held(alive), *tensors_within(result, 4)]
+        kept = {node for t in alive if (node := self.node(t)) is not None}
         given_back = {self.node(t) for t in tensors_within(result, 4)}
         for name, module in self.model.named_modules():
             for t in tensors_within(attributes(module), 2):
@@ -350,3 +361,12 @@ class Recorder(TorchFunctionMode):
             call.end = len(flow.nodes) if call.end < 0 else call.end
         flow.index()
         return flow
+
+
+def _is_between_ranks(frame: FrameType | None) -> bool:
+    """Whether FSDP2 moves parameters here, which are no values: it wraps its collectives."""
+    while frame is not None and frame.f_code is not CALL:
+        if frame.f_code.co_filename.startswith(_FSDP):
+            return True
+        frame = frame.f_back
+    return False

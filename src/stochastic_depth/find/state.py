@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .tensors import tensors_within
 
-__all__ = ["Kept", "attributes", "copied", "in_mode", "untouched"]
+__all__ = ["Kept", "attributes", "copied", "in_mode", "is_sharded", "untouched"]
 
 _DEPTH = 4  # of containers and plain objects within what a module keeps
 
@@ -38,10 +38,15 @@ def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.callback((kept or Kept(model)).put_back)
         for module in model.modules():
-            if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            if is_sharded(module):
                 reshard: Any = module.reshard
                 stack.callback(reshard)  # FSDP2 keeps what it is doing to itself
         yield
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the parameters of ``module`` when it is called."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 class Kept:

@@ -1,5 +1,6 @@
 """Tensors in arguments and results, and what tells them apart."""
 
+import gc
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FrameType
@@ -12,6 +13,8 @@ from torch.utils import checkpoint
 from .._torch import tree_leaves
 
 __all__ = [
+    "CALL",
+    "held",
     "held_by",
     "is_in_function",
     "kind_of",
@@ -24,7 +27,7 @@ __all__ = [
     "version_of",
 ]
 
-_CALL = nn.Module._call_impl.__code__
+CALL = nn.Module._call_impl.__code__
 _CHECKPOINT = checkpoint.__file__
 
 
@@ -112,7 +115,7 @@ def is_in_function(frame: FrameType | None) -> bool:
     """Whether it is in the forward of a custom Function, which is none of checkpoint's."""
     while frame is not None:
         code = frame.f_code
-        if code is _CALL:
+        if code is CALL:
             return False
         if _is_forward(code):
             return code.co_filename != _CHECKPOINT
@@ -137,3 +140,10 @@ def may_hold(x: Any) -> bool:
 def held_by(x: Any) -> list[int]:
     """The tensors in it, by id."""
     return [id(t) for t in tensors_within(x, 4)]
+
+
+def held(tensors: list[Tensor]) -> list[Tensor]:
+    """Of ``tensors``, those that Python holds; others are alive in a queue of C++'s."""
+    holders = [x for x in gc.get_referrers(*tensors) if x is not tensors]
+    known = {id(x) for x in gc.get_referents(*holders)}
+    return [t for t in tensors if id(t) in known]
