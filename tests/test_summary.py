@@ -134,6 +134,38 @@ def test_equal_layers_have_equal_flops_where_attention_in_steps_is_another_run()
         assert row.flops == pytest.approx(expected / total)
 
 
+class Biased(nn.Module):
+    """Attends with a position bias that is computed of constants, in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bias = nn.Linear(4, 4), nn.Linear(8, 4)
+        self.register_buffer("positions", torch.randn(5, 8))
+
+    def forward(self, x):
+        return self.linear(x) * self.bias(self.positions)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Biased()
+
+    def forward(self, x):
+        return x + self.attention(x)
+
+
+def test_what_a_branch_computes_of_constants_is_its_work() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Attending()), torch.randn(3, 5, 4)
+    sd.apply(model, 0.5, example_inputs=x)
+    (row,) = sd.summary(model, x).rows
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        model.eval()(x)
+    with FlopCounterMode(display=False) as without, torch.no_grad():
+        model[0](x)
+    assert row.flops == pytest.approx(1 - without.get_total_flops() / whole.get_total_flops())
+
+
 def test_a_parameter_that_two_layers_of_a_branch_share_counts_once() -> None:
     model = small()
     model.blocks[3].conv2.weight = model.blocks[3].conv1.weight

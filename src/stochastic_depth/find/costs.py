@@ -1,5 +1,6 @@
 """How much of a model's work each branch is: FLOPs, counted in one run."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..branch import Branch
-from .flow import Node
+from .flow import Flow, Node
 from .meet import record
 from .plan import Findings
 from .record import Recorder
@@ -54,12 +55,27 @@ def flop_shares(
     # A model may do more for attention in steps, so values are told by their keys.
     until = dict(zip([node.key for node in counted.nodes], counts, strict=False))
     made, before = [], 0
-    for node in record(model, args, kwargs, False, constants=constants).nodes:
+    flow = record(model, args, kwargs, False, constants=constants)
+    for node in flow.nodes:
         now = max(until.get(node.key, before), before)
         made.append(now - before)
         before = now
     total = max(counter.get_total_flops(), 1)
     return {
-        branch: sum(made[i] for i in nodes if i < len(made)) / total
+        branch: sum(made[i] for i in _computed(flow, nodes)) / total
         for branch, nodes in findings.nodes.items()
     }
+
+
+def _computed(flow: Flow, nodes: frozenset[int]) -> set[int]:
+    """``nodes``, and what the calls that make no others compute of constants: a position bias."""
+    order = sorted(i for i in nodes if i < len(flow.nodes))
+    computed = set(order)
+    for call in {flow.nodes[i].call for i in order}:
+        for outer in flow.around(call):
+            start, end = flow.calls[outer].start, flow.calls[outer].end
+            own = bisect_left(order, end) - bisect_left(order, start)
+            if own != flow.count[end] - flow.count[start]:
+                break
+            computed.update(range(start, end))
+    return computed
