@@ -1,6 +1,8 @@
 """The verbs apply, branches and remove on small models: what they change and what they leave."""
 
+import contextlib
 import copy
+import gc
 import io
 import itertools
 import pickle
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from models import SMALL_BRANCHES, Block, SmallResNet, build, images, small, small_batch
+from stochastic_depth.garbage import no_full_collections
 
 
 def rates(model: nn.Module) -> dict[str, float]:
@@ -796,3 +799,35 @@ def test_a_model_built_on_the_meta_device_can_be_applied_first_and_filled_later(
     model.blocks[0].conv1.register_forward_hook(lambda *_: ran.append(1))
     model.train()(small_batch())
     assert ran == []
+
+
+class Collected(nn.Module):
+    """Notes what a full collection needs while it is watched."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__()
+        self.linear, self.see = nn.Linear(4, 4), lambda: seen.append(gc.get_threshold()[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.see()
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(2, 4), torch.randn(2, 3)], ids=["fits", "fails"])
+def test_full_collections_wait_for_apply_and_no_longer(inputs: Tensor) -> None:
+    before, seen = gc.get_threshold(), []
+    with contextlib.suppress(ValueError):
+        sd.apply(Collected(seen), 0.5, example_inputs=inputs)
+    assert min(seen) > 100 * before[2]
+    assert gc.get_threshold() == before
+
+
+def test_the_last_of_several_puts_full_collections_back() -> None:
+    before = gc.get_threshold()
+    first, second = no_full_collections(), no_full_collections()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold() != before
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before

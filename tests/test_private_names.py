@@ -3,6 +3,8 @@
 import ast
 import copy
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +53,35 @@ def test_the_call_of_the_class_is_hooks_and_forward() -> None:
     assert torch.equal(_torch.class_call(net, x=x), expected)
     assert torch.equal(_torch.class_call(net, x), expected)
     assert seen == ["after", "before", "after"] or seen == ["before", "after"] * 2
+
+
+LAZY = """
+import sys, torch, stochastic_depth as sd
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, late):
+        super().__init__()
+        self.linear, self.late = nn.Linear(4, 4), late
+
+    def forward(self, x):
+        run = torch.compile(self.linear, backend="eager") if self.late else self.linear
+        return x + run(x)
+
+model, x = nn.Sequential(Block(False), Block(False)), torch.randn(2, 4)
+sd.apply(model, 1.0, mode="row", example_inputs=x)
+sd.remove(model)
+print("torch._dynamo" in sys.modules)
+model.append(Block(True))
+sd.apply(model, 1.0, mode="row", example_inputs=x)
+print("torch._dynamo" in sys.modules, [b.modules for b in sd.branches(model)])
+"""
+
+
+def test_the_compiler_is_loaded_where_something_is_compiled_and_by_nobody_else() -> None:
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=True)
+    found = [(f"{i}.linear",) for i in range(3)]
+    assert done.stdout.splitlines() == ["False", f"True {found}"]
 
 
 def test_compile_puts_what_it_made_of_the_instances_call_before_it() -> None:

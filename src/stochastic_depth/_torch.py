@@ -3,6 +3,7 @@
 ``tests/test_private_names.py`` fails where one of them goes or changes its meaning.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "default_store",
     "graph_task",
     "has_hooks",
+    "is_compiler_loaded",
     "is_flat_parameter",
     "is_transformed",
     "is_view_of_flat_parameter",
@@ -96,6 +98,11 @@ def class_replicate(module: nn.Module) -> nn.Module:
 # Whether a module has hooks around its forward: the public ways only add them.
 def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_compiler_loaded() -> bool:
+    """Whether anything can have been compiled: torch imports its compiler when it is asked to."""
+    return "torch._dynamo" in sys.modules
 
 
 # The number of the backward pass that runs on this thread, -1 where none does. Gradient

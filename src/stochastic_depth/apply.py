@@ -16,6 +16,7 @@ from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
+from .garbage import no_full_collections
 from .install import Pending, Settings, keep_identity, prefixed
 from .patterns import Filter, matching_modules
 from .rates import DepthSchedule
@@ -148,13 +149,14 @@ def apply(
     settings = Settings(
         p, schedule, mode, scale, dropped_grad, include, exclude, blocks, Draws(seed, ranks, draw)
     )
-    put_back = keep_slots(model)
-    _install.remove(model)
-    try:
-        _apply(model, example_inputs, settings)
-    except BaseException:
-        put_back()
-        raise
+    with no_full_collections():
+        put_back = keep_slots(model)
+        _install.remove(model)
+        try:
+            _apply(model, example_inputs, settings)
+        except BaseException:
+            put_back()
+            raise
     return model
 
 

@@ -1,7 +1,8 @@
 """``apply`` tries what was found: each branch, dropped and at another weight, on the examples."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from torch.overrides import BaseTorchFunctionMode
 
 from ._torch import tree_leaves
 from .branch import Branch
+from .drop.decide import choose_samples
 from .drop.draws import Draws
 from .drop.force import forced, plain
+from .drop.run import slots
 from .drop.site import Site
 from .find import first_samples, run_weighed
+from .find.meet import uncompiled
 from .find.plan import Findings, Refused, only
 from .find.state import Kept, copied, in_mode, untouched
+from .find.weighed import Weight
 from .install import by_block, watch_block
 
 __all__ = ["refuse_what_fails"]
@@ -27,10 +32,10 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     """``findings`` without the branches that cannot be left out or weighed as they should.
 
     The model runs with all branches dropped, in training and in evaluation, and with all of them
-    counted twice; the latter is compared with the plain model whose sums count them twice. Where
-    that fails, each branch is tried alone, and what fails is refused with the reason. Where samples
-    are selected, the model runs with some of them dropped and is compared with one that computes
-    all and masks; where that fails, samples are masked.
+    counted twice, or on some samples twice and on the others not at all; the latter is compared
+    with the plain model whose sums count them so. Where that fails, each branch is tried alone, and
+    what fails is refused with the reason. Where samples are selected and that fails, selecting is
+    compared with computing all and masking, and where these differ, samples are masked.
     """
     if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
         return findings  # no values to compare
@@ -54,9 +59,10 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     reasons: dict[Branch, str | None] = {}
     try:
         trial = _Trial(model, findings, args, kwargs)
-        if trial.failure(found) is not None:
-            reasons = {b: trial.failure([b]) for b in found}
-        trial.mask_what_fails([b for b in found if not reasons.get(b)])
+        if not trial.is_right_at_once(found):
+            if trial.failure(found) is not None:
+                reasons = {b: trial.failure([b]) for b in found}
+            trial.mask_what_fails([b for b in found if not reasons.get(b)])
     finally:
         for site in sites:
             site.uninstall()
@@ -79,8 +85,35 @@ class _Trial:
         self.model, self.findings, self.inputs = model, findings, (args, kwargs)
         self.kept = Kept(model)
 
+    def is_right_at_once(self, branches: Sequence[Branch]) -> bool:
+        """Whether nothing is wrong with all of them, where there are some that select samples."""
+        selected = [b for b in branches if b.place is not None]
+        if not selected or self.fails_without(branches) is not None:
+            return False
+        weights: dict[Branch, Weight] = dict.fromkeys(branches, _WEIGHT)
+        with _choosing(selected) as chosen:
+            weights |= {b: partial(_weighed, b, seed) for b, (seed, _) in chosen.items()}
+            decisions = {**dict.fromkeys(branches, (False, _WEIGHT)), **chosen}
+            try:
+                return self.agrees(self.run(decisions, self.inputs), weights, self.inputs)
+            except Exception:  # of any kind: which of them it is will be tried
+                return False
+
     def failure(self, branches: Sequence[Branch]) -> str | None:
         """What is wrong where these are dropped, or counted twice; None where nothing is."""
+        if (reason := self.fails_without(branches)) is not None:
+            return reason
+        few = first_samples(self.inputs, 1)
+        if few is not None:
+            try:
+                if self.weighed_differs(branches, few) is None:
+                    return None
+            except Exception:  # of any kind: it takes no single sample
+                pass
+        return self.weighed_differs(branches, self.inputs)
+
+    def fails_without(self, branches: Sequence[Branch]) -> str | None:
+        """How the model fails where these are dropped; None where it does not."""
         dropped = dict.fromkeys(branches, (True, 1.0))
         for training in (True, False):
             try:
@@ -90,14 +123,7 @@ class _Trial:
                     continue  # BatchNorm on a single sample, say
                 where = "in training " if training else ""
                 return f"{where}the model fails where it is left out: {_told(error)}"
-        few = first_samples(self.inputs, 1)
-        if few is not None:
-            try:
-                if self.weighed_differs(branches, few) is None:
-                    return None
-            except Exception:  # of any kind: it takes no single sample
-                pass
-        return self.weighed_differs(branches, self.inputs)
+        return None
 
     def fails_anyway(self) -> bool:
         try:
@@ -108,19 +134,23 @@ class _Trial:
         return False
 
     def weighed_differs(self, branches: Sequence[Branch], inputs: Any) -> str | None:
+        """What is wrong where these count twice."""
         try:
             weighed = self.run(dict.fromkeys(branches, (False, _WEIGHT)), inputs)
         except Exception as error:
             return f"the model fails where it is weighed: {_told(error)}"
-        args, kwargs = inputs
-        weights = dict.fromkeys(branches, _WEIGHT)
-        expected = run_weighed(self.model, args, kwargs, weights, self.findings, self.kept)
-        if not _are_close(weighed, expected):
+        if not self.agrees(weighed, dict.fromkeys(branches, _WEIGHT), inputs):
             return (
                 "counted twice it does not change the model's output as its sum says: what it "
                 "computes reaches the output in another way, too"
             )
         return None
+
+    def agrees(self, output: Any, weights: Mapping[Branch, Weight], inputs: Any) -> bool:
+        """Whether the plain model gives the same where its sums count the branches so often."""
+        args, kwargs = inputs
+        expected = run_weighed(self.model, args, kwargs, weights, self.findings, self.kept)
+        return _are_close(output, expected)
 
     def mask_what_fails(self, branches: Sequence[Branch]) -> None:
         """Select no samples in branches where that gives something else than masking them."""
@@ -139,15 +169,10 @@ class _Trial:
         """Whether selected samples are what they are where all are computed and masked."""
         outputs = []
         for select in (True, False):
-            with ExitStack() as stack:
-                for branch in branches:
-                    stack.callback(vars(branch).update, dict(vars(branch)))
-                    branch.mode, branch.scale = "row", "train"
-                    branch.set_rate(0.5)
-                    if not select and branch.place is not None:
-                        branch.mask = branch.place
-                        branch.place = None
-                chosen = {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
+            with _choosing(branches) as chosen:
+                for branch in () if select else branches:
+                    if branch.place is not None:
+                        branch.mask, branch.place = branch.place, None
                 try:
                     outputs.append(self.run(chosen, self.inputs))
                 except Exception:  # of any kind: the samples do not fit
@@ -173,12 +198,24 @@ class _Trial:
             return self.model(*args, **kwargs)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """Compiled blocks run as they are written: a trial is to make no graphs."""
-    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+@contextmanager
+def _choosing(branches: Sequence[Branch]) -> Iterator[dict[Branch, tuple[int, float]]]:
+    """Decisions by which each of them selects about half of its samples, for as long."""
+    with ExitStack() as stack:
+        for branch in branches:
+            stack.callback(vars(branch).update, dict(vars(branch)))
+            branch.mode, branch.scale = "row", "train"
+            branch.set_rate(0.5)
+        yield {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
+
+
+def _weighed(branch: Branch, seed: int, x: Tensor) -> Tensor:
+    """A branch's value, each sample with its weight in the decision of this number."""
+    place = branch.place
+    assert place is not None
+    kept, weight = choose_samples(branch, seed, x.shape[place.dim] // place.fold, x.device)
+    weights = x.new_zeros(x.shape[place.dim]).index_fill(0, slots(place, kept), weight)
+    return x * weights.view([-1 if d == place.dim else 1 for d in range(x.dim())])
 
 
 def _told(error: Exception) -> str:

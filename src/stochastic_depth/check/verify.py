@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import modules as layers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,13 +18,12 @@ from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.force import forced, plain
 from ..find import find, run_weighed
-from ..find.state import copied, in_mode, untouched
+from ..find.state import NORMS, copied, in_mode, untouched
 from ..tables import table_html
 
 __all__ = ["Check", "Verification", "verify"]
 
 _SEED = 0
-_NORMS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,7 @@ class _Verifier:
     def _step(self, decisions: AbstractContextManager[None] | None = None) -> _Outcome:
         """Outputs, gradients and buffers of a step of training."""
         model = self.model
-        still: list[nn.Module] = [m for m in model.modules() if isinstance(m, _NORMS)]
+        still: list[nn.Module] = [m for m in model.modules() if isinstance(m, NORMS)]
         still += _own_drops(model)
         grads = [(p, p.grad) for p in model.parameters()]
         with ExitStack() as stack:

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import modules as layers
 
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from ..branch import Branch, Place
 from ..find.plan import Gate, Leaf
 from ..find.spot import spot
+from ..find.state import NORMS
 from .decide import choose_samples, draw_mask, draw_subset
 from .gradients import left_out
 from .part import Part, form, whole
@@ -19,8 +19,6 @@ from .replay import is_recomputing, may_be_recomputed
 from .rows import add_rows, split_rows, take_rows
 
 __all__ = ["Owner", "Run", "pools_samples", "slots"]
-
-_NORMS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 
 
 class Owner(Protocol):
@@ -483,7 +481,7 @@ def slots(place: Place, samples: Tensor) -> Tensor:
 
 
 def _norms(modules: list[nn.Module]) -> list[nn.Module]:
-    return [m for module in modules for m in module.modules() if isinstance(m, _NORMS)]
+    return [m for module in modules for m in module.modules() if isinstance(m, NORMS)]
 
 
 def pools_samples(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from .plan import Findings, Refused, only
 from .record import Recorder
 from .regions import find_regions, is_ours
 from .spot import spot
+from .state import NORMS
 
 __all__ = ["Drops", "find_drops", "rate_of", "settle_drops", "tell_drops"]
 
@@ -144,8 +145,9 @@ def find_drops(
 
     def run(recorder: Any, inputs: Any) -> Flow:
         args, kwargs = inputs
-        return record(model, args, kwargs, training=True, recorder=recorder, constants=constants)
+        return record(model, args, kwargs, True, recorder, constants, frozen=NORMS)
 
+    # Batch normalisation tosses nothing, and takes several times as long in training.
     few = first_samples((args, kwargs), 2)  # which tell as much as more
     for inputs in [(args, kwargs)] if few is None else [few, (args, kwargs)]:
         try:

@@ -2,18 +2,19 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._torch import is_compiler_loaded
 from .flow import Flow
 from .record import Recorder
 from .state import Kept, copied, in_mode, untouched
 
-__all__ = ["record"]
+__all__ = ["record", "uncompiled"]
 
 _one_at_a_time = threading.RLock()
 
@@ -67,13 +68,18 @@ def _plainly() -> Iterator[None]:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if hasattr(torch.compiler, "set_stance"):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled code runs as it is written."""
+    if not is_compiler_loaded():  # which takes a second, and nothing has been compiled
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def record(
@@ -84,6 +90,7 @@ def record(
     recorder: Any = Recorder,
     constants: list[Tensor] | None = None,
     kept: Kept | None = None,
+    frozen: Container[type] = frozenset(),
 ) -> Flow:
     """The flow of ``model(*args, **kwargs)``; everything is as before afterwards.
 
@@ -95,13 +102,32 @@ def record(
         recorder: a kind of Recorder.
         constants: tensors that are known to have been there before.
         kept: the model's state, where that is known.
+        frozen: types of modules that run as in evaluation in any case.
     """
+    asked = model, args, kwargs, training, recorder, constants, kept, frozen
+    was_loaded = is_compiler_loaded()
+    try:
+        flow = _recorded(*asked)
+    except Exception:
+        if is_compiler_loaded() == was_loaded:
+            raise
+    if is_compiler_loaded() != was_loaded:  # by the model, which has compiled something
+        flow = _recorded(*asked)
+    if flow.unknown and constants is None:  # what a second run reads again was there before
+        return record(model, args, kwargs, training, recorder, flow.unknown, kept, frozen)
+    return flow
+
+
+def _recorded(
+    model: nn.Module, args: Any, kwargs: Any, training: bool, recorder: Any,
+    constants: list[Tensor] | None, kept: Kept | None, frozen: Container[type],
+) -> Flow:  # fmt: skip
     watch = recorder(model, constants or [])
     watch.keeps_unknown = constants is None
     args, kwargs = copied((args, kwargs))
     with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(untouched(model, kept))
-        stack.enter_context(in_mode(model, training))
+        stack.enter_context(in_mode(model, training, frozen))
         stack.enter_context(_plainly())
         stack.enter_context(_met(watch, model))
         watch.inputs(args, kwargs)
@@ -110,6 +136,4 @@ def record(
         flow: Flow = watch.finish(result)
         flow.watch, flow.constants = watch, constants or []
         watch.flow = Flow()  # no cycle, in which values would stay
-    if flow.unknown and constants is None:  # what a second run reads again was there before
-        return record(model, args, kwargs, training, recorder, flow.unknown)
     return flow

@@ -1,22 +1,25 @@
 """Everything that a run may change, put back afterwards: state, random numbers, arguments."""
 
 import copy
+import operator
 import random
 import sys
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import batchnorm as layers
 
 from .tensors import tensors_within
 
-__all__ = ["Kept", "attributes", "copied", "in_mode", "is_sharded", "untouched"]
+__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "is_sharded", "untouched"]
 
+NORMS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 _DEPTH = 4  # of containers and plain objects within what a module keeps
 
 
@@ -136,10 +139,15 @@ class Kept:
 
     def put_back(self) -> None:
         """Put it all back."""
+        same = operator.is_
         for x, before in self.dicts:
-            if len(x) != len(before) or any(x.get(k, x) is not v for k, v in before.items()):
-                x.clear()
-                x.update(before)
+            if len(x) == len(before):
+                if not before:  # as most are
+                    continue
+                if all(map(same, x, before)) and all(map(same, x.values(), before.values())):
+                    continue
+            x.clear()
+            x.update(before)
         for undo in self.undo:
             undo()
 
@@ -153,12 +161,8 @@ def void(_: Any) -> None:
     """Nothing."""
 
 
-def _same(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
-
-
 def _refill(x: Any, before: list[Any]) -> None:
-    if not _same(before, list(x)):
+    if len(before) != len(x) or not all(map(operator.is_, before, x)):
         x.clear()
         x.update(before) if isinstance(x, set) else x.extend(before)
 
@@ -173,16 +177,24 @@ def attributes(module: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set all modules to training or evaluation, without what a class may do in ``train``."""
-    changed = [m for m in model.modules() if m.training != training]
+def in_mode(
+    model: nn.Module, training: bool, frozen: Container[type] = frozenset()
+) -> Iterator[None]:
+    """Set all modules to training or evaluation, without what a class may do in ``train``.
+
+    Args:
+        model: the model.
+        training: which of both.
+        frozen: types of modules that are set to evaluation in any case.
+    """
+    changed = [m for m in model.modules() if m.training != (training and type(m) not in frozen)]
     try:
         for module in changed:
-            module.training = training
+            module.training = not module.training
         yield
     finally:
         for module in changed:
-            module.training = not training
+            module.training = not module.training
 
 
 def copied(x: Any, memo: dict[int, Any] | None = None) -> Any:

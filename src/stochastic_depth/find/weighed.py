@@ -1,6 +1,6 @@
 """The plain model, with each branch counted as often as one says: what dropping must agree with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,16 @@ from .plan import Findings
 from .record import Recorder
 from .state import Kept
 
-__all__ = ["run_weighed"]
+__all__ = ["Weight", "run_weighed"]
+
+
+Weight = float | Callable[[Tensor], Tensor]  # a number, or what weighs each sample of a value
 
 
 class _Weighing(Recorder):
     """Weighs the branches where they enter what goes on."""
 
-    weights: dict[Key, list[tuple[int, float]]]
+    weights: dict[Key, list[tuple[int, Weight]]]
 
     def __init__(self, model: nn.Module, constants: list[Tensor]) -> None:
         self.done: set[Key] = set()
@@ -32,6 +35,8 @@ class _Weighing(Recorder):
         self.done.add(key)
         for position, weight in self.weights[key]:
             if name.startswith("lerp"):
+                if callable(weight):
+                    raise RuntimeError("the samples of a lerp are not weighed one by one")
                 if len(args) > 2:
                     args = (*args[:2], args[2] * weight, *args[3:])
                 else:
@@ -49,7 +54,7 @@ class _Weighing(Recorder):
         return super().finish(result)
 
 
-def _weighed(x: Any, branch: Tensor, weight: float, name: str) -> Any:
+def _weighed(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
     if isinstance(x, dict):
         return {k: _one(v, branch, weight, "") for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -57,10 +62,14 @@ def _weighed(x: Any, branch: Tensor, weight: float, name: str) -> Any:
     return x
 
 
-def _one(x: Any, branch: Tensor, weight: float, name: str) -> Any:
+def _one(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
     if x is not branch:
         return x if isinstance(x, Tensor) else _weighed(x, branch, weight, "")
-    if name in ("__iadd__", "__isub__") or (name.endswith("_") and not name.startswith("__")):
+    in_place = name in ("__iadd__", "__isub__")
+    in_place |= name.endswith("_") and not name.startswith("__")
+    if callable(weight):
+        return x.copy_(weight(x)) if in_place else weight(x)
+    if in_place:
         return x.zero_() if weight == 0 else x.mul_(weight)
     return torch.zeros_like(x) if weight == 0 else x * weight
 
@@ -69,7 +78,7 @@ def run_weighed(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    weights: Mapping[Branch, float],
+    weights: Mapping[Branch, Weight],
     findings: Findings,
     kept: Kept | None = None,
 ) -> Any:
@@ -83,7 +92,7 @@ def run_weighed(
         findings: what was found.
         kept: the model's state, where that is known.
     """
-    at: dict[Key, list[tuple[int, float]]] = {}
+    at: dict[Key, list[tuple[int, Weight]]] = {}
     for branch, weight in weights.items():
         for merge in findings.merges[branch]:
             at.setdefault(merge.key, []).append((merge.position, weight))
