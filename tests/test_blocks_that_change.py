@@ -69,7 +69,38 @@ def test_a_row_is_a_sample_where_the_time_comes_first(kind: type[nn.Module]) -> 
     layer = kind(8, 2, 16, dropout=0.0, norm_first=True)
     x, memory = torch.randn(5, 64, 8), torch.randn(6, 64, 8)
     inputs = (x, memory) if kind is nn.TransformerDecoderLayer else (x,)
-    sd.apply(layer, p=0.5, schedule="uniform", mode="row", seed=0, example_inputs=inputs)
+    settings = {"p": 0.5, "schedule": "uniform", "mode": "row", "seed": 0}
+    with pytest.warns(UserWarning, match="taken to be in dimension 1 of the inputs"):
+        sd.apply(layer, **settings, example_inputs=inputs)
+    sd.apply(layer, **settings, example_inputs=inputs, samples=1)
     unchanged = (layer(*inputs) == x).all(2)
     assert torch.equal(unchanged.all(0), unchanged.any(0))  # all of a sample's times, or none
     assert 0 < int(unchanged.all(0).sum()) < 64
+
+
+class Either(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, first: bool):
+        if first:
+            return x + self.f(x)
+        return x + self.g(x)
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.either, self.f, self.g = Either(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, first: bool):
+        x = self.either(x, first)
+        return x + self.f(x) + self.g(x)
+
+
+def test_a_branch_of_another_form_is_dropped_whatever_other_blocks_call_theirs() -> None:
+    model, x = Both(), torch.randn(2, 4)
+    sd.apply(model, 1.0, schedule="uniform", example_inputs=(x, True))
+    assert torch.equal(model(x, False), x)
+    assert {b.name for b in sd.branches(model)} == {"either:f", "either:g", ":f", ":g"}

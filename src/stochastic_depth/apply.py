@@ -14,7 +14,7 @@ from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
-from .find import find, find_blocks, guess_inputs
+from .find import Samples, find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .garbage import no_full_collections
 from .install import Pending, Settings, keep_identity, prefixed
@@ -38,6 +38,7 @@ def apply(
     exclude: Filter = None,
     blocks: Filter = None,
     example_inputs: Any = None,
+    samples: int | tuple[int, int] | None = None,
     seed: int | None = None,
     draw: Draw = "auto",
     ranks: Ranks = "auto",
@@ -79,6 +80,9 @@ def apply(
             are found. A dropped block returns the first tensor that it is given.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
             keywords, with at least two samples.
+        samples: the dimension in which the inputs have the samples of the batch, which
+            ``"row"`` and ``"subset"`` drop; or (dimension, rows), where so many neighbouring rows
+            are one sample and dropped together, as the frames of a video. None is to find out.
         seed: draw from a generator of the model's own, seeded with this, instead of torch's
             default one. Neither it nor ``draw="balanced"`` can be used inside torch.compile of the
             whole model.
@@ -147,8 +151,9 @@ def apply(
             "alone: apply first and wrap then (fully_shard may come first)"
         )
     settings = Settings(
-        p, schedule, mode, scale, dropped_grad, include, exclude, blocks, Draws(seed, ranks, draw)
-    )
+        p, schedule, mode, scale, dropped_grad, include, exclude, blocks,
+        Draws(seed, ranks, draw), _samples(samples, mode),
+    )  # fmt: skip
     with no_full_collections():
         put_back = keep_slots(model)
         _install.remove(model)
@@ -158,6 +163,21 @@ def apply(
             put_back()
             raise
     return model
+
+
+def _samples(samples: Any, mode: Mode) -> Samples:
+    """The argument of this name."""
+    if samples is None:
+        return Samples()
+    dim, rows = samples if isinstance(samples, tuple) and len(samples) == 2 else (samples, 1)
+    if not (type(dim) is int and type(rows) is int and dim >= 0 and rows >= 1):
+        raise ValueError(
+            "samples must be a dimension of the inputs (0, 1, ...), or (dimension, rows of one "
+            f"sample), got {samples!r}"
+        )
+    if mode == "batch":
+        raise ValueError("samples is for mode='row' and 'subset': 'batch' drops whole batches")
+    return Samples(dim, rows)
 
 
 def _integer(seed: Any) -> int:
@@ -205,11 +225,11 @@ def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
 
 
 def _find(model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Findings:
-    samples = settings.mode != "batch"
+    samples = None if settings.mode == "batch" else settings.samples
     if settings.blocks is None:
         return find(model, args, kwargs, samples=samples)
     if settings.blocks == "all":
-        names = _outermost(find(model, args, kwargs, samples=False).branches)
+        names = _outermost(find(model, args, kwargs, samples=None).branches)
     else:
         names = matching_modules(model, settings.blocks)
     return find_blocks(model, args, kwargs, names, samples=samples)
@@ -253,6 +273,14 @@ def complete(model: nn.Module, findings: Findings, settings: Settings, tell: boo
     chosen = _install.install(model, findings, settings)
     if tell:
         _tell_unused(findings)
+    if findings.batched and 0 not in findings.batched and settings.samples.dim is None:
+        (dim, *_) = findings.batched
+        warnings.warn(
+            f"mode={settings.mode!r}: samples are taken to be in dimension {dim} of the inputs, as "
+            f"they stay apart there and not in dimension 0; say so with samples={dim}, or give the "
+            "dimension in which they are",
+            stacklevel=5,
+        )
     masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
     if masked:
         reasons = dict.fromkeys(b.reason for b in masked if b.reason)

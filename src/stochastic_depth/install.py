@@ -16,7 +16,7 @@ from .drop.draws import Draws
 from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
 from .drop.whole import WholeSite
-from .find import find, find_blocks
+from .find import Samples, find, find_blocks
 from .find.plan import Findings, Plan, Refused, only
 from .patterns import Filter, choose
 from .rates import DepthSchedule, depth_rates
@@ -47,6 +47,7 @@ class Settings:
     exclude: Filter
     blocks: Filter
     draws: Draws
+    samples: Samples
 
 
 def block_of(branch: Branch) -> str:
@@ -184,7 +185,9 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
             stacklevel=2,
         )
         return None
-    samples = any(branch.mode != "batch" for branch in site.branches)
+    samples = None
+    if any(branch.mode != "batch" for branch in site.branches):
+        samples = site.findings.samples or Samples()
     try:
         if isinstance(site, WholeSite):
             findings = find_blocks(site.block, args, dict(kwargs), [""], samples=samples)
@@ -202,7 +205,7 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
         if branch is not None:
             branch.sums |= found.sums
             branch.joins |= found.joins
-            if samples and found.place is None:
+            if samples is not None and found.place is None:
                 branch.place, branch.reason = None, found.reason
     plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])
     return replace(plan, branches=[b for b in known if b is not None])
@@ -210,9 +213,9 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
 
 def _take_new(site: Site, plan: Plan) -> None:
     """Drop branches that only this form of call has, at the rate of their block."""
-    known = {branch.name.partition(":")[2] for branch in site.findings.branches}
     like = site.branches[0]
     block = block_of(like)
+    known = {b.name.partition(":")[2] for b in site.findings.branches if block_of(b) == block}
     for found in plan.branches:
         if _same(found, site) is None and found.name.partition(":")[2] not in known:
             found.name = f"{block}{found.name}"

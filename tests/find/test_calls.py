@@ -26,7 +26,7 @@ def reasons(model: nn.Module, example_inputs: Any = None) -> str:
 
 def look(model: nn.Module, example_inputs: Any) -> Findings:
     example = torch.randn(2, D) if example_inputs is None else example_inputs
-    return find(model, *call_of(example), samples=False)
+    return find(model, *call_of(example), samples=None)
 
 
 def applied(model: nn.Module, p: float, **options: Any) -> Any:

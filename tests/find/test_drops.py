@@ -24,7 +24,7 @@ class Layer(nn.Module):
 
 
 def look(model: nn.Module) -> Findings:
-    return find(model, (torch.randn(3, WIDTH),), {}, samples=False)
+    return find(model, (torch.randn(3, WIDTH),), {}, samples=None)
 
 
 def own(drop: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -12,7 +12,7 @@ from stochastic_depth.find.plan import Findings, Leaf, Plan
 
 def look(model: nn.Module, *args, **kwargs) -> Findings:
     torch.manual_seed(0)
-    return find(model, args or (torch.randn(3, WIDTH),), kwargs, samples=False)
+    return find(model, args or (torch.randn(3, WIDTH),), kwargs, samples=None)
 
 
 def only_plan(found: Findings, block: str = "") -> Plan:
@@ -334,7 +334,7 @@ def test_a_branch_that_is_handed_on_in_an_attribute_is_refused() -> None:
 
 def test_leaving_a_sum_out_is_what_its_module_does_that_returns_zeros() -> None:
     model, x = small.Carried(), torch.randn(3, WIDTH)
-    found = find(model, (x,), {}, samples=False)
+    found = find(model, (x,), {}, samples=None)
     for i, branch in enumerate(found.branches):
         for weight in (0.0, 2.0):
             got = run_weighed(model, (x,), {}, {branch: weight}, found)
@@ -354,6 +354,6 @@ def test_weighing_sums_in_any_spelling() -> None:
         lambda x, y: torch.addcmul(x, y, torch.ones(WIDTH)),
     ):
         model = small.Spelled(spelling)
-        found = find(model, (x,), {}, samples=False)
+        found = find(model, (x,), {}, samples=None)
         left_out = run_weighed(model, (x,), {}, {found.branches[0]: 0.0}, found)
         assert torch.equal(left_out, x)

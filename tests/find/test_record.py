@@ -37,7 +37,7 @@ def test_everything_is_as_before_also_after_an_exception(fail: bool) -> None:
 
 def test_wrong_inputs_are_told_in_words() -> None:
     with pytest.raises(ValueError, match="example_inputs must be what the model is called with"):
-        find(Block(), (torch.randn(2, 3),), {}, samples=False)
+        find(Block(), (torch.randn(2, 3),), {}, samples=None)
 
 
 def test_a_cache_that_is_given_is_not_written_to() -> None:
@@ -89,14 +89,14 @@ def test_a_sum_in_a_forward_hook_is_a_part_of_its_module() -> None:
 
 def test_what_a_custom_function_hands_out_is_linked_to_what_it_was_given() -> None:
     model = Spelled(lambda x, y: x + Handed.apply(y))
-    found = find(model, (torch.randn(2, WIDTH),), {}, samples=False)
+    found = find(model, (torch.randn(2, WIDTH),), {}, samples=None)
     assert [b.modules for b in found.branches] == [("f",)]
     assert found.branches[0].in_function
 
 
 def test_tensors_that_were_there_before_are_constants() -> None:
     gain = torch.randn(WIDTH)
-    found = find(Spelled(lambda x, y: x + y * gain), (torch.randn(2, WIDTH),), {}, samples=False)
+    found = find(Spelled(lambda x, y: x + y * gain), (torch.randn(2, WIDTH),), {}, samples=None)
     assert [b.modules for b in found.branches] == [("f",)]
 
 
@@ -107,14 +107,14 @@ def test_a_script_depends_on_all_that_it_is_given() -> None:
             super().__init__()
             self.f = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()))
 
-    found = find(Scripted(), (torch.randn(2, WIDTH),), {}, samples=False)
+    found = find(Scripted(), (torch.randn(2, WIDTH),), {}, samples=None)
     assert [b.modules for b in found.branches] == [("norm", "f")]
 
 
 def test_a_compiled_child_is_seen() -> None:
     model = Block()
     model.f.compile(backend="eager")
-    found = find(model, (torch.randn(2, WIDTH),), {}, samples=False)
+    found = find(model, (torch.randn(2, WIDTH),), {}, samples=None)
     assert [b.modules for b in found.branches] == [("norm", "f")]
 
 

@@ -12,7 +12,7 @@ from stochastic_depth.find.plan import Findings
 
 def look(model: nn.Module, *shape: int) -> Findings:
     torch.manual_seed(0)
-    return find(model, (torch.randn(*(shape or (3, WIDTH))),), {}, samples=False)
+    return find(model, (torch.randn(*(shape or (3, WIDTH))),), {}, samples=None)
 
 
 def modules(model: nn.Module, *shape: int) -> list[tuple[str, ...]]:

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from find import small
 from find.small import WIDTH
 from stochastic_depth.branch import Place
-from stochastic_depth.find import find
+from stochastic_depth.find import Samples, find
 
 
 def places(model: nn.Module, *args: Tensor) -> list[tuple[Place | None, str]]:
     torch.manual_seed(0)
-    found = find(model, args, {}, samples=True)
+    found = find(model, args, {}, samples=Samples())
     assert found.branches
     return [(b.place, b.reason) for b in found.branches]
 
@@ -49,7 +49,7 @@ def test_a_time_first_layer_in_a_batch_first_block() -> None:
             return x + self.f(x.transpose(0, 1))[0].transpose(0, 1)
 
     x = torch.randn(3, 5, WIDTH)
-    found = find(Recurrent(), (x,), {}, samples=True)
+    found = find(Recurrent(), (x,), {}, samples=Samples())
     assert found.branches[0].place == Place(0)
     ((gate,),) = next(iter(found.plans[""].values())).gates.values()
     assert gate.given == (Place(1),)

@@ -46,7 +46,10 @@ def applied(seed: int, mode: str) -> tuple[Network, Network, dict[str, list[sd.B
     ours, plain = build(seed), build(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that samples are masked
-        sd.apply(ours, KEPT, mode=mode, schedule="uniform", seed=seed, example_inputs=batch(0))
+        options = {} if mode == "batch" else {"samples": 0}  # of some, times stay apart, too
+        sd.apply(
+            ours, KEPT, mode=mode, schedule="uniform", seed=seed, example_inputs=batch(0), **options
+        )
         ours(batch(1, positive=False))  # the other form of call
     found: dict[str, list[sd.Branch]] = {}
     for branch in sd.branches(ours):
@@ -114,6 +117,8 @@ def used_marks(model: Network, x: Tensor) -> list[str]:
 def check_random(seed: int, mode: str) -> None:
     """Decisions read off the result: of all paths, each sample's is one that explains it."""
     ours, plain, found = applied(seed, mode)
+    if mode == "row" and any(block.mixes for block in plain.blocks):
+        return  # a sample's result depends on what is decided for others: check_one_at_random
     for branches in found.values():
         for branch in branches:
             branch.p = 0.5
@@ -139,6 +144,26 @@ def check_random(seed: int, mode: str) -> None:
                 assert (decided, lost) == (1, int(dropped.all()))
             else:
                 assert (decided, lost) == (len(x), int(dropped.sum()))
+
+
+def check_one_at_random(seed: int) -> None:
+    """One branch decides for each sample, which explains the whole batch: also where it mixes."""
+    ours, plain, found = applied(seed, "row")
+    paths = list(itertools.product((0.0, 2.0), repeat=3))
+    for i, mark in enumerate(plain.marks):
+        for name, branches in found.items():
+            for branch in branches:
+                branch.p = 0.5 if name == mark else KEPT
+        for positive in (True, False):
+            x = batch(i, samples=3, positive=positive)
+            if mark not in used_marks(plain, x):
+                continue
+            output = ours(x)
+            with torch.no_grad():
+                given = [ones(plain, x) | {mark: torch.tensor(p, dtype=x.dtype)} for p in paths]
+                fits = [(plain.explain(x, w) - output).abs().max() < 1e-9 for w in given]
+            (fit,) = [w for w, explains in zip(given, fits, strict=True) if explains]
+            assert_same(step(output, x, ours), step(plain.explain(x, fit), x, plain))
 
 
 def counts(branches: list[sd.Branch]) -> tuple[int, int]:
@@ -175,6 +200,22 @@ def test_each_branch_of_a_network_can_be_dropped_alone(seed: int, mode: str) -> 
 @pytest.mark.parametrize("seed", range(KNOWN))
 def test_random_decisions_of_a_network_are_explained_by_one_path_each(seed: int, mode: str) -> None:
     check_random(seed, mode)
+
+
+@pytest.mark.parametrize("seed", range(KNOWN))
+def test_one_branch_decides_for_each_sample(seed: int) -> None:
+    check_one_at_random(seed)
+
+
+@pytest.mark.zoo
+@pytest.mark.timeout(3600)
+def test_ten_thousand_networks_select_the_right_samples_or_mask() -> None:
+    for seed in range(KNOWN, KNOWN + 10_000):
+        try:
+            check_one_at_random(seed)
+        except BaseException as error:
+            error.add_note(f"network {seed}: {[type(b).__name__ for b in build(seed).blocks]}")
+            raise
 
 
 @pytest.mark.zoo

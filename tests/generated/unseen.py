@@ -22,15 +22,17 @@ def mlp() -> nn.Sequential:
 
 
 class Unseen(nn.Module):
-    """A residual block on (samples, times, WIDTH) that treats all samples alike and apart.
+    """A residual block on (samples, times, WIDTH), which treats all samples alike.
 
     Attributes:
+        mixes: whether a sample's branch depends on the other samples.
         marks: the children that one branch alone runs, one for each branch.
         settings: what is changed between two steps.
         log: what it notes in a step.
     """
 
     marks: tuple[str, ...] = ("f",)
+    mixes = False
 
     def __init__(self, choose: random.Random) -> None:
         super().__init__()
@@ -131,6 +133,48 @@ class Windowed(Unseen):
         first, second = h[:, 0::2], h[:, 1::2]
         mean = (first + second) / 2
         return torch.stack([self.f(second) * mean, self.f(first) * mean], 2).flatten(1, 2)
+
+
+class Centred(Unseen):
+    """Takes the mean over the samples off, so these are not apart."""
+
+    mixes = True
+
+    def forward(self, x: Tensor, positive: bool) -> Tensor:
+        return x + self.f(self.norm(x) - self.norm(x).mean(0, keepdim=True))
+
+    def branch(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.f(h - h.mean(0, keepdim=True))
+
+
+class Sorted(Unseen):
+    """Works on its samples in another order."""
+
+    mixes = True
+
+    def forward(self, x: Tensor, positive: bool) -> Tensor:
+        order = x.detach().sum((1, 2)).argsort()
+        return x + self.f(self.norm(x)[order])[order.argsort()].roll(1, 0)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(self.norm(x)).roll(1, 0)
+
+
+class Messages(Unseen):
+    """One graph for the whole batch, as of PyTorch Geometric: edges are pairs of its nodes."""
+
+    def forward(self, x: Tensor, positive: bool) -> Tensor:
+        nodes = x.flatten(0, 1)
+        first = torch.arange(len(nodes)).view(len(x), -1)[:, :-1].flatten()
+        h = self.norm(nodes)
+        sent = self.f(h[first]) * h[first + 1]
+        return (nodes + torch.zeros_like(nodes).index_add(0, first + 1, sent)).view(x.shape)
+
+    def branch(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        sent = self.f(h[:, :-1]) * h[:, 1:]
+        return torch.cat([torch.zeros_like(h[:, :1]), sent], 1)
 
 
 class Deciding(Unseen):
@@ -287,6 +331,9 @@ KINDS: list[type[Unseen]] = [
     TimeFirst,
     Folded,
     Windowed,
+    Centred,
+    Sorted,
+    Messages,
     Deciding,
     Handing,
     Carried,

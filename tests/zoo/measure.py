@@ -161,6 +161,6 @@ def _batch_norm_aside(model: nn.Module) -> None:
 def reasons(model: nn.Module, inputs: Any) -> str:
     """Why blocks were refused, the first two reasons."""
     args, kwargs = call_of(inputs)
-    found = find(model, args, kwargs, samples=False)
+    found = find(model, args, kwargs, samples=None)
     reasons = dict.fromkeys(r.reason for r in found.refused)
     return "; ".join(list(reasons)[:2])

@@ -225,10 +225,10 @@ def _in(name: str, blocks: list[str]) -> bool:
 
 
 def _look(model: nn.Module, args: Any, kwargs: Any, applied: list[Branch]) -> Findings:
-    findings = find(model, args, kwargs, samples=False)
+    findings = find(model, args, kwargs, samples=None)
     whole = [b.name.partition(":")[0] for b in applied if b.kind == "block" and b.modules]
     if whole:
-        extra = find_blocks(model, args, kwargs, whole, samples=False)
+        extra = find_blocks(model, args, kwargs, whole, samples=None)
         findings.nodes |= extra.nodes
     return findings
 
@@ -238,7 +238,7 @@ def _known(model: nn.Module) -> Findings:
     for site in sites(model):
         return site.findings
     guess = guess_inputs(model)
-    return Findings() if guess is None else find(model, *guess, samples=False)
+    return Findings() if guess is None else find(model, *guess, samples=None)
 
 
 def _size(args: Any, kwargs: Any) -> int:

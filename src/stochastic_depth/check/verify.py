@@ -189,7 +189,7 @@ class _Verifier:
             with torch.no_grad(), plain():
                 self._call(self.model)
             plain_counts = dict(counts)
-            found = find(self.model, self.args, self.kwargs, samples=False)
+            found = find(self.model, self.args, self.kwargs, samples=None)
             for m in counts:
                 counts[m] = 0
             weights = dict.fromkeys(found.branches, 0.0)
@@ -209,7 +209,7 @@ class _Verifier:
         ]
 
     def _alone(self) -> str | None:
-        found = find(self.model, self.args, self.kwargs, samples=False)
+        found = find(self.model, self.args, self.kwargs, samples=None)
         by_name = {branch.name: branch for branch in found.branches}
         kept = dict.fromkeys(self.branches, (False, 1.0))
         for branch in self.branches:

@@ -188,7 +188,7 @@ def look_at(
     put_back = keep_slots(model)
     remove(model)
     try:
-        found = find(model, args, kwargs, samples=False)
+        found = find(model, args, kwargs, samples=None)
         found = refuse_what_fails(model, found, args, kwargs)
         blocks = blocks_of(model, found)
         modules = dict(model.named_modules())
@@ -196,7 +196,7 @@ def look_at(
         homes += [block_of(b) for b in found.branches]
         more = [n for n in names if n in modules and any(is_below(h, n) for h in homes)]
         wanted = list(dict.fromkeys([*blocks, *[n for n in more if n]]))
-        whole = find_blocks(model, args, kwargs, wanted, samples=False)
+        whole = find_blocks(model, args, kwargs, wanted, samples=None)
     finally:
         put_back()
     return Look(found, whole, blocks, (args, kwargs))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from .batch import first_samples
+from .batch import Samples, first_samples
 from .blocks import WHOLE, find_blocks
 from .costs import flop_shares
 from .drops import find_drops, settle_drops
@@ -20,6 +20,7 @@ from .weighed import run_weighed
 
 __all__ = [
     "WHOLE",
+    "Samples",
     "find",
     "find_blocks",
     "first_samples",
@@ -36,10 +37,22 @@ def find(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    samples: bool,
+    samples: Samples | None,
     training: bool = False,
 ) -> Findings:
-    """What one real run of ``model`` says about its residual branches."""
+    """What one real run of ``model`` says about its residual branches.
+
+    Args:
+        model: the model.
+        args: what it is called with.
+        kwargs: the same.
+        samples: what is known of where ``args`` and ``kwargs`` have the samples of the batch, to
+            find out where all values have them; None is not to.
+        training: whether the run is one of training.
+
+    Raises:
+        ValueError: the model fails on these arguments.
+    """
     try:
         flow = record(model, args, kwargs, training)
     except Exception as error:
@@ -58,6 +71,6 @@ def find(
         findings.nodes[branch] = frozenset().union(*(region.nodes for region in found))
     findings.constants, findings.training = flow.constants, training
     settle_drops(model, findings, drops, flow)
-    if samples:
-        place_samples(model, args, kwargs, flow, planned)
+    if samples is not None:
+        place_samples(model, args, kwargs, flow, planned, samples)
     return findings

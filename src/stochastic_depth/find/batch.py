@@ -2,21 +2,43 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Batch", "first_samples", "inputs_in", "mapped", "ways_to_batch"]
+__all__ = ["Batch", "Samples", "first_samples", "inputs_in", "mapped", "ways_to_batch"]
 
 _TRIES = 4  # ways to take a dimension of the inputs for the batch's
 
 
+class Samples(NamedTuple):
+    """What is known of where the inputs have their samples.
+
+    Attributes:
+        dim: the dimension; None where it is to be found.
+        rows: how many neighbouring entries of it are one sample.
+    """
+
+    dim: int | None = None
+    rows: int = 1
+
+
+ANYWHERE = Samples()
+
+
 @dataclass
 class Batch:
-    """One way to see the inputs: how many samples, and in which dimension of each tensor."""
+    """One way to see the inputs.
+
+    Attributes:
+        size: how many samples.
+        dims: by the id of a tensor, the dimension in which it has them.
+        rows: how many entries of a dimension are one sample.
+    """
 
     size: int
-    dims: dict[int, int]  # by id
+    dims: dict[int, int]
+    rows: int = 1
 
 
 def inputs_in(x: Any) -> Iterator[Tensor]:
@@ -28,12 +50,16 @@ def inputs_in(x: Any) -> Iterator[Tensor]:
             yield from inputs_in(item)
 
 
-def ways_to_batch(x: Any) -> Iterator[Batch]:
+def ways_to_batch(x: Any, known: Samples = ANYWHERE) -> Iterator[Batch]:
     """The ways to take a dimension for the samples', the likeliest first."""
     shaped = [t for t in inputs_in(x) if t.dim()]
     tried: list[dict[int, int]] = []
     for dim in range(max((t.dim() for t in shaped), default=0)):
+        if known.dim not in (None, dim):
+            continue
         size = next(t for t in shaped if t.dim() > dim).shape[dim]
+        if size % known.rows:
+            continue
         for anywhere in (False, True):
             dims = {}
             for t in shaped:
@@ -42,7 +68,7 @@ def ways_to_batch(x: Any) -> Iterator[Batch]:
                     dims[id(t)] = at[0]
             if size and dims and dims not in tried and len(tried) < _TRIES:
                 tried.append(dims)
-                yield Batch(size, dims)
+                yield Batch(size // known.rows, dims, known.rows)
 
 
 def mapped(x: Any, batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..branch import Branch
+from .batch import Samples
 from .drops import find_drops, tell_drops
 from .flow import Call, Flow
 from .frames import Frame, Member
@@ -26,7 +27,7 @@ def find_blocks(
     kwargs: dict[str, Any],
     names: list[str],
     *,
-    samples: bool,
+    samples: Samples | None,
 ) -> Findings:
     """The modules of these names as one branch each, and what they return where it is dropped.
 
@@ -38,7 +39,8 @@ def find_blocks(
         args: what it is called with.
         kwargs: the same.
         names: of the blocks.
-        samples: whether to find out where values have the batch's samples.
+        samples: what is known of where these have the samples of the batch, to find out where all
+            values have them; None is not to.
 
     Raises:
         ValueError: the model fails on these arguments.
@@ -80,8 +82,8 @@ def find_blocks(
         b: frozenset().union(*[r.nodes for r in rs]) for b, rs in planned.regions.items()
     }
     tell_drops(model, findings, find_drops(model, args, kwargs, flow.constants), set())
-    if samples:
-        place_samples(model, args, kwargs, flow, planned)
+    if samples is not None:
+        place_samples(model, args, kwargs, flow, planned, samples)
     return findings
 
 

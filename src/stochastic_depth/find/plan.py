@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ..branch import Branch, Place, Spot
+from .batch import Samples
 
 __all__ = [
     "Branch",
@@ -144,6 +145,8 @@ class Findings:
         merges: by branch, where it enters what goes on, for :func:`run_weighed`.
         constants: tensors that the run read and that were there before it, for the same.
         training: whether the run was one of training, for the same.
+        samples: what was known of where the inputs have their samples, if that was asked for.
+        batched: the dimensions of the inputs that were taken for the samples'.
     """
 
     branches: list[Branch] = field(default_factory=list)
@@ -154,3 +157,5 @@ class Findings:
     merges: dict[Branch, tuple[Merge, ...]] = field(default_factory=dict)
     constants: list[torch.Tensor] = field(default_factory=list)
     training: bool = False
+    samples: Samples | None = None
+    batched: frozenset[int] = frozenset()

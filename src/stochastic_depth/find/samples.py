@@ -7,13 +7,14 @@ replaced: a branch keeps samples apart if all that are left are what they were.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..branch import Branch, Place
-from .batch import Batch, inputs_in, mapped, ways_to_batch
+from .batch import Batch, Samples, inputs_in, mapped, ways_to_batch
 from .flow import Flow, Key
 from .meet import record
 from .plan import Gate, Plan
@@ -122,13 +123,15 @@ def _digest(t: Tensor, place: Place, size: int, in_a_row: bool = True) -> Tensor
     return torch.cat([sums, some, t[:, each * _PARTS :].double()], 1).nan_to_num().cpu()
 
 
-def place_samples(model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned) -> None:
+def place_samples(
+    model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned: Planned, known: Samples
+) -> None:
     """Say of each branch where its samples are, or why they cannot be selected."""
-    branches = planned.findings.branches
+    branches, planned.findings.samples = planned.findings.branches, known
     best: dict[Branch, tuple[Place | None, str]] = {}
     chosen: _Evidence | None = None
     reason = ""
-    for batch in ways_to_batch((args, kwargs)) if branches else ():
+    for batch in ways_to_batch((args, kwargs), known) if branches else ():
         try:
             evidence = _evidence(model, args, kwargs, flow, planned, batch)
         except Exception as error:  # of any kind: the model does not take it
@@ -139,6 +142,7 @@ def place_samples(model: nn.Module, args: Any, kwargs: Any, flow: Flow, planned:
         apart = sum(place is not None for place, _ in judged.values())
         if chosen is None or apart > sum(place is not None for place, _ in best.values()):
             best, chosen = judged, evidence
+            planned.findings.batched = frozenset(batch.dims.values())
         if apart == len(branches) or any(told == _STREWN for _, told in judged.values()):
             break  # in another dimension there would be something else than samples
     for branch in branches:
@@ -160,7 +164,7 @@ def _evidence(
     drawn = {x.key: n for n, x in enumerate(flow.nodes) if x.random and not x.sources}
 
     def run(change: Any, drawn: dict[Key | None, int]) -> _Watching:
-        given, named = mapped((args, kwargs), batch, change)
+        given, named = mapped((args, kwargs), batch, partial(change, rows=batch.rows))
         watch: _Watching = record(
             model,
             given,
@@ -201,9 +205,9 @@ def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
     return is_rounding or kept <= max(1e-3, 10 * eps) * replaced
 
 
-def _other(t: Tensor, dim: int, factor: float) -> Tensor:
+def _other(t: Tensor, dim: int, rows: int, factor: float) -> Tensor:
     """Other samples of the same kind."""
-    t = t.roll(1, dim)
+    t = t.roll(rows, dim)
     last = t.dim() - 1
     if last != dim:
         t = t.flip(last)
@@ -212,16 +216,16 @@ def _other(t: Tensor, dim: int, factor: float) -> Tensor:
     return t * factor + 0.1 if t.is_floating_point() else t
 
 
-def _one_more(t: Tensor, dim: int) -> Tensor:
-    return torch.cat([t, _other(t.narrow(dim, 0, 1), dim, 0.9)], dim)
+def _one_more(t: Tensor, dim: int, rows: int) -> Tensor:
+    return torch.cat([t, _other(t.narrow(dim, 0, rows), dim, rows, 0.9)], dim)
 
 
-def _moved(t: Tensor, dim: int) -> Tensor:
+def _moved(t: Tensor, dim: int, rows: int) -> Tensor:
     """The same, each one on, and every second one replaced by a larger one, which max() takes."""
-    more = _one_more(t, dim)
-    moved = more.roll(1, dim)
-    odd = torch.arange(1, more.shape[dim], 2, device=t.device)
-    return moved.index_copy(dim, odd, _other(more, dim, 3.1).index_select(dim, odd))
+    more = _one_more(t, dim, rows)
+    moved = more.roll(rows, dim)
+    odd = torch.arange(more.shape[dim], device=t.device).view(-1, rows)[1::2].flatten()
+    return moved.index_copy(dim, odd, _other(more, dim, rows, 3.1).index_select(dim, odd))
 
 
 def _watched(flow: Flow, planned: Planned) -> Iterator[int]:
