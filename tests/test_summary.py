@@ -166,6 +166,32 @@ def test_what_a_branch_computes_of_constants_is_its_work() -> None:
     assert row.flops == pytest.approx(1 - without.get_total_flops() / whole.get_total_flops())
 
 
+class Scaled(nn.Module):
+    def forward(self, x, scale):
+        return x * scale
+
+
+class Parametrized(nn.Module):
+    """Gives a parameter to a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scaled, self.scale = (
+            nn.Linear(4, 4),
+            Scaled(),
+            nn.Parameter(torch.ones(4)),
+        )
+
+    def forward(self, x):
+        return x + self.scaled(self.linear(x), self.scale.expand(len(x), -1))
+
+
+def test_a_parameter_may_be_an_input() -> None:
+    model, x = nn.Sequential(Parametrized(), Parametrized()), torch.randn(3, 4)
+    sd.apply(model, 0.5, example_inputs=x)
+    assert [row.flops for row in sd.summary(model, x).rows] == [0.5, 0.5]
+
+
 def test_a_parameter_that_two_layers_of_a_branch_share_counts_once() -> None:
     model = small()
     model.blocks[3].conv2.weight = model.blocks[3].conv1.weight

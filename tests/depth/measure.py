@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from stochastic_depth.depth.looks import Look, look_at
+from stochastic_depth.find.costs import FlopCounter
 
 from .small import run
 
@@ -151,7 +151,7 @@ def sizes(
     applied = sd.apply(copy.deepcopy(model), 0.5, example_inputs=inputs)
     rows = {row.name: row for row in sd.summary(applied, inputs).rows}
     blocks = [n for n in what if ":" not in n]
-    gone = [n for n in what if ":" in n] + [b.name for n in blocks for b in look.below(n)]
+    gone = {n for n in what if ":" in n} | {b.name for n in blocks for b in look.below(n)}
     counts = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
     inside = {p for n in blocks for p in model.get_submodule(n).parameters()}
     outside = {
@@ -162,6 +162,11 @@ def sizes(
     foretold = sum(p.numel() for p in inside - outside) / counts[0]
     foretold += sum(rows[n].parameters for n in what if ":" in n and n in rows)
     # A scale that the forward of the block does more with than multiply stays.
+    # So does what other branches use, too.
+    alone = [b for b in look.found.branches if b.name in what]
+    staying = [b for b in look.found.branches if b.name not in gone]
+    shared = {*_parameters(model, alone)} & {*_parameters(model, staying)}
+    foretold -= sum(p.numel() for p in shared - inside) / counts[0]
     left = sd.pruned(pruned).names
     for branch in look.found.branches:
         for weight in branch.weights if branch.name in what else ():
@@ -181,7 +186,12 @@ def sizes(
     return (counts[1] / counts[0], rest, time_of(pruned, model, inputs)), problems
 
 
-class Counter(FlopCounterMode):
+def _parameters(model: nn.Module, branches: list[sd.Branch]) -> Iterator[nn.Parameter]:
+    for name in {name for branch in branches for name in branch.modules}:
+        yield from model.get_submodule(name).parameters()
+
+
+class Counter(FlopCounter):
     """Counts what is computed, and not what is asked for its shape alone."""
 
     def _count_flops(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
@@ -193,7 +203,7 @@ class Counter(FlopCounterMode):
 def flops_of(model: nn.Module, inputs: Any) -> int:
     """FLOPs of a forward in evaluation, without torch's fused kernels, which are not counted."""
     with (
-        Counter(display=False) as counter,
+        Counter() as counter,
         sdpa_kernel(SDPBackend.MATH),
         BaseTorchFunctionMode(),
     ):

@@ -202,7 +202,7 @@ def test_random_decisions_of_a_network_are_explained_by_one_path_each(seed: int,
     check_random(seed, mode)
 
 
-@pytest.mark.parametrize("seed", range(KNOWN))
+@pytest.mark.parametrize("seed", [*range(KNOWN), 1286, 2223, 2744])  # the last failed once
 def test_one_branch_decides_for_each_sample(seed: int) -> None:
     check_one_at_random(seed)
 

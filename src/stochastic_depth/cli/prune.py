@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 
+from ..find.costs import FlopCounter
 from .errors import CommandError, first_line
 from .saving import PRUNED_HEAD, Saved, find, snippet, write
 from .settings import check_place
@@ -82,7 +82,7 @@ def ranked(saved: Saved) -> tuple[list[str], dict[int, float]]:
 
 def size(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     """The numbers of parameters, and of FLOPs for an image."""
-    counter: Any = FlopCounterMode(display=False)
+    counter: Any = FlopCounter()
     with counter, torch.no_grad():
         model(example)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()

@@ -49,7 +49,7 @@ def follow(model: nn.Module, cuts: Cuts, undo: Undo) -> None:
     outer = configured(model)
     name_of_outer = next((n for n, m in model.named_modules() if m is outer), "")
     for home, (old, kept) in cuts.kept.items():
-        around = list(_around(model, home))
+        around = list(_around(model, cuts.name(home)))
         for module in around:
             for name in (*_OF_ALL, *_OF_ENCODER, *_OF_DECODER):
                 if vars(module).get(name) is not None and _is_number(vars(module)[name], old):

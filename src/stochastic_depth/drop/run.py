@@ -82,6 +82,7 @@ class Run:
         self.sums = 0  # that its values have met
         self.counts = True  # in training, where nobody decided by hand
         self.apart = False  # reentrant checkpointing makes the call of now
+        self.is_late = False  # it had been computed when its samples were chosen, and will be again
         self.slot: Tensor | None = None  # of each sample, that of a computed one
         self.split: tuple[Tensor, Tensor] | None = None
 
@@ -133,7 +134,7 @@ class Run:
         """
         if not self.decided and self.branch.place is not None:
             self._choose_by(gate, args, kwargs)
-        if self.dropped:
+        if self.dropped and not self.is_late:
             return self._absent(gate, args, kwargs, make)
         if self.computed is not None:
             entered = self._entered(gate, args, kwargs)
@@ -374,10 +375,11 @@ class Run:
             return add_rows(x.new_zeros(shape), slots(at, self.kept), counted, self.weight, at.dim)
         if not self.decided:
             self.choose(x.shape[at.dim] // at.fold)
+            self.is_late = True
         if self.mask is not None:
             return torch.where(self.mask_for(x, *at), x * self.weight, 0.0)
-        if self.dropped:
-            return torch.zeros_like(x)
+        if self.dropped:  # zeros that have a gradient, which checkpointing wants to see
+            return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
         if self.kept is None:
             weighed: Tensor = x * self.weight
             return weighed
