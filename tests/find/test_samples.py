@@ -1,8 +1,12 @@
 """Where values have the samples, and whether these stay apart."""
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+import stochastic_depth as sd
 from find import small
 from find.small import WIDTH
 from stochastic_depth.branch import Place
@@ -169,3 +173,55 @@ def test_samples_that_are_all_the_same_prove_nothing() -> None:
     ((place, reason),) = places(Tokens(), torch.zeros(2, 4, dtype=torch.long))
     assert place is None
     assert "alike" in reason
+
+
+class Frames(nn.Module):
+    """Mixes the frames of a video, which are rows of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).unflatten(0, (-1, 3))
+        return x + (self.f(h) - h.mean(1, keepdim=True)).flatten(0, 1)
+
+
+class Apart(nn.Module):
+    """Treats each row by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("kind", [Frames, Apart])
+def test_rows_that_are_one_sample_are_dropped_together(kind: type[nn.Module]) -> None:
+    model, x = nn.Sequential(kind(), nn.ReLU(), kind()), torch.randn(12, 4).abs()
+    options = {"schedule": "uniform", "mode": "row", "seed": 0, "scale": "none"}
+    sd.apply(model, 0.5, samples=(0, 3), example_inputs=x, **options)
+    assert {b.place for b in sd.branches(model)} == {Place(0, 3)}
+    first = sd.branches(model)[0]
+    sd.branches(model)[1].p = 1.0
+    whole = sd.remove(copy.deepcopy(model))[0](x)
+    for _ in range(8):
+        got = model[0](x).detach()
+        kept = (got - whole).abs().unflatten(0, (4, 3)).amax((1, 2)) < 1e-5
+        left = (got - x).abs().unflatten(0, (4, 3)).amax((1, 2)) < 1e-5
+        assert torch.equal(kept, ~left)
+    assert first.decided == 32
+    assert 0 < first.dropped < 32
+
+
+def test_where_samples_are_is_said_in_one_of_two_ways() -> None:
+    model, x = Frames(), torch.randn(12, 4)
+    for bad in (-1, "0", (0, 0), (0,), 1.0, (0, True)):
+        with pytest.raises(ValueError, match="samples must be a dimension"):
+            sd.apply(model, 0.5, mode="row", samples=bad, example_inputs=x)
+    with pytest.raises(ValueError, match="samples is for mode='row'"):
+        sd.apply(model, 0.5, samples=0, example_inputs=x)
+    with pytest.warns(UserWarning, match="no tensor of example_inputs has"):
+        sd.apply(model, 0.5, mode="row", samples=(0, 5), example_inputs=x)
