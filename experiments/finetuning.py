@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "p = 0.5, linear": {"p": 0.5, "schedule": "linear", "mode": "batch"},
 }
 # Training images, epochs, test images.
-SCALES = {"tiny": (64, 1, 64), "small": (1_000, 10, 2_000), "large": (10_000, 30, 10_000)}
+SCALES = {"tiny": (64, 1, 64), "small": (2_000, 12, 2_000), "large": (10_000, 30, 10_000)}
 FIRST_SEED = 1_000  # on those below, validation images were looked at to choose the demo's settings
 
 

@@ -16,8 +16,8 @@ from .seeds import permutation
 NAME = "fashion-mnist"
 PACKAGE = "dataset-fashion-mnist"
 FILES = Path("usr/share/datasets/fashion-mnist")
-IMAGE_SIZE = 48
-TRAINING_IMAGES = 1_000
+IMAGE_SIZE = 32
+TRAINING_IMAGES = 2_000
 VALIDATION_IMAGES = 500
 TEST_IMAGES = 2_000
 
