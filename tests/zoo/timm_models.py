@@ -18,7 +18,6 @@ MODELS: dict[str, tuple[str, int | None] | tuple[str, int, str]] = {
     "cspnext": ("cspnext_tiny", None),
     "csatv2": ("csatv2", None),
     "davit": ("davit_tiny", None),
-    "deepseek_vit": ("deepseek_vit_412m", None),
     "deit": ("deit_tiny_patch16_224", None),
     "densenet": ("densenet121", 0, "concatenation only"),
     "dla": ("dla46x_c", 12, "DlaBottleneck modules"),
