@@ -219,8 +219,8 @@ def train(folder: Path, *given: str, lora: bool = False, resume: bool = False) -
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize(
     "given",
-    [[], ["--bf16"], ["--gradient_checkpointing"]],
-    ids=["plain", "bf16", "gradient checkpointing"],
+    [[], ["--bf16"], ["--activation_checkpointing"]],
+    ids=["plain", "bf16", "activation checkpointing"],
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_the_trainer_takes_its_arguments_and_resumes(tmp_path, given, lora):

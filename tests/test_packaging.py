@@ -1,5 +1,6 @@
 """What is built, what it is called, and that each optional dependency is optional."""
 
+import ast
 import importlib.metadata
 import subprocess
 import sys
@@ -111,6 +112,24 @@ assert sd.summary(model, torch.randn(4, 5, 16)).depth == 4
 def test_each_part_does_without_the_packages_of_the_others(needs, code):
     done = run_without(OPTIONAL - needs, code)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_the_core_tests_need_torch_alone():
+    command = ["make", "--dry-run", "--no-print-directory", "test-newest"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    given = made.stdout.splitlines()[-1].split()[1:]
+    left_out = {ROOT / path.removeprefix("--ignore=") for path in given if path.startswith("-")}
+    paths = [ROOT / path for path in given if not path.startswith("-")]
+    files = {file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])}
+    assert len(files - left_out) > 10
+    for file in files - left_out:
+        imported = set()
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+        assert not imported & (OPTIONAL - {"numpy", "scipy"}), file
 
 
 def test_a_blocked_package_would_be_noticed():

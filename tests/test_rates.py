@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-import timm.layers
 import torch
-import torchvision
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
@@ -235,11 +233,13 @@ def test_the_expected_depth_of_110_layers_is_the_papers(p: float, kept: float) -
 
 
 def test_linear_timm_is_timms() -> None:
-    theirs = timm.layers.calculate_drop_path_rates(0.3, 9)
+    layers = pytest.importorskip("timm.layers")
+    theirs = layers.calculate_drop_path_rates(0.3, 9)
     assert depth_rates("linear-timm", 0.3, 9) == pytest.approx(theirs, abs=1e-6)  # float32
 
 
 def test_linear_efficientnet_is_torchvisions() -> None:
+    torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.efficientnet_b0(stochastic_depth_prob=0.3)
     theirs = [m.p for m in model.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
     blocks = len(theirs)

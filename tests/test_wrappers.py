@@ -352,12 +352,12 @@ def test_lora_inside_branches(order):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["batch", "row", "subset"])
-def test_gradient_checkpointing_of_transformers(mode, use_reentrant):
+def test_activation_checkpointing_of_transformers(mode, use_reentrant):
     gradients, counts = [], []
     for checkpointing in (False, True):
         model = half(language_model(), mode=mode, example_inputs=tokens()).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         torch.manual_seed(7)
         model(**tokens()).loss.backward()

@@ -336,7 +336,7 @@ FAMILIES = [
         {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1], "patch_size": 2},
     ),
     _vision("data2vec_vision", "Data2VecVision"),
-    _vision("deit", "Deit" if False else "DeiT"),
+    _vision("deit", "DeiT"),
     _vision("dinov2", "Dinov2"),
     _vision("dinov3_vit", "DINOv3ViT"),
     Family("focalnet", "FocalNetConfig", "FocalNetModel", 24, "12 blocks of 2", "image"),
