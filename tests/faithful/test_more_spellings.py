@@ -32,3 +32,22 @@ def test_what_an_object_holds_may_be_needed() -> None:
     found = find(small.Explained(used=True), (torch.randn(3, small.WIDTH),), {}, samples=False)
     assert found.branches == []
     assert "used" in found.refused[0].reason
+
+
+class Noise(nn.Module):
+    """Draws numbers in evaluation, too, in its branch (a sampler of tokens)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = small.linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.f(x + torch.rand(small.WIDTH))
+
+
+def test_verify_knows_that_a_dropped_branch_draws_no_numbers() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Noise(), Noise()), torch.randn(4, small.WIDTH)
+    sd.apply(model, 0.5, example_inputs=x)
+    assert len(sd.branches(model)) == 2
+    assert sd.verify(model, x).passed, sd.verify(model, x)
