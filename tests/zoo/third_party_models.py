@@ -821,7 +821,7 @@ _IMAGES_TOO = [
         "reversible",
         _of("axial_attention.AxialImageTransformer", dim=16, depth=2, heads=2, reversible=True),
         _images(8, 16),
-        refused=(4, _REVERSIBLE),
+        refused=(8, _REVERSIBLE),
     ),
     Model(
         "mlp-mixer-pytorch",
@@ -1040,7 +1040,7 @@ _SEQUENCES = [
             reversible=True,
         ),
         _tokens,
-        refused=(2, _REVERSIBLE),
+        refused=(4, _REVERSIBLE),
     ),
     Model(
         "reformer-pytorch",
@@ -1057,7 +1057,7 @@ _SEQUENCES = [
             ff_chunks=1,
         ),
         _tokens,
-        refused=(2, _REVERSIBLE),
+        refused=(4, _REVERSIBLE),
     ),
     Model(
         "linformer",
