@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .venv-demo
 
-.PHONY: demo test zoo format docs test-wheel test-oldest test-newest clean
+.PHONY: demo test zoo third-party format docs test-wheel test-oldest test-newest clean
 
 demo: $(DEMO)/ready  ## Fine-tune a pretrained network with and without stochastic depth.
 	$(DEMO)/bin/stochastic-depth finetune
@@ -17,6 +17,9 @@ test: $(VENV)/ready  ## Everything that CI checks.
 
 zoo: $(VENV)/ready  ## The long sweeps over whole model zoos.
 	$(BIN)/pytest -m zoo
+
+third-party: $(VENV)-third/ready  ## What is found in models of other packages, into docs/coverage.md.
+	$(VENV)-third/bin/python -m tests.zoo third-party
 
 format: $(VENV)/ready
 	$(BIN)/ruff format
@@ -62,6 +65,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli]' --group dev
+	touch $@
+
+# The packages without what they depend on, some of which would bring a torch of their own.
+$(VENV)-third/ready: tests/zoo/third_party.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)-third
+	$(VENV)-third/bin/pip install --quiet --constraint constraints.txt --editable '.[cli]'
+	$(VENV)-third/bin/pip install --quiet --no-deps --requirement $<
 	touch $@
 
 $(VENV)/docs: $(VENV)/ready

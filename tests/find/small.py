@@ -297,3 +297,61 @@ class Counting(nn.Module):
         if fail:
             raise KeyError("on purpose")
         return x + self.f(x)
+
+
+class Extra:
+    """More than tensors, lists and dicts: what torch's trees take for a leaf."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+
+class Explaining(nn.Module):
+    """Also returns an object, which nobody needs (x-transformers' attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Extra]:
+        y = self.f(x)
+        return y, Extra(y.softmax(-1))
+
+
+class Explained(nn.Module):
+    def __init__(self, used: bool = False) -> None:
+        super().__init__()
+        self.layers, self.used = nn.ModuleList(Explaining() for _ in range(2)), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = []
+        for layer in self.layers:
+            y, extra = layer(x)
+            seen.append(extra.weights.shape)
+            x = x + y
+            if self.used:
+                x = x * extra.weights
+        return x
+
+
+class Asking(nn.Module):
+    """Asks whether what it was given is a tensor, as einops does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{type(y)} is unknown")
+        return x + y.reshape(x.shape)
+
+
+class Lerp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.scale = linear(), nn.Parameter(torch.full((WIDTH,), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x.lerp(self.f(x), self.scale * 2), dim=-1)

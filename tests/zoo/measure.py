@@ -12,6 +12,7 @@ import stochastic_depth as sd
 from stochastic_depth.branch import Mode
 from stochastic_depth.calls import call_of
 from stochastic_depth.find import find
+from stochastic_depth.trial import refuse_what_fails
 
 COLUMNS = (
     "family", "model", "found", "samples", "expected", "verdict", "note",
@@ -158,9 +159,8 @@ def _batch_norm_aside(model: nn.Module) -> None:
             module.eval()
 
 
-def reasons(model: nn.Module, inputs: Any) -> str:
-    """Why blocks were refused, the first two reasons."""
+def reasons(model: nn.Module, inputs: Any, most: int = 2) -> str:
+    """Why branches of a plain model were refused, the first two reasons."""
     args, kwargs = call_of(inputs)
-    found = find(model, args, kwargs, samples=None)
-    reasons = dict.fromkeys(r.reason for r in found.refused)
-    return "; ".join(list(reasons)[:2])
+    found = refuse_what_fails(model, find(model, args, kwargs, samples=None), args, kwargs)
+    return "; ".join(list(dict.fromkeys(r.reason for r in found.refused))[:most])

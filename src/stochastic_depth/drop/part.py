@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._torch import tree_leaves, tree_map
 
-__all__ = ["SUMS", "Part", "first_part", "form", "parts_in", "whole"]
+__all__ = ["SUMS", "Part", "Unmade", "first_part", "form", "parts_in", "whole"]
 
 
 class Part:
@@ -45,12 +45,25 @@ class Part:
         self._run, self._value, self._last, self._place, self._make = run, value, last, place, make
         self._form: Any = None
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """A tensor, to code of the user's that asks ``isinstance``, as einops does.
+
+        Torch's own would take it for one in C.
+        """
+        asks: str = sys._getframe(1).f_globals.get("__name__", "")
+        return Part if asks.startswith(_KNOW) else Tensor
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
+        if name == "lerp":
+            ends = _ends(*args, **kwargs)
+            if type(ends[1]) is Part and _is_outside(ends[0]) and ends[1]._run.is_sum():
+                return ends[1]._run.interpolate(*ends)
         if name in SUMS:
             sides = _sides(name, args, kwargs)
             if sides is not None and sides[1]._last and sides[1]._run.is_sum():
@@ -135,6 +148,16 @@ class Part:
         return f"<{kind} value of the branch {self._run.branch.name}>"
 
 
+class Unmade:
+    """Stands in for an object that a dropped call would return, made only to be looked into."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+
 def _operator(name: str) -> Callable[..., Any]:
     if name == "__rmatmul__":  # dynamo swaps the operands of the tensors' own
         return lambda self, other: Part.__torch_function__(torch.matmul, (), (other, self))
@@ -172,6 +195,7 @@ for _form in [
     setattr(Part, _form, _operator(_form))
 Part.__hash__ = object.__hash__  # type: ignore[method-assign]
 
+_KNOW = ("torch.", f"{__name__.partition('.')[0]}.")  # modules in which a part is none
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 SUMS = _ADD | {"sub", "__sub__", "sub_", "__isub__", "subtract", "__rsub__", "rsub"}
 _IN_PLACE = {"add_", "__iadd__", "sub_", "__isub__"}
@@ -258,6 +282,11 @@ def _sides(
     if _is_outside(b) and type(a) is Part and name in _ADD and factor == 1:
         return b, a, 1, False
     return None
+
+
+def _ends(input: Any, end: Any, weight: Any) -> tuple[Any, Any, Any]:
+    """The arguments of torch.lerp."""
+    return input, end, weight
 
 
 def _is_outside(x: Any) -> bool:

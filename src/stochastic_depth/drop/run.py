@@ -14,7 +14,7 @@ from ..find.spot import spot
 from ..find.state import NORMS
 from .decide import choose_samples, draw_mask, draw_subset
 from .gradients import left_out
-from .part import Part, form, whole
+from .part import Part, Unmade, form, whole
 from .replay import is_recomputing, may_be_recomputed
 from .rows import add_rows, split_rows, take_rows
 
@@ -169,6 +169,8 @@ class Run:
                 leaves.append(None)
             elif returned.kind == "value":
                 leaves.append(leaf(i))
+            elif returned.kind == "object":
+                leaves.append(Unmade(partial(leaf, i)))
             else:
                 leaves.append(Part(self, None, gate.last, None, partial(leaf, i)))
         return tree_map(lambda i: leaves[i], gate.structure)
@@ -411,10 +413,7 @@ class Run:
         """``shortcut + factor * part``, as decided."""
         v, place = part._value, part._place
         at = place or self._place_of_sum()
-        if not self.branch.decides_calls and self.size == 0 and self.decided:  # p is 0 or 1
-            self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
-        if not self.decided:
-            self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
+        self._decide_by(shortcut, at)
         if self.dropped:
             return self.leave_out(shortcut, in_place)
         assert v is not None
@@ -449,6 +448,23 @@ class Run:
         shape = list(shortcut.shape)
         shape[at.dim] = len(chosen)
         return add_rows(shortcut.to(dtype), chosen, v.to(dtype).expand(shape), alpha, at.dim)
+
+    def interpolate(self, shortcut: Tensor, part: Part, weight: Any) -> Tensor:
+        """``shortcut.lerp(part, weight)``, as decided."""
+        self._decide_by(shortcut, part._place or self._place_of_sum())
+        if self.dropped:
+            return self.leave_out(shortcut)
+        v = whole(part)
+        if self.kept is None and self.mask is None:
+            return torch.lerp(shortcut, v, weight * self.weight)
+        return self.merge(shortcut, Part(self, (v - shortcut) * weight, True))
+
+    def _decide_by(self, shortcut: Tensor, at: Place) -> None:
+        """Count, and choose, the samples of a sum."""
+        if not self.branch.decides_calls and self.size == 0 and self.decided:  # p is 0 or 1
+            self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
+        if not self.decided:
+            self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
 
     def leave_out(self, shortcut: Tensor, in_place: bool = False) -> Tensor:
         """The sum where the branch is dropped."""

@@ -35,10 +35,10 @@ class Leaf(NamedTuple):
 
     ``branch``: a tensor of the branch; ``argument``: a leaf of (args, kwargs), by its number,
     handed on; ``none``: None, or a tensor that nobody read; ``value``: a number or string that
-    depends on the shapes of now.
+    depends on the shapes of now; ``object``: anything else, which nothing of value comes of.
     """
 
-    kind: Literal["branch", "argument", "none", "value"]
+    kind: Literal["branch", "argument", "none", "value", "object"]
     argument: int = 0
     place: Place | None = None
 

@@ -145,7 +145,7 @@ class _Planner:
         leaves = []
         for n, kind in zip(call.made, call.kinds, strict=True):
             if n is None:
-                leaves.append(Leaf("none" if kind == "none" else "value"))
+                leaves.append(Leaf("value" if kind == "tensor" else kind))
             elif n in nodes:
                 leaves.append(Leaf("branch"))
             elif n in call.given:
