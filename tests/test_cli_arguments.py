@@ -388,7 +388,7 @@ def test_options_of_prune(capsys):
 
 def test_defaults_depend_on_what_is_given(tmp_path):
     demo = Settings.from_options()
-    assert (demo.p, demo.label_noise, demo.seeds) == ((0.0, 0.5), 0.4, 4)
+    assert (demo.p, demo.label_noise, demo.seeds) == ((0.0, 0.5), 0.4, 3)
     own = Settings.from_options(model="resnet18")
     assert (own.p, own.label_noise, own.seeds) == ((0.2,), 0.0, 1)
     assert Settings.from_options(model="resnet18", p=(0.5, 0.0)).p == (0.0, 0.5)

@@ -280,9 +280,9 @@ def test_fashion_mnist_comes_from_debians_files(tmp_path, monkeypatch):
     assert fashion_mnist.load(15)[1].indices == splits.val.indices  # the same to choose on
     assert not set(splits.train.indices) & set(splits.val.indices)
     assert len(splits.classes) == 10
-    assert splits.image_size == 48
-    images, labels = next(iter(evaluation_batches(splits.test, 48, 4)))
-    assert images.shape == (9, 3, 48, 48)
+    assert splits.image_size == 32
+    images, labels = next(iter(evaluation_batches(splits.test, 32, 4)))
+    assert images.shape == (9, 3, 32, 32)
     assert torch.equal(images[:, 0], images[:, 2])
     assert labels.tolist() == data.labels_of(splits.test)
 
