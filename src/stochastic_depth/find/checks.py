@@ -33,7 +33,8 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
         name = flow.calls[shared[0]].name
         return f"one call of {name} works for two branches: call it once for each"
     for c in member.gates:
-        if flow.calls[c].structure is not None and "tensor" not in flow.calls[c].kinds:
+        kinds = flow.calls[c].kinds
+        if "object" in kinds and "tensor" not in kinds:
             return (
                 f"{flow.calls[c].name} returns an object that cannot be taken apart: return "
                 "tensors, in tuples, lists or dicts"

@@ -36,7 +36,7 @@ class _Weighing(Recorder):
         for position, weight in self.weights[key]:
             if name.startswith("lerp"):
                 if callable(weight):
-                    raise RuntimeError("the samples of a lerp are not weighed one by one")
+                    raise NotImplementedError("the weights of a lerp's samples")
                 if len(args) > 2:
                     args = (*args[:2], args[2] * weight, *args[3:])
                 else:
