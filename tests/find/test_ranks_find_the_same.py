@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import stochastic_depth as sd
+from stochastic_depth.find.ranks import held
 from stochastic_depth.find.record import Recorder
-from stochastic_depth.find.tensors import held
 
 
 @pytest.fixture(autouse=True)

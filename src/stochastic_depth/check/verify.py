@@ -1,7 +1,7 @@
 """``verify``: prove on a user's own model what our tests prove on ours."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import tree_leaves, tree_map_only
 from ..applied import branches, sites
@@ -20,6 +19,8 @@ from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import NORMS, copied, in_mode, untouched
 from ..tables import table_html
+from .noise import NoDropout, NoNoise
+from .outcome import Outcome, compare, differ
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -103,13 +104,6 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
         return Verification(tuple(_Verifier(model, args, kwargs).checks()))
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
 class _Verifier:
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.model = model
@@ -145,11 +139,11 @@ class _Verifier:
                 expected = self._call(self.model)
         if any(branch.scale == "eval" and branch.is_active for branch in self.branches):
             return None  # which is that of the weighed model, by choice
-        return _differ("the output", expected, got, exact=True)
+        return differ("the output", expected, got, exact=True)
 
     def _kept(self) -> str | None:
         kept = dict.fromkeys(self.branches, (False, 1.0))
-        return _compare(self._step(plain()), self._step(forced(kept)), exact=True)
+        return compare(self._step(plain()), self._step(forced(kept)), exact=True)
 
     def _dropped(self) -> str | None:
         ran: set[str] = set()
@@ -217,13 +211,13 @@ class _Verifier:
             if same is None:
                 continue  # a block as a whole, or found in another form of call
             for weight, decision in ((0.0, (True, 1.0)), (2.0, (False, 2.0))):
-                with torch.no_grad(), _NoNoise():  # type: ignore[no-untyped-call]
+                with torch.no_grad(), NoNoise():  # type: ignore[no-untyped-call]
                     weights = {same: weight}
                     expected = run_weighed(self.model, self.args, self.kwargs, weights, found)
                     with forced({**kept, branch: decision}):
                         got = self._call(self.model)
                 reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
-                failure = _differ("the output", reference, got, exact=False)
+                failure = differ("the output", reference, got, exact=False)
                 if failure:
                     how = "dropped" if weight == 0.0 else "counted twice"
                     return f"{branch.name}, {how}: {failure}"
@@ -243,7 +237,7 @@ class _Verifier:
             for select in (False, True):
                 with self._drawing(seed, names, select):
                     outcomes.append(self._step())
-            failure = _compare(outcomes[0], outcomes[1], exact=False)
+            failure = compare(outcomes[0], outcomes[1], exact=False)
             if failure is not None:
                 return failure
         return None
@@ -271,7 +265,7 @@ class _Verifier:
             output = model(*args, **kwargs)
         return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
-    def _step(self, decisions: AbstractContextManager[None] | None = None) -> _Outcome:
+    def _step(self, decisions: AbstractContextManager[None] | None = None) -> Outcome:
         """Outputs, gradients and buffers of a step of training."""
         model = self.model
         still: list[nn.Module] = [m for m in model.modules() if isinstance(m, NORMS)]
@@ -289,7 +283,7 @@ class _Verifier:
                 stack.callback(setattr, p, "grad", grad)
                 p.grad = None
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            with _NoDropout():  # type: ignore[no-untyped-call]
+            with NoDropout():  # type: ignore[no-untyped-call]
                 outputs = self._call(model)
             differentiable = [x for x in outputs if x.requires_grad]
             if differentiable:
@@ -300,7 +294,7 @@ class _Verifier:
                 torch.stack([t.to(torch.float64) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            return _Outcome([x.detach() for x in outputs], gradients, buffers)
+            return Outcome([x.detach() for x in outputs], gradients, buffers)
 
 
 def _own_drops(model: nn.Module) -> list[nn.Module]:
@@ -335,89 +329,5 @@ class _ByName(Draws):
         return decisions
 
 
-class _NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Disables dropout, which would draw other numbers for fewer samples."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten.bernoulli_.float:
-            return args[0].fill_(1.0)
-        if func is torch.ops.aten.native_dropout.default:
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        return func(*args, **(kwargs or {}))
-
-
-class _NoNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes random numbers one half, where runs that draw different ones are compared."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return out.fill_(0.5) if func.overloadpacket in _NOISE else out
-
-
-_NOISE = {
-    getattr(torch.ops.aten, name)
-    for name in ["rand", "randn", "rand_like", "randn_like", "uniform_", "normal_", "exponential_"]
-}
-
-
 def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
-
-
-def _compare(expected: _Outcome, got: _Outcome, exact: bool) -> str | None:
-    failure = _differ("the output", expected.outputs, got.outputs, exact)
-    scale = _largest(expected.gradients)
-    for name, gradient in got.gradients.items():
-        reference = expected.gradients.get(name, torch.zeros_like(gradient))
-        what = f"the gradient of {name}"
-        failure = failure or _differ(what, [reference], [gradient], False, scale)
-    for name, gradient in expected.gradients.items():
-        if name not in got.gradients:
-            what = f"the gradient of {name}"
-            zeros = torch.zeros_like(gradient)
-            failure = failure or _differ(what, [gradient], [zeros], False, scale)
-    for name, buffer in expected.buffers.items():
-        if name in got.buffers:
-            what = f"the buffer {name}"
-            failure = failure or _differ(what, [buffer], [got.buffers[name]], exact)
-    return failure
-
-
-def _largest(gradients: Mapping[str, Tensor]) -> float:
-    return max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
-
-
-def _differ(
-    what: str, expected: list[Tensor], got: list[Tensor], exact: bool, scale: float = 0.0
-) -> str | None:
-    """In words, where two lists of tensors differ by more than rounding.
-
-    Args:
-        what: what they are.
-        expected: the reference.
-        got: what is compared with it.
-        exact: bit for bit.
-        scale: a size that rounding may be relative to besides that of the tensors.
-    """
-    if len(expected) != len(got):
-        return f"{what} has {len(got)} tensors instead of {len(expected)}"
-    for a, b in zip(expected, got, strict=True):
-        if a.shape != b.shape:
-            return f"{what} has shape {tuple(b.shape)} instead of {tuple(a.shape)}"
-        if a.numel() == 0 or torch.equal(a, b):
-            continue
-        a64, b64 = (
-            x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64)
-            for x in (a, b)
-        )
-        same = (a64 == b64) | (a64.isnan() & b64.isnan())
-        apart = torch.where(same, 0.0, (a64 - b64).abs()).nan_to_num(nan=float("inf"))
-        size = max(1.0, scale, float(a64.abs().nan_to_num(0.0, 0.0, 0.0).max()))
-        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
-        if exact or float(apart.max()) > 1e3 * size * eps:
-            return f"{what} differs by {float(apart.max()):.2g}"
-    return None

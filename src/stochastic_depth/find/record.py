@@ -4,11 +4,9 @@ Nothing stands in for a tensor, so the model sees what it always sees. Tensors a
 identity and held weakly; what overwrites one is told by its version.
 """
 
-import os
 import sys
 import threading
 import weakref
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,11 +16,10 @@ from torch.overrides import TorchFunctionMode
 from .._torch import tree_flatten, tree_unflatten
 from .flow import ADD, SUBTRACT, Call, Flow, Key, Node
 from .form import form_of
+from .ranks import held, is_between_ranks, is_sharded
 from .spot import spot
-from .state import attributes, is_sharded
+from .state import attributes
 from .tensors import (
-    CALL,
-    held,
     is_in_function,
     kind_of,
     leaves_of,
@@ -44,8 +41,7 @@ _LOOKS = {
     "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy",
     "__array__", "equal", "allclose", "is_nonzero", "__complex__",
 }  # fmt: skip
-_FULLY_SHARD = os.path.join(os.path.dirname(torch.__file__), "distributed", "fsdp", "_fully_shard")
-_FSDP = tuple(os.path.join(_FULLY_SHARD, f"_fsdp_{name}") for name in ("collectives", "param"))
+_OVERWRITES = {"bernoulli_", "uniform_", "normal_", "random_"}
 _FROM_PYTHON = {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "full"}
 _RANDOM = {
     "rand", "rand_like", "randn", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
@@ -66,15 +62,9 @@ class Recorder(TorchFunctionMode):
         self.names: dict[int, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(id(module), []).append(name)
-        self.own: dict[int, tuple[Tensor, str]] = {}
-        for kind, named in (
-            ("buffer", model.named_buffers()),
-            ("parameter", model.named_parameters()),
-        ):
-            for name, t in named:
-                self.own[id(t)] = t, f"{kind}:{name}"
-        for t in constants:
-            self.own[id(t)] = t, "constant:"
+        self.own = {id(t): (t, f"buffer:{name}") for name, t in model.named_buffers()}
+        self.own |= {id(t): (t, f"parameter:{name}") for name, t in model.named_parameters()}
+        self.own |= {id(t): (t, "constant:") for t in constants}
         self.stack: list[int] = []
         self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.memory: dict[int, list[weakref.ref[Tensor]]] = {}
@@ -235,7 +225,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused or (self.sharded and _is_between_ranks(sys._getframe(1))):
+        if self.paused or (self.sharded and is_between_ranks(sys._getframe(1))):
             return func(*args, **kwargs)
         name: str = getattr(func, "__name__", "") or str(func)
         if name == "__get__":
@@ -299,12 +289,7 @@ class Recorder(TorchFunctionMode):
         if name.endswith("_like") or name.startswith("new_"):  # of its argument, the shape alone
             node.varies = node.weights = False
         if name in _RANDOM:
-            node.random = not node.varies or name in (
-                "bernoulli_",
-                "uniform_",
-                "normal_",
-                "random_",
-            )
+            node.random = not node.varies or name in _OVERWRITES
             node.varies = node.varies and name == "bernoulli"
         elif name in ("zero_", "fill_") and len(given) == 1:
             node.varies = False
@@ -361,12 +346,3 @@ class Recorder(TorchFunctionMode):
             call.end = len(flow.nodes) if call.end < 0 else call.end
         flow.index()
         return flow
-
-
-def _is_between_ranks(frame: FrameType | None) -> bool:
-    """Whether FSDP2 moves parameters here, which are no values: it wraps its collectives."""
-    while frame is not None and frame.f_code is not CALL:
-        if frame.f_code.co_filename.startswith(_FSDP):
-            return True
-        frame = frame.f_back
-    return False

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm as layers
 
+from .ranks import is_sharded
 from .tensors import tensors_within
 
-__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "is_sharded", "untouched"]
+__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched"]
 
 NORMS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 _DEPTH = 4  # of containers and plain objects within what a module keeps
@@ -45,11 +46,6 @@ def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
                 reshard: Any = module.reshard
                 stack.callback(reshard)  # FSDP2 keeps what it is doing to itself
         yield
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers the parameters of ``module`` when it is called."""
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 class Kept:

@@ -1,6 +1,5 @@
 """Tensors in arguments and results, and what tells them apart."""
 
-import gc
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FrameType
@@ -14,7 +13,6 @@ from .._torch import tree_leaves
 
 __all__ = [
     "CALL",
-    "held",
     "held_by",
     "is_in_function",
     "kind_of",
@@ -140,10 +138,3 @@ def may_hold(x: Any) -> bool:
 def held_by(x: Any) -> list[int]:
     """The tensors in it, by id."""
     return [id(t) for t in tensors_within(x, 4)]
-
-
-def held(tensors: list[Tensor]) -> list[Tensor]:
-    """Of ``tensors``, those that Python holds; others are alive in a queue of C++'s."""
-    holders = [x for x in gc.get_referrers(*tensors) if x is not tensors]
-    known = {id(x) for x in gc.get_referents(*holders)}
-    return [t for t in tensors if id(t) in known]

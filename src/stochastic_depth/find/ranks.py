@@ -1,0 +1,36 @@
+"""What several ranks do to a run that is recorded on one of them."""
+
+import gc
+import os
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import CALL
+
+__all__ = ["held", "is_between_ranks", "is_sharded"]
+
+_FULLY_SHARD = os.path.join(os.path.dirname(torch.__file__), "distributed", "fsdp", "_fully_shard")
+_FSDP = tuple(os.path.join(_FULLY_SHARD, f"_fsdp_{name}") for name in ("collectives", "param"))
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the parameters of ``module`` when it is called."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def is_between_ranks(frame: FrameType | None) -> bool:
+    """Whether FSDP2 moves parameters here, which are no values: it wraps its collectives."""
+    while frame is not None and frame.f_code is not CALL:
+        if frame.f_code.co_filename.startswith(_FSDP):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def held(tensors: list[Tensor]) -> list[Tensor]:
+    """Of ``tensors``, those that Python holds; others are alive in a queue of C++'s."""
+    holders = [x for x in gc.get_referrers(*tensors) if x is not tensors]
+    known = {id(x) for x in gc.get_referents(*holders)}
+    return [t for t in tensors if id(t) in known]
