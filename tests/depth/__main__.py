@@ -20,7 +20,7 @@ from stochastic_depth.cli.torchvision_ops import ensure_torchvision
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "depth_coverage.md"
-LARGE = 100e6
+LARGE = 400e6
 PLAIN = ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "squeezenet", "vgg")
 HEAD = """# From which models depth can be taken out
 

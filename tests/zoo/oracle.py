@@ -73,6 +73,9 @@ class _Watch(TorchFunctionMode):
             given = []
         elif name.endswith("_as") or name == "to":
             given = given[:1]
+        for t in given:
+            if id(t) not in self.node and id(t) not in self.own and t.is_floating_point():
+                self.unseen(t)
         known = [self.node[id(t)] for t in given if id(t) in self.node]
         own = [t for t in given if id(t) in self.own]
         varies = any(self.varies >> n & 1 for n in known)
@@ -89,6 +92,13 @@ class _Watch(TorchFunctionMode):
             if name in _SUMS and len(known) > 1 and t.is_floating_point():
                 self.sum(n, known[0], known[1])
         return result
+
+    def unseen(self, t: Tensor) -> None:
+        """What a script has made is taken to depend on the last value of its shape."""
+        for n in range(len(self.needs) - 1, -1, -1):
+            if self.shapes[n] == t.shape and self.varies >> n & 1:
+                self.name(t, [n], True)
+                return
 
     def sum(self, n: int, a: int, b: int) -> None:
         if not self.stack:

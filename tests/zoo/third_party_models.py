@@ -1,7 +1,7 @@
 """Small random models of packages that nothing here was written for, with inputs for them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -21,6 +21,7 @@ class Model:
         inputs: makes what it is called with.
         refused: how many of its residual sums cannot be dropped, and words of the reason that
             ``apply`` must give.
+        counted: how many it has by reading the source, where data flow tells too little, and how.
     """
 
     package: str
@@ -28,6 +29,7 @@ class Model:
     build: Callable[[], nn.Module]
     inputs: Callable[[], Any]
     refused: tuple[int, str] = (0, "")
+    counted: tuple[int, str] | None = None
 
 
 def _made(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -422,15 +424,19 @@ def _smp(name: str, encoder: str, refused: _Refused = _NONE, **kwargs: Any) -> M
     )
 
 
+def _counted(model: Model, count: int, why: str) -> Model:
+    return replace(model, counted=(count, f"by the source: {why}"))
+
+
 SMP = [
     _smp("Unet", "resnet18"),
     _smp("Unet", "resnet18", decoder_attention_type="scse"),
     _smp("Unet", "efficientnet-b0", refused=(9, _ITSELF)),
-    _smp("FPN", "mobilenet_v2"),
+    _counted(_smp("FPN", "mobilenet_v2"), 10, "its pyramid joins features of two depths"),
     _smp("DeepLabV3Plus", "resnet18"),
     _smp("Segformer", "mit_b0"),
     _smp("Unet", "se_resnet50"),
-    _smp("Linknet", "mobilenet_v2"),
+    _counted(_smp("Linknet", "mobilenet_v2"), 11, "ten, and the deepest sum of the decoder"),
 ]
 
 
@@ -697,6 +703,7 @@ _IMAGES_TOO = [
             head_num_classes=5,
         ),
         _floats(2, 3, 4, 32, 32),
+        counted=(6, "by the source: three blocks of two"),
     ),
     Model(
         "pytorchvideo",
@@ -1157,6 +1164,7 @@ _SEQUENCES = [
             vq_strides=[2, 1],
         ),
         _floats(2, 1, 64),
+        counted=(15, "by the source: 14 units and noise blocks, and the second quantizer"),
     ),
     Model(
         "demucs",
