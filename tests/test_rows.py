@@ -1,5 +1,6 @@
 """Taking rows out of a batch and putting them back, in the layout of the tensor."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -211,3 +212,51 @@ def test_transforms_and_forward_mode_see_the_same_functions() -> None:
     torch.testing.assert_close(
         torch.vmap(f)(torch.stack([x, 2 * x])), torch.stack([f(x), f(2 * x)])
     )
+
+
+class Instance(nn.Module):
+    """As in MONAI: normalised by sample, and the shortcut is added to the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.conv(x))
+        out += x
+        return out.relu()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_gradients_have_the_layout_that_they_have_in_the_plain_model(
+    mode: str, samples: int
+) -> None:
+    # torch's instance_norm makes another gradient of a channels-last one of a single sample.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), Instance()).double()
+    x = torch.randn(2, 1, 5, 5).double().to(memory_format=torch.channels_last)
+    h, weight = model[0](x).detach().to(memory_format=torch.channels_last), torch.randn(2, 4, 5, 5)
+    plain = copy.deepcopy(model[1])
+    branch = sd.branches(sd.apply(model[1], 0.5, mode=mode, schedule="uniform", example_inputs=h))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        before = branch[0].dropped
+        model.zero_grad()
+        out = model[1](h[:samples].clone().requires_grad_())
+        (out * weight[:samples]).sum().backward()
+        got = model[1].conv.weight.grad
+        kept = torch.zeros(samples, dtype=torch.bool)
+        for i in range(samples):  # a kept one is as if it were alone and counted twice
+            full = (h[i : i + 1] + 2 * plain.norm(plain.conv(h[i : i + 1]))).relu()
+            kept[i] = torch.allclose(out[i : i + 1], full)
+        dropped = branch[0].dropped - before
+        assert int((~kept).sum()) in (dropped, dropped * samples)
+        plain.zero_grad()
+        for i in kept.nonzero().flatten().tolist():
+            y = plain.norm(plain.conv(h[i : i + 1])) * 2
+            y += h[i : i + 1]
+            (y.relu() * weight[i : i + 1]).sum().backward()
+        want = plain.conv.weight.grad
+        want = torch.zeros_like(plain.conv.weight) if want is None else want
+        torch.testing.assert_close(torch.zeros_like(want) if got is None else got, want)

@@ -269,8 +269,8 @@ def first_tensor(values: Any) -> Tensor | None:
 
 def _sides(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Part, float, bool] | None:
-    """(shortcut, part, factor of the part, in place) where a part is added to another tensor."""
+) -> tuple[Tensor, Part, float, bool, bool] | None:
+    """Where a part is added to a tensor: this, the part, its factor, in place, part first."""
     if kwargs:
         args = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])
     if len(args) < 2:
@@ -278,9 +278,9 @@ def _sides(
     a, b = args[:2] if name not in ("__rsub__", "rsub") else args[1::-1]
     factor = kwargs.get("alpha", 1)
     if _is_outside(a) and type(b) is Part:
-        return a, b, factor if name in _ADD else -factor, name in _IN_PLACE
+        return a, b, factor if name in _ADD else -factor, name in _IN_PLACE, False
     if _is_outside(b) and type(a) is Part and name in _ADD and factor == 1:
-        return b, a, 1, False
+        return b, a, 1, False, name != "__radd__"
     return None
 
 

@@ -60,9 +60,12 @@ def put_rows(x: Tensor, rows: Tensor, values: Tensor, dim: int = 0) -> Tensor:
 
 
 def _stride_order(x: Tensor) -> list[int]:
-    """The dimensions of ``x`` from the largest stride to the smallest."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda d: -strides[d])
+    """The dimensions of ``x`` from the largest stride to the smallest.
+
+    Those of one entry, whose stride may be any, come first.
+    """
+    strides, shape = x.stride(), x.shape
+    return sorted(range(x.dim()), key=lambda d: (shape[d] != 1, -strides[d]))
 
 
 def _inverse(order: list[int]) -> list[int]:
@@ -104,7 +107,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows)
-        ctx.dim, ctx.shape = dim, x.shape
+        ctx.dim, ctx.shape, ctx.order = dim, x.shape, _stride_order(x)
         ctx.set_materialize_grads(False)
         return _taken(x, rows, dim), x.view_as(x)
 
@@ -114,7 +117,7 @@ class _Split(torch.autograd.Function):
         if taken is None:
             return whole, None, None
         if whole is None:
-            whole = _empty(taken, list(ctx.shape), _stride_order(taken)).zero_()
+            whole = _empty(taken, list(ctx.shape), ctx.order).zero_()
         return add_rows(whole, rows, taken, 1.0, ctx.dim), None, None
 
 
@@ -126,7 +129,7 @@ class _Add(torch.autograd.Function):
         ctx: Any, x: Tensor, rows: Tensor, values: Tensor, weight: float, dim: int
     ) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.weight, ctx.dim = weight, dim
+        ctx.weight, ctx.dim, ctx.order = weight, dim, _stride_order(values)
         return _added(x, rows, values, weight, dim)
 
     @staticmethod
@@ -136,4 +139,8 @@ class _Add(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_values = take_rows(grad, rows, ctx.dim)
             of_values = of_values * ctx.weight if grad.requires_grad else of_values.mul_(ctx.weight)
+            if _stride_order(of_values) != ctx.order:
+                # In the layout of the values: torch's instance_norm makes a wrong gradient of one
+                # for a single sample that is channels-last.
+                of_values = of_values.permute(ctx.order).contiguous().permute(_inverse(ctx.order))
         return grad, None, of_values, None, None

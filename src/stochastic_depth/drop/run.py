@@ -408,9 +408,14 @@ class Run:
     # The sum.
 
     def merge(
-        self, shortcut: Tensor, part: Part, factor: float = 1, in_place: bool = False
+        self,
+        shortcut: Tensor,
+        part: Part,
+        factor: float = 1,
+        in_place: bool = False,
+        first: bool = False,
     ) -> Tensor:
-        """``shortcut + factor * part``, as decided."""
+        """``shortcut + factor * part``, as decided; ``first`` keeps the layout of the part."""
         v, place = part._value, part._place
         at = place or self._place_of_sum()
         self._decide_by(shortcut, at)
@@ -430,7 +435,8 @@ class Run:
                 return shortcut.add_(v, alpha=alpha)
             if shortcut.stride() == v.stride():
                 return torch.add(shortcut, v, alpha=alpha)
-            return torch.add(shortcut, v * alpha)  # keeps the layout of the plain sum
+            # As the plain sum does, keeps the layout of what comes first.
+            return torch.add(v * alpha, shortcut) if first else torch.add(shortcut, v * alpha)
         assert self.kept is not None
         fold, rest = divmod(shortcut.shape[at.dim], self.size)
         if rest or fold != at.fold:
