@@ -139,8 +139,7 @@ def report(store: Store, seeds: int) -> None:
         "Errors, NLL and calibration error are those after the last epoch, on test images; *chosen "
         "epoch* is the one with the lowest validation error. This is a smaller setting than the "
         "[default of the command](finetune.md#what-the-default-shows), which shows a gain. Nothing "
-        "was chosen on test images.\n\n"
-        + markdown(header, rows)
+        "was chosen on test images.\n\n" + markdown(header, rows)
     )
     write_section(store, "Fine-tuning with wrong labels", text, figure)
 
