@@ -21,7 +21,6 @@ from stochastic_depth.cli.torchvision_ops import ensure_torchvision
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "depth_coverage.md"
 LARGE = 400e6
-PLAIN = ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "squeezenet", "vgg")
 HEAD = """# From which models depth can be taken out
 
 Written by `python -m tests.depth`. From each model every second block is taken out (of those that
@@ -48,8 +47,10 @@ def torchvision_cases() -> Iterator[Case]:
     """Every classification model of torchvision with residual branches."""
     from torchvision import models
 
+    from models import WITHOUT_BRANCHES
+
     for name in models.list_models(module=models):
-        if name.startswith(PLAIN):
+        if name in WITHOUT_BRANCHES:
             continue
         if models.get_model_weights(name).DEFAULT.meta["num_params"] > LARGE:
             continue

@@ -180,27 +180,16 @@ class Frames(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.f = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.norm, self.f = nn.LayerNorm(WIDTH), small.linear()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).unflatten(0, (-1, 3))
         return x + (self.f(h) - h.mean(1, keepdim=True)).flatten(0, 1)
 
 
-class Apart(nn.Module):
-    """Treats each row by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
-
-
-@pytest.mark.parametrize("kind", [Frames, Apart])
+@pytest.mark.parametrize("kind", [Frames, small.Block])
 def test_rows_that_are_one_sample_are_dropped_together(kind: type[nn.Module]) -> None:
-    model, x = nn.Sequential(kind(), nn.ReLU(), kind()), torch.randn(12, 4).abs()
+    model, x = nn.Sequential(kind(), nn.ReLU(), kind()), torch.randn(12, WIDTH).abs()
     options = {"schedule": "uniform", "mode": "row", "seed": 0, "scale": "none"}
     sd.apply(model, 0.5, samples=(0, 3), example_inputs=x, **options)
     assert {b.place for b in sd.branches(model)} == {Place(0, 3)}
@@ -217,7 +206,7 @@ def test_rows_that_are_one_sample_are_dropped_together(kind: type[nn.Module]) ->
 
 
 def test_where_samples_are_is_said_in_one_of_two_ways() -> None:
-    model, x = Frames(), torch.randn(12, 4)
+    model, x = Frames(), torch.randn(12, WIDTH)
     for bad in (-1, "0", (0, 0), (0,), 1.0, (0, True)):
         with pytest.raises(ValueError, match="samples must be a dimension"):
             sd.apply(model, 0.5, mode="row", samples=bad, example_inputs=x)

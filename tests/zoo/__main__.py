@@ -60,6 +60,7 @@ branches are found, but neither DropPath modules nor classes of blocks say how m
 
 def torchvision_zoo(only: str | None, verified: bool = True) -> Iterator[Row]:
     """Every classification model of torchvision."""
+    from tests.models import WITHOUT_BRANCHES
     from tests.test_torchvision import expected_branches
     from torchvision import models
 
@@ -71,9 +72,7 @@ def torchvision_zoo(only: str | None, verified: bool = True) -> Iterator[Row]:
         if sum(p.numel() for p in built[0].parameters()) > 100e6:
             continue
         size = 299 if "inception" in name else 224 if "vit" in name or "maxvit" in name else 64
-        none = name.startswith(
-            ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "squeezenet", "vgg")
-        )
+        none = name in WITHOUT_BRANCHES
         inputs = torch.randn(2, 3, size, size)
         expected = 0 if none else len(expected_branches(built[0]))
         source = "concatenation or a plain stack" if none else "by the source of its blocks"

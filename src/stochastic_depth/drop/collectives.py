@@ -9,6 +9,7 @@ from torch.nn import SyncBatchNorm
 
 from .._torch import is_view_of_flat_parameter
 from ..branch import Branch
+from ..find.ranks import is_sharded
 
 __all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "own_parameters"]
 
@@ -70,20 +71,13 @@ def _is_tensor_parallel(parameter: Tensor) -> bool:
 
 def _is_unit(module: nn.Module) -> bool:
     """Whether FSDP gathers the parameters of ``module`` when it is called."""
-    return is_fsdp_wrapper(module) or any(
-        _is_a(module, package, "FSDPModule")
-        for package in ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
-    )
+    return is_fsdp_wrapper(module) or is_sharded(module)
 
 
 def is_fsdp_wrapper(module: nn.Module) -> bool:
     """Whether ``module`` is a wrapper of FSDP1."""
-    return _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
-
-
-def _is_a(module: nn.Module, package: str, name: str) -> bool:
-    # Slow to import, and not imported where it is not used.
-    return isinstance(module, getattr(sys.modules.get(package), name, ()))
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported where it is not used
+    return isinstance(module, getattr(fsdp, "FullyShardedDataParallel", ()))
 
 
 def _tensors(module: nn.Module) -> Iterable[Any]:

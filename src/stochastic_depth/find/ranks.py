@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from types import FrameType
 
 import torch
@@ -17,7 +18,8 @@ _FSDP = tuple(os.path.join(_FULLY_SHARD, f"_fsdp_{name}") for name in ("collecti
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 gathers the parameters of ``module`` when it is called."""
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+    # Slow to import, and not imported where it is not used.
+    return isinstance(module, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()))
 
 
 def is_between_ranks(frame: FrameType | None) -> bool:

@@ -330,12 +330,13 @@ class Recorder(TorchFunctionMode):
         """The flow of a run that returned ``result``."""
         flow = self.flow
         flow.result = result
+        returned = list(tensors_within(result, 4))
         alive = [t for ref, _ in self.known.values() if (t := ref()) is not None]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # A collective's thread lets go of a tensor when it comes to it, which is by chance.
-            alive = [*held(alive), *tensors_within(result, 4)]
+            alive = [*held(alive), *returned]
         kept = {node for t in alive if (node := self.node(t)) is not None}
-        given_back = {self.node(t) for t in tensors_within(result, 4)}
+        given_back = {self.node(t) for t in returned}
         for name, module in self.model.named_modules():
             for t in tensors_within(attributes(module), 2):
                 node = self.node(t)
