@@ -59,8 +59,9 @@ def finetune(*, out: Path | None = None, resume: Path | None = None, **given: An
     with quiet():
         console.print("Loading the model and the data ...")
         task = Task(settings)
+        task.choose_threads()
         if resume is None and first:
-            create_folder(folder, settings)
+            create_folder(folder, task.settings)
         try:
             run(task, folder, console)
         except KeyboardInterrupt:

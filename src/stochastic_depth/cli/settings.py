@@ -41,13 +41,14 @@ class Settings:
     devices: int = 1
     strategy: str = "auto"
     logger: str | None = None
+    threads: int | None = None  # of torch, where they were chosen by trying
 
     @classmethod
     def from_options(cls, **given: Any) -> "Settings":
         """Fill in the defaults that depend on what else is given."""
         quick = given.get("quick", False)
         if not given.keys() & {"model", "data"}:  # chosen on validation images: docs/finetune.md
-            epochs, seeds = (6, 1) if quick else (12, 3)
+            epochs, seeds = (6, 1) if quick else (10, 3)
             demo = {"p": (0.0, 0.5), "label_noise": 0.4, "epochs": epochs, "seeds": seeds}
             given = demo | given
         given.setdefault("p", (0.2,))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,26 @@ class Task:
 
     def seconds(self) -> float:
         """How long a seed will take, from a few steps of one variant."""
+        kept = [1.0 if not p else (s.compute_kept or 1.0) for p, s in self.summaries.items()]
+        return self.step_seconds() * sum(kept) * self.cost()
+
+    def choose_threads(self) -> None:
+        """Let torch have one thread where that is quicker, as it is for small images.
+
+        The number is one of the settings, as it decides in which order torch adds up.
+        """
+        settings, most = self.settings, torch.get_num_threads()
+        if settings.threads is None and most > 1 and settings.devices == 1:
+            seconds = {}
+            for threads in (most, 1):
+                torch.set_num_threads(threads)
+                seconds[threads] = self.step_seconds()
+            best = min(seconds, key=lambda threads: seconds[threads])
+            self.settings = replace(settings, threads=best)
+        torch.set_num_threads(self.settings.threads or most)
+
+    def step_seconds(self) -> float:
+        """How long a step of the plain model takes."""
         settings = self.settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = self.source
@@ -133,9 +154,7 @@ class Task:
                 loss = cross_entropy(variant(images), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
                 taken.append(now(device) - started)
-        step = 1.15 * min(taken[1:])  # with the optimizer and the loading of images
-        kept = [1.0 if not p else (s.compute_kept or 1.0) for p, s in self.summaries.items()]
-        return step * sum(kept) * self.cost()
+        return 1.15 * min(taken[1:])  # with the optimizer and the loading of images
 
     def title(self) -> str:
         """Model and data in a few words."""

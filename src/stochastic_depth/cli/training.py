@@ -116,7 +116,10 @@ class Turns(L.LightningModule):
         self.registered = nn.ModuleList([*self.variants, *self.scores])
 
     def configure_optimizers(self) -> Any:
-        optimizers = [torch.optim.AdamW(v.parameters(), self.lr) for v in self.variants]
+        optimizers = [
+            torch.optim.AdamW(variant.parameters(), self.lr, fused=True)
+            for variant in self.variants
+        ]
         steps = int(self.trainer.estimated_stepping_batches)
         schedulers = [
             torch.optim.lr_scheduler.OneCycleLR(o, self.lr, total_steps=steps, cycle_momentum=False)
