@@ -9,33 +9,32 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from .peers import PEERS
-from .step_time import RESULTS, SETTINGS, Result, load, read_setting, table
+from .step_time import RESULTS, SETTINGS, Result, load, read_setting, tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODES = ["batch", "row", "subset"]
 HEAD = """# Time and memory of a training step
 
 Written by `python -m benchmarks.page` from `benchmarks/results/`, where
-`python -m benchmarks.step_time --full --save` puts what it measures. All sides of a table's row ran
-interleaved in one process. A cell holds
+`python -m benchmarks.step_time --full --save` puts what it measures: training steps (forward,
+backward, SGD) of all sides of a row, interleaved in one process, each as a ratio to the plain
+model's in the same round.
 
-- the time of a training step (forward, backward, SGD) as a ratio to the plain model in the same
-  round, mean ± standard error over the rounds: the number of branches that run is random;
-- its peak memory beside model, optimizer and batch, as a ratio to the plain model;
-- for ours, the time as a multiple of the bound, median over the rounds. The bound of a step is what
-  is left of the plain step if everything that this step dropped were free. (A dropped branch also
-  saves its part of the optimizer's step, which the bound does not count, so below 1 is possible.)
-
-The first table was measured before branches were found by watching a run, and has not been repeated
-since; the sections after it were measured with the present code.
-
-The column *bound* is the expected one. torchvision's and timm's ways compute the branch and
-multiply it by zero; torchtune's and DINOv2's compute the kept rows, and need the model rewritten,
-which the benchmark did where a block's branches are functions of one tensor.
+The *bound* of a step is what is left of the plain step if everything that it dropped were free; the
+column of that name holds the expected one. (A dropped branch also saves its part of the optimizer's
+step, which the bound does not count, so less is possible.) Memory is that beside model, optimizer
+and batch. torchvision's and timm's ways compute the branch and multiply it by zero; torchtune's and
+DINOv2's compute the kept samples, and need the model rewritten, which the benchmark did where a
+block's branches are functions of one tensor.
 """
 
 
 FILES = {
+    "overhead.md": """## What it costs beside what it saves
+
+By `python -m benchmarks.overhead > benchmarks/results/overhead.md`: blocks that are as small as
+they get, and the same with an `if` written into their forward.
+""",
     "balance.md": """## What the slowest of many ranks executes
 
 By `python -m benchmarks.balance > benchmarks/results/balance.md`: from the rates, on no machine. A
@@ -99,7 +98,7 @@ def main() -> None:
     for where, results in load().items():
         parts.append(f"## {where}\n")
         shown = [r for r in results if r.setting in SETTINGS]
-        parts += [table(shown) + "\n", plot(where, results)]
+        parts += [plot(where, results), tables(shown) + "\n"]
     for name, text in FILES.items():
         parts += [text, (RESULTS.parent / name).read_text()]
     (DOCS / "benchmarks.md").write_text("\n".join(filter(None, parts)))

@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -107,31 +108,43 @@ def measure(
     return results
 
 
-def table(results: list[Result]) -> str:
-    """A Markdown table: time; memory; for ours, time as a multiple of the bound."""
-    measured = {side for r in results for side in r.times}
+def tables(results: list[Result]) -> str:
+    """Markdown: a table for each question."""
+    questions = {
+        "How long does a step take? Plain = 1; mean ± standard error.": time_of,
+        "How far is that from the bound? 1: what was dropped is free.": over_bound,
+        "How much memory does it need at its peak? Plain = 1.": memory_of,
+    }
+    return "\n\n".join(
+        f"{question}\n\n{table(results, cell)}" for question, cell in questions.items()
+    )
+
+
+def table(results: list[Result], cell: Callable[[Result, str], str]) -> str:
+    """A row for each model and setting, a column for each side that has a figure."""
     known = [*get_args(Mode), *(f"{mode}, compiled" for mode in ("plain", *get_args(Mode))), *PEERS]
-    columns = [side for side in known if side in measured]
-    lines = ["| model | plain | setting | bound | " + " | ".join(columns) + " |"]
+    columns = [side for side in known if any(cell(r, side) for r in results)]
+    lines = ["| " + " | ".join(["model", "plain", "setting", "bound", *columns]) + " |"]
     lines.append("|---" * (4 + len(columns)) + "|")
     for r in results:
         cells = [r.model, f"{r.plain_seconds * 1e3:.0f} ms", r.setting, f"{r.bound:.2f}"]
-        for column in columns:
-            cells.append(cell(r, column))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([*cells, *(cell(r, side) for side in columns)]) + " |")
     return "\n".join(lines)
 
 
-def cell(result: Result, column: str) -> str:
-    """The figures of one side; empty where it was not measured."""
-    if column not in result.times:
+def time_of(result: Result, side: str) -> str:
+    return spread(result.times[side]) if side in result.times else ""
+
+
+def over_bound(result: Result, side: str) -> str:
+    if side not in get_args(Mode) or side not in result.times:
         return ""
-    times, bounds = result.times[column], result.bounds[column]
-    text = f"{spread(times)}; {result.memory[column]:.2f}"
-    if column in get_args(Mode):
-        over = statistics.median(t / b for t, b in zip(times, bounds, strict=True))
-        text += f"; {over:.2f}×"
-    return text
+    pairs = zip(result.times[side], result.bounds[side], strict=True)
+    return f"{statistics.median(time / bound for time, bound in pairs):.2f}"
+
+
+def memory_of(result: Result, side: str) -> str:
+    return f"{result.memory[side]:.2f}" if side in result.times else ""
 
 
 def read_setting(setting: str) -> tuple[float, str]:
@@ -195,7 +208,7 @@ def main() -> None:
         results = measure(
             name, settings, modes, peers, args.rounds, args.device, dtype, args.compiled
         )
-        print(table(results), flush=True)
+        print(tables(results) + "\n", flush=True)
         if args.save:
             save(where, results)
 

@@ -104,7 +104,9 @@ def train_by_turns(
     AdamW and one cycle of the learning rate. All draw the same random numbers in a step.
     """
     names = list(models)
-    optimizers = {name: torch.optim.AdamW(models[name].parameters(), lr) for name in names}
+    optimizers = {
+        name: torch.optim.AdamW(models[name].parameters(), lr, fused=True) for name in names
+    }
     schedules = {
         name: torch.optim.lr_scheduler.OneCycleLR(o, lr, total_steps=steps, cycle_momentum=False)
         for name, o in optimizers.items()

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torchvision
 from benchmarks import ddp_cost, depth, models, overhead, page, ranks, regional, step_time
 
 
@@ -54,7 +55,7 @@ def test_step_time_measures_every_side_and_the_page_shows_it(
 
     page.main()
     text = (tmp_path / "benchmarks.md").read_text()
-    assert text.count("| small |") == 4
+    assert text.count("| small |") == 3 * 4  # time, distance from the bound, memory
     assert "time_against_p.png" in text
     assert (tmp_path / "images" / "time_against_p.png").exists()
 
@@ -82,11 +83,15 @@ def test_depth_compares_with_the_whole_model_and_what_chance_does(
     assert len(rows) == 6
 
 
-def test_overhead_compares_with_a_second_plain_model(monkeypatch, capsys) -> None:
+def test_overhead_compares_with_a_second_plain_model_and_an_if(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(overhead, "BLOCKS", 3)
+    monkeypatch.setattr(overhead, "MANY", 3)
+    monkeypatch.setattr(overhead, "efficientnet_b7", torchvision.models.resnet18)
     run(monkeypatch, overhead, "--rounds", "2")
-    printed = capsys.readouterr().out
-    assert "plain again / plain" in printed
-    assert "p=0 / plain" in printed
+    rows = [r.split(" | ") for r in capsys.readouterr().out.splitlines() if r.startswith("| ")]
+    names = ["plain", "plain again", "p = 0", "if, dropped", "ours, dropped", "if, kept"]
+    assert [row[0].strip("| ") for row in rows[1:]] == [*names, "ours, kept"]
+    assert all(row[3] != "|" for row in rows if row[0].startswith("| ours"))
 
 
 def test_a_setting_is_a_rate_and_a_schedule() -> None:

@@ -14,7 +14,7 @@ from .branch import Branch
 from .drop.decide import choose_samples
 from .drop.draws import Draws
 from .drop.force import forced, plain
-from .drop.run import slots
+from .drop.merging import slots
 from .drop.site import Site
 from .find import first_samples, run_weighed
 from .find.meet import uncompiled

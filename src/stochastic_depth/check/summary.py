@@ -13,7 +13,7 @@ from ..drop.balance import Way, cost_classes, slowest
 from ..drop.collectives import own_parameters
 from ..drop.decide import subset_size
 from ..drop.layer import StochasticDepth
-from ..drop.run import Owner
+from ..drop.merging import Owner
 from ..find import find, find_blocks, flop_shares, guess_inputs
 from ..find.blocks import WHOLE
 from ..find.plan import Findings

@@ -48,7 +48,7 @@ class Settings:
         """Fill in the defaults that depend on what else is given."""
         quick = given.get("quick", False)
         if not given.keys() & {"model", "data"}:  # chosen on validation images: docs/finetune.md
-            epochs, seeds = (6, 1) if quick else (10, 3)
+            epochs, seeds = (6, 1) if quick else (8, 3)
             demo = {"p": (0.0, 0.5), "label_noise": 0.4, "epochs": epochs, "seeds": seeds}
             given = demo | given
         given.setdefault("p", (0.2,))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._torch import tree_flatten, tree_unflatten
 from ..branch import Place
+from .merging import slots
 from .rows import put_rows, take_rows
-from .run import Run, pools_samples, slots
+from .run import Run, pools_samples
 
 __all__ = ["Take", "around", "describe"]
 

@@ -1,117 +1,25 @@
-"""One branch in one call of its block: one decision and three verbs, call, merge, leave out."""
+"""A branch in one call of its block: what its own calls return, with what is dropped left out."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
-from ..branch import Branch, Place
+from ..branch import Place
 from ..find.plan import Gate, Leaf
-from ..find.spot import spot
-from ..find.state import NORMS
-from .decide import choose_samples, draw_mask, draw_subset
-from .gradients import left_out
-from .part import Part, Unmade, form, whole
-from .replay import is_recomputing, may_be_recomputed
-from .rows import add_rows, split_rows, take_rows
+from .merging import Merging, norms_in, slots
+from .part import Part, Unmade, whole
+from .replay import may_be_recomputed
+from .rows import split_rows, take_rows
 
-__all__ = ["Owner", "Run", "pools_samples", "slots"]
+__all__ = ["Run", "pools_samples"]
 
 
-class Owner(Protocol):
-    """What a run asks about its branch."""
-
-    def modules_of(self, branch: Branch) -> list[nn.Module]:
-        """The modules that it calls."""
-
-    def parameters_of(self, branch: Branch) -> list[Tensor]:
-        """The parameters that it reads besides those of its modules."""
-
-
-class Run:
-    """A branch in one call: what is decided, what of a value goes in, how the result joins the sum.
-
-    Attributes:
-        dropped: nothing is kept, and no call of the branch runs.
-        weight: of what is kept.
-        kept: the samples that count, once they are chosen; None where all do.
-        computed: those that calls compute, where not all: the kept ones, or one and a companion.
-        mask: in a compiled graph, a boolean for the call or for each sample.
-        size: how many samples the batch has, once that is known.
-
-    Args:
-        branch: the branch.
-        decision: True drops it, False keeps it, a number is what its samples are chosen by, and
-            None leaves the decision to the compiled graph.
-        weight: of what is kept; a tensor where a compiled graph has to hold for any weight.
-        device: where its values are.
-        owner: asked for the modules that a branch calls, and the parameters that it reads itself.
-        dtype: of its sum, where that is not its shortcut's.
-        compiling: whether its calls are traced by torch.compile; None asks.
-    """
-
-    def __init__(
-        self,
-        branch: Branch,
-        decision: int | bool | None,
-        weight: Any,
-        device: Any,
-        owner: "Owner",
-        dtype: torch.dtype | None = None,
-        compiling: bool | None = None,
-    ) -> None:
-        self.branch, self.device, self.owner, self.dtype = branch, device, owner, dtype
-        self.dropped, self.weight = decision is True, weight
-        self.kept: Tensor | None = None
-        self.computed: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.size = 0
-        self.seed = None if isinstance(decision, bool) else decision
-        self.decided = isinstance(decision, bool)
-        self.in_graph = decision is None
-        # Found out here, as a graph that asks for names would be one of this block alone.
-        self.norms = _norms(owner.modules_of(branch)) if self.in_graph else []
-        self.compiling = torch.compiler.is_compiling() if compiling is None else compiling
-        if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
-            self.choose(1)
-        # Whether its values have to be told apart up to their sum.
-        self.is_weighed = not self.decided or self.mask is not None or not _is_one(weight)
-        self.sums = 0  # that its values have met
-        self.counts = True  # in training, where nobody decided by hand
-        self.apart = False  # reentrant checkpointing makes the call of now
-        self.is_late = False  # it had been computed when its samples were chosen, and will be again
-        self.slot: Tensor | None = None  # of each sample, that of a computed one
-        self.split: tuple[Tensor, Tensor] | None = None
-
-    def choose(self, size: int) -> None:
-        """Choose the samples, now that it is known how many there are."""
-        branch = self.branch
-        self.decided, self.size = True, size
-        if self.in_graph:
-            if branch.mode == "subset":
-                self.kept, self.weight = draw_subset(branch, size, self.device)
-            else:
-                self.mask, self.weight = draw_mask(branch, size, self.device)
-            return
-        assert self.seed is not None
-        self.kept, self.weight = choose_samples(branch, self.seed, size, self.device)
-        self.dropped = size > 0 and len(self.kept) == 0
-        self.count(size, size - len(self.kept))
-        if len(self.kept) == size:
-            self.kept = None
-
-    def count(self, size: int, dropped: int | None = None) -> None:
-        if self.counts and not (self.compiling or is_recomputing()):
-            self.branch.decided += size
-            self.branch.dropped += size * self.dropped if dropped is None else dropped
-
-    def error(self, what: str) -> RuntimeError:
-        return RuntimeError(f"stochastic depth: the branch {self.branch.name} {what}")
-
-    # A call of the branch.
+class Run(Merging):
+    """A branch in one call: what of each value goes into its own calls, and what they return."""
 
     def call(
         self,
@@ -352,165 +260,13 @@ class Run:
             self.slot = slot.index_copy_(0, self.computed, numbers)
         return _select(x, slots(place, self.slot), place.dim)
 
-    def is_sum(self) -> bool:
-        """Whether user code adds, just now, where finding saw the branch's sum."""
-        if self.compiling:  # which cannot tell where it is
-            self.sums += 1
-            return self.sums > self.branch.turn
-        return spot() in self.branch.sums
-
-    def is_join(self) -> bool:
-        return self.compiling or spot() in self.branch.joins
-
-    def joining(self, part: Part) -> Tensor:
-        """The part as a tensor of full size, weighed, with zeros for what is dropped."""
-        x, place = part._value, part._place
-        if x is None:
-            known = form(part)
-            return torch.zeros(known.shape, dtype=known.dtype, device=self.device)
-        at = place or self._place_of_sum()
-        if place is not None:
-            assert self.kept is not None
-            shape = list(x.shape)
-            shape[at.dim] = self.size * at.fold
-            counted = self._counted(x, at)
-            return add_rows(x.new_zeros(shape), slots(at, self.kept), counted, self.weight, at.dim)
-        if not self.decided:
-            self.choose(x.shape[at.dim] // at.fold)
-            self.is_late = True
-        if self.mask is not None:
-            return torch.where(self.mask_for(x, *at), x * self.weight, 0.0)
-        if self.dropped:  # zeros that have a gradient, which checkpointing wants to see
-            return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
-        if self.kept is None:
-            weighed: Tensor = x * self.weight
-            return weighed
-        at_kept = slots(at, self.kept)
-        return add_rows(
-            torch.zeros_like(x), at_kept, take_rows(x, at_kept, at.dim), self.weight, at.dim
-        )
-
-    def _place_of_sum(self) -> Place:
-        return self.branch.place or self.branch.mask
-
-    def _counted(self, x: Tensor, place: Place) -> Tensor:
-        return x if self.computed is self.kept else x.narrow(place.dim, 0, place.fold)
-
-    def mask_for(self, x: Tensor, dim: int, fold: int = 1) -> Tensor:
-        """The mask of a compiled graph, in the shape in which it meets ``x``."""
-        assert self.mask is not None
-        shape = [1] * x.dim()
-        if len(self.mask) == 1:
-            return self.mask.view(shape)
-        shape[dim] = -1
-        return self.mask.repeat_interleave(fold).view(shape)
-
-    # The sum.
-
-    def merge(
-        self,
-        shortcut: Tensor,
-        part: Part,
-        factor: float = 1,
-        in_place: bool = False,
-        first: bool = False,
-    ) -> Tensor:
-        """``shortcut + factor * part``, as decided; ``first`` keeps the layout of the part."""
-        v, place = part._value, part._place
-        at = place or self._place_of_sum()
-        self._decide_by(shortcut, at)
-        if self.dropped:
-            return self.leave_out(shortcut, in_place)
-        assert v is not None
-        alpha = factor * self.weight
-        if place is None and self.kept is None:
-            if self.mask is not None:
-                mask = self.mask_for(shortcut, *at)
-                return torch.where(mask, shortcut + v * alpha, shortcut)
-            if shortcut.shape != v.shape:
-                self.check_shape(shortcut, v)
-            if isinstance(self.weight, Tensor):  # a compiled block, made for any rate
-                return shortcut.add_(v * alpha) if in_place else shortcut + v * alpha
-            if in_place:
-                return shortcut.add_(v, alpha=alpha)
-            if shortcut.stride() == v.stride():
-                return torch.add(shortcut, v, alpha=alpha)
-            # As the plain sum does, keeps the layout of what comes first.
-            return torch.add(v * alpha, shortcut) if first else torch.add(shortcut, v * alpha)
-        assert self.kept is not None
-        fold, rest = divmod(shortcut.shape[at.dim], self.size)
-        if rest or fold != at.fold:
-            raise self.error(
-                f"has a sum of {shortcut.shape[at.dim]} entries in dimension {at.dim} for "
-                f"{self.size} samples, which is not as it was watched"
-            )
-        chosen = slots(at, self.kept)
-        v = take_rows(v, chosen, at.dim) if place is None else self._counted(v, at)
-        if in_place:
-            return shortcut.index_add_(at.dim, chosen, v.to(shortcut.dtype), alpha=alpha)
-        if self.split is not None and self.split[0] is shortcut:
-            shortcut = self.split[1]
-        dtype = torch.promote_types(shortcut.dtype, v.dtype)
-        shape = list(shortcut.shape)
-        shape[at.dim] = len(chosen)
-        return add_rows(shortcut.to(dtype), chosen, v.to(dtype).expand(shape), alpha, at.dim)
-
-    def interpolate(self, shortcut: Tensor, part: Part, weight: Any) -> Tensor:
-        """``shortcut.lerp(part, weight)``, as decided."""
-        self._decide_by(shortcut, part._place or self._place_of_sum())
-        if self.dropped:
-            return self.leave_out(shortcut)
-        v = whole(part)
-        if self.kept is None and self.mask is None:
-            return torch.lerp(shortcut, v, weight * self.weight)
-        return self.merge(shortcut, Part(self, (v - shortcut) * weight, True))
-
-    def _decide_by(self, shortcut: Tensor, at: Place) -> None:
-        """Count, and choose, the samples of a sum."""
-        if not self.branch.decides_calls and self.size == 0 and self.decided:  # p is 0 or 1
-            self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
-        if not self.decided:
-            self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
-
-    def leave_out(self, shortcut: Tensor, in_place: bool = False) -> Tensor:
-        """The sum where the branch is dropped."""
-        if self.dtype is not None and not in_place:  # what a kept branch makes of it
-            shortcut = shortcut.to(torch.promote_types(shortcut.dtype, self.dtype))
-        return left_out(shortcut, self.branch, self.owner, in_place)
-
-    def check_shape(self, shortcut: Tensor, v: Tensor) -> None:
-        if v.dim() > shortcut.dim() or any(
-            a != b and b != 1 for a, b in zip(shortcut.shape[::-1], v.shape[::-1], strict=False)
-        ):
-            raise ValueError(
-                f"the output of {self.branch.name} has shape {tuple(v.shape)} and the shortcut "
-                f"{tuple(shortcut.shape)}: a dropped branch would leave another shape than a kept "
-                "one; project the shortcut to the output's shape"
-            )
-
 
 _BRANCH = Leaf("branch")
 
 
-def _is_one(weight: Any) -> bool:
-    return isinstance(weight, float) and weight == 1.0
-
-
-def slots(place: Place, samples: Tensor) -> Tensor:
-    """The entries of ``place.dim`` that belong to ``samples``."""
-    if place.fold == 1:
-        return samples
-    folded = torch.arange(place.fold, device=samples.device)
-    return (samples[:, None] * place.fold + folded).flatten()
-
-
-def _norms(modules: list[nn.Module]) -> list[nn.Module]:
-    return [m for module in modules for m in module.modules() if isinstance(m, NORMS)]
-
-
 def pools_samples(module: nn.Module) -> bool:
     """Whether a module computes statistics over the samples of its batch."""
-    return any(m.training for m in _norms([module]))
+    return any(m.training for m in norms_in([module]))
 
 
 def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None]]:
