@@ -101,7 +101,7 @@ def interleave(
     return times, bounds
 
 
-def branch_shares(side: Side, repeats: int = 7) -> dict[str, float]:
+def branch_shares(side: Side, repeats: int = 3) -> dict[str, float]:
     """What each branch adds to the time of a plain step, forward and backward, as a share of it.
 
     Args:

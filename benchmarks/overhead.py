@@ -30,10 +30,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+        self.linear = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(self.norm(x))
+        return x + self.linear(x)
 
 
 class ByHand(Block):
@@ -48,7 +48,7 @@ class ByHand(Block):
             return super().forward(x)
         if torch.rand(()).item() < self.p:
             return x
-        return x + self.linear(self.norm(x)) * (1.0 / (1.0 - self.p))
+        return x + self.linear(x) * (1.0 / (1.0 - self.p))
 
 
 def stack(make: Callable[[], nn.Module], count: int = BLOCKS) -> nn.Module:

@@ -21,7 +21,7 @@ from torchvision.models.convnext import CNBlockConfig
 
 import reference
 import stochastic_depth as sd
-from stochastic_depth.drop import run
+from stochastic_depth.drop import merging
 from stochastic_depth.drop.draws import Draws
 from zoo.transformers_models import FAMILIES, build
 
@@ -111,7 +111,7 @@ Decision = tuple[int, float, reference.Kept]
 def decisions(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
     """Of every decision: the branch's place in the order of execution, its rate, the kept rows."""
     seen: list[Decision] = []
-    decide, choose = Draws.decide, run.choose_samples
+    decide, choose = Draws.decide, merging.choose_samples
 
     def record_calls(self: Draws, branches: Any, block: nn.Module) -> Any:
         decisions = decide(self, branches, block)
@@ -126,7 +126,7 @@ def decisions(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
         return kept, weight
 
     monkeypatch.setattr(Draws, "decide", record_calls)
-    monkeypatch.setattr(run, "choose_samples", record_samples)
+    monkeypatch.setattr(merging, "choose_samples", record_samples)
     return seen
 
 

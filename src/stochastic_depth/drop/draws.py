@@ -102,12 +102,17 @@ class Draws:
                 recomputed forward does not find its own again.
         """
         decisions: list[Decision] = [branch.p == 1.0 for branch in branches]
+        members = [i for i, branch in enumerate(branches) if 0.0 < branch.p < 1.0]
+        if not members:
+            return decisions
         sources: dict[tuple[bool, bool], list[int]] = {}
-        balanced = block.training and self.is_balanced()
-        for i, branch in enumerate(branches):
-            if 0.0 < branch.p < 1.0:
-                in_deck = balanced and branch.decides_calls and branch in self.decks
-                sources.setdefault((self._is_shared(branch, block), in_deck), []).append(i)
+        if self.draw != "balanced" and not is_distributed():  # the usual one, without a detour
+            sources[self.ranks == "shared", False] = members
+        else:
+            balanced = block.training and self.is_balanced()
+            for i in members:
+                in_deck = balanced and branches[i].decides_calls and branches[i] in self.decks
+                sources.setdefault((self._is_shared(branches[i], block), in_deck), []).append(i)
         for (shared, in_deck), members in sources.items():
             drawn = self._draw([branches[i] for i in members], shared, in_deck)
             for i, decision in zip(members, drawn, strict=True):

@@ -63,21 +63,22 @@ class Frame:
                 if self.outer:  # samples are masked in the graph, whose shapes stay the same
                     decisions = [d if isinstance(d, bool) else None for d in decisions]
         runs: list[Run] = []
+        counts_any = site.block.training and not self.is_plain
+        forced, in_graph = here.forced or {}, self.compiling or self.outer
         for i, (branch, decision) in enumerate(zip(branches, decisions, strict=True)):
             weight: Any = 1.0
             if decision is not None and not self.is_plain:
                 weight = kept_weight(branch, training)
-            forced = here.forced or {}
             by_hand = branch in forced
             if by_hand:
                 decision, weight = forced[branch]
             if self.outer and weight != 1.0:
                 weight = torch.tensor(weight, dtype=torch.float32)  # one graph for any rate
             dtype = self.plan.dtypes.get(i)
-            in_graph = self.compiling or self.outer
-            runs.append(Run(branch, decision, weight, device, site, dtype, in_graph))
-            runs[-1].counts = site.block.training and not by_hand and not self.is_plain
-            counts = runs[-1].counts and branch.decides_calls
+            run = Run(branch, decision, weight, device, site, dtype, in_graph)
+            runs.append(run)
+            run.counts = counts_any and not by_hand
+            counts = run.counts and branch.decides_calls
             if counts and not self.compiling and self.task == -1 and decision is not None:
                 branch.decided += 1
                 branch.dropped += decision
@@ -85,11 +86,11 @@ class Frame:
 
     def _decide(self, branches: list[Branch]) -> list[Any]:
         """Draw for the branches that are not decided by hand: for these nobody's numbers change."""
-        forced = here.forced or {}
+        site, forced = self.site, here.forced
+        if not forced:
+            return site.draws.decide(branches, site.block)  # type: ignore[no-any-return]
         open_ones = [branch for branch in branches if branch not in forced]
-        drawn = dict(
-            zip(open_ones, self.site.draws.decide(open_ones, self.site.block), strict=True)
-        )
+        drawn = dict(zip(open_ones, site.draws.decide(open_ones, site.block), strict=True))
         return [drawn.get(branch, False) for branch in branches]
 
     def call(
@@ -117,7 +118,7 @@ class Frame:
         if part is None and kwargs:
             part = first_part(kwargs.values())
         run = None
-        if getattr(slot.module, "takes_parts", False):  # of a branch that was pruned
+        if getattr(type(slot.module), "takes_parts", False):  # of a branch that was pruned
             gate = _OTHER
         elif part is not None:
             run = part._run
@@ -126,14 +127,15 @@ class Frame:
                 gate = Gate(self.runs.index(run) if run in self.runs else None, last)
         elif gate.branch is not None:
             run = self.runs[gate.branch]
-        if again is None and run is not None and self._may_be_repeated():
-            slot.may_be_repeated(Repeat(self, path, index, self._is_apart()))
+        apart = self._is_apart() if again is None else again.apart
+        if again is None and run is not None and self._may_be_repeated(apart):
+            slot.may_be_repeated(Repeat(self, path, index, apart))
             self.site.is_repeated = True
         drops = self.site.replaces and not self.is_plain
         if run is not None and gate.drops and (run.dropped or drops):
             return args[0]
         if run is not None and not self.outer:
-            run.apart = self._is_apart() if again is None else again.apart
+            run.apart = apart
         before, here.frame = here.frame, INSIDE
         try:
             if run is None:
@@ -153,10 +155,10 @@ class Frame:
         """Whether a custom autograd.Function makes this call, as reentrant checkpointing does."""
         return torch.is_grad_enabled() is not self.gradients
 
-    def _may_be_repeated(self) -> bool:
+    def _may_be_repeated(self, apart: bool) -> bool:
         """Whether a backward pass may repeat what is called now, without this frame."""
         return not (self.compiling or self.outer) and (
-            self._is_apart() or saved_tensors_hooks() is not self.hooks
+            apart or saved_tensors_hooks() is not self.hooks
         )
 
     def decisions(self) -> Any:

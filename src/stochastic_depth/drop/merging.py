@@ -49,6 +49,17 @@ class Merging:
         compiling: whether its calls are traced by torch.compile; None asks.
     """
 
+    kept: Tensor | None = None
+    computed: Tensor | None = None
+    mask: Tensor | None = None
+    size = 0
+    sums = 0  # that its values have met
+    counts = True  # in training, where nobody decided by hand
+    apart = False  # reentrant checkpointing makes the call of now
+    is_late = False  # it had been computed when its samples were chosen, and will be again
+    slot: Tensor | None = None  # of each sample, that of a computed one
+    split: tuple[Tensor, Tensor] | None = None
+
     def __init__(
         self,
         branch: Branch,
@@ -61,10 +72,6 @@ class Merging:
     ) -> None:
         self.branch, self.device, self.owner, self.dtype = branch, device, owner, dtype
         self.dropped, self.weight = decision is True, weight
-        self.kept: Tensor | None = None
-        self.computed: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.size = 0
         self.seed = None if isinstance(decision, bool) else decision
         self.decided = isinstance(decision, bool)
         self.in_graph = decision is None
@@ -75,12 +82,6 @@ class Merging:
             self.choose(1)
         # Whether its values have to be told apart up to their sum.
         self.is_weighed = not self.decided or self.mask is not None or not _is_one(weight)
-        self.sums = 0  # that its values have met
-        self.counts = True  # in training, where nobody decided by hand
-        self.apart = False  # reentrant checkpointing makes the call of now
-        self.is_late = False  # it had been computed when its samples were chosen, and will be again
-        self.slot: Tensor | None = None  # of each sample, that of a computed one
-        self.split: tuple[Tensor, Tensor] | None = None
 
     def choose(self, size: int) -> None:
         """Choose the samples, now that it is known how many there are."""

@@ -177,8 +177,9 @@ class Site:
         for parent, children, slots in self.seen:
             if list(parent._modules.values()) != children:
                 return False
-            if [None if m is None else outer_slot(m) for m in children] != slots:
-                return False
+            for child, slot in zip(children, slots, strict=True):
+                if child is not None and outer_slot(child) is not slot:
+                    return False
         return bool(self.seen)
 
     # A call.

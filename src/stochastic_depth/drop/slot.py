@@ -94,10 +94,13 @@ class Slot:
             for name in self.names:
                 if frame.slots.get(name) is self:
                     return frame.call(name, self, args, kwargs)
-        if self.site is None and self.inner is None:  # the usual one, without a detour
-            module = self.module
-            return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-        return self.run(*args, **kwargs)
+        site = self.site
+        if site is not None and site.is_active():
+            return site.run(self, args, kwargs)
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        module = self.module  # the usual one, without a detour
+        return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The call itself, through the module's own site where it has one."""
