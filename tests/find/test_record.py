@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import stochastic_depth as sd
 from find.small import WIDTH, Block, Counting, Handed, Lambdas, Spelled
 from stochastic_depth.find import find, spot
 from stochastic_depth.find.meet import record
@@ -150,3 +151,27 @@ def test_nothing_stays_with_the_modules() -> None:
     before = [dict(vars(m)) for m in model.modules()]
     record(model, (torch.randn(2, WIDTH),), {})
     assert [dict(vars(m)) for m in model.modules()] == before
+
+
+def test_equal_code_of_two_files_is_told_apart() -> None:
+    source = """
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        b = self.linear(x)
+        return b.add_(x)
+"""
+    x = torch.randn(3, 4)
+    blocks = []
+    for file in ("one", "two"):
+        names = {"nn": nn, "__name__": file}
+        exec(compile(source, file, "exec"), names)
+        blocks.append(names["Block"]())
+        for _ in range(100):  # Python specializes the call, which is then another instruction
+            blocks[-1](x)
+    sd.summary(blocks[0], x)  # meets tensors only
+    sd.apply(blocks[1], 1.0, example_inputs=x)  # and this stand-ins, too
+    assert torch.equal(blocks[1].train()(x), x)

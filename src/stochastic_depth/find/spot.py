@@ -22,8 +22,10 @@ _BETWEEN = (
 )
 _NOWHERE = Spot("", "", 0, 0)
 
-_between: dict[CodeType, bool] = {}
-_spots: dict[tuple[CodeType, int], Spot] = {}
+_between: dict[str, bool] = {}  # by file
+# By code object, which is kept as its id is the key: code of two files may be equal, and an
+# expression of one has several instructions, so that a spot would be now of this file, now of that.
+_spots: dict[tuple[int, int], tuple[CodeType, Spot]] = {}
 
 
 def spot(depth: int = 1) -> Spot:
@@ -35,19 +37,20 @@ def spot(depth: int = 1) -> Spot:
     frame = sys._getframe(depth)
     while True:
         code = frame.f_code
-        between = _between.get(code)
+        file = code.co_filename
+        between = _between.get(file)
         if between is None:
-            between = _between[code] = code.co_filename.startswith(_BETWEEN)
+            between = _between[file] = file.startswith(_BETWEEN)
         if not between:
             break
         if frame.f_back is None:
             return _NOWHERE
         frame = frame.f_back
-    key = code, frame.f_lasti
+    key = id(code), frame.f_lasti
     found = _spots.get(key)
     if found is None:
-        found = _spots[key] = _spot(code, frame.f_lasti)
-    return found
+        found = _spots[key] = code, _spot(code, frame.f_lasti)
+    return found[1]
 
 
 def _spot(code: CodeType, instruction: int) -> Spot:

@@ -115,15 +115,20 @@ def is_in_function(frame: FrameType | None) -> bool:
         code = frame.f_code
         if code is CALL:
             return False
-        if _is_forward(code):
+        if _is_forward(code, code.co_filename):
             return code.co_filename != _CHECKPOINT
         frame = frame.f_back
     return False
 
 
 @lru_cache(4096)
-def _is_forward(code: CodeType) -> bool:
-    """Whether it is the forward of a custom Function: ``apply`` itself may be no code of Python."""
+def _is_forward(code: CodeType, file: str) -> bool:
+    """Whether it is the forward of a custom Function: ``apply`` itself may be no code of Python.
+
+    Args:
+        code: of a function.
+        file: where it is; code of two files may be equal.
+    """
     classes = torch.autograd.Function.__subclasses__()
     for cls in classes:  # which grows
         classes += cls.__subclasses__()
