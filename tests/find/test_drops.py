@@ -41,6 +41,7 @@ DROPS = {
     "batch": lambda x: x * torch.bernoulli(torch.tensor(0.5)),
     "numpy": lambda x: x * torch.tensor(numpy.random.rand(len(x), 1) > 0.5),  # noqa: NPY002
     "python": lambda x: x * 0 if random.random() < 0.5 else x,
+    "a number of Python's": lambda x: x * torch.tensor(float(random.random() < 0.5)),
     "floor": lambda x: x * torch.floor(0.5 + torch.rand(len(x), 1)),
 }
 
@@ -56,7 +57,15 @@ def test_a_module_that_drops_samples_whatever_its_name(name: str) -> None:
     assert plan.gates["f"][0].last
 
 
-@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Dropout1d(0.5), own(lambda x: x * 1.5)])
+@pytest.mark.parametrize(
+    "drop",
+    [
+        nn.Dropout(0.5),
+        nn.Dropout1d(0.5),
+        own(lambda x: x * 1.5),
+        own(lambda x: x / torch.sqrt(torch.tensor(2.0))),  # DeBERTa's attention
+    ],
+)
 def test_others_do_not(drop: nn.Module) -> None:
     (branch,) = look(Layer(drop)).branches
     assert branch.existing == ()

@@ -87,17 +87,20 @@ class _Drawing(Recorder):
     def after(self, name: str, given: list[Tensor], made: list[Tensor], number: int) -> None:
         if name in _PRODUCTS and len(given) == 2 and self.stack:
             for x, mask in (given, given[::-1]):
-                if self._is_random(self.source(mask)) and _is_one_each(x, mask):
+                if _is_one_each(x, mask) and self._is_random(self.source(mask), mask.numel()):
                     self.products[number] = spot(3)
 
-    def _is_random(self, node: int) -> bool:
-        """Whether it is drawn, or made outside of torch anew."""
+    def _is_random(self, node: int, numbers: int) -> bool:
+        """Whether it is drawn, or several numbers made outside of torch anew; one may be constant."""
         seen = self.flow.nodes[node]
         while not seen.random and len(seen.sources) == 1 and not seen.varies:
             seen = self.flow.nodes[seen.sources[0]]
         made = ("tensor", "from_numpy", "as_tensor", "asarray", "dropout")
-        if seen.op == "opaque" and _state() != self.state:  # NumPy's numbers, drawn in this call
+        drawn = _state() != self.state or seen.call in self.coins  # Python's or NumPy's, in a call
+        if seen.op == "opaque" and drawn:
             return True
+        if seen.op in made[:-1] and numbers == 1 and not drawn:
+            return False
         return seen.random or (not seen.varies and not seen.weights and seen.op in made)
 
 
