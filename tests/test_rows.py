@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochastic_depth as sd
+from stochastic_depth.drop.decide import choose_samples
+from stochastic_depth.drop.force import forced
 from stochastic_depth.drop.rows import add_rows, put_rows, split_rows, take_rows
 
 LAYOUTS = {
@@ -260,3 +262,43 @@ def test_gradients_have_the_layout_that_they_have_in_the_plain_model(
         want = plain.conv.weight.grad
         want = torch.zeros_like(plain.conv.weight) if want is None else want
         torch.testing.assert_close(torch.zeros_like(want) if got is None else got, want)
+
+
+class Attending(nn.Module):
+    """Its attention gives the normalisation gradients of few strides, which torch takes wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.norm(self.query(x)).flatten(2).transpose(1, 2).unsqueeze(1)
+        y = nn.functional.scaled_dot_product_attention(q, q.detach(), q.detach())
+        return y.transpose(-1, -2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_single_image_is_not_normalised_alone(training: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = Attending()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attend(x)
+
+    torch.manual_seed(0)
+    plain = Block().double()
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    model = sd.apply(copy.deepcopy(plain), 0.5, mode="row", scale="none", example_inputs=x)
+    model.attend.norm.train(training)
+    (branch,) = sd.branches(model)
+    seed = next(n for n in range(100) if len(choose_samples(branch, n, 3, "cpu")[0]) == 1)
+    kept = choose_samples(branch, seed, 3, "cpu")[0].item()
+    with forced({branch: (seed, 1.0)}):
+        model(x)[kept].square().sum().backward()
+    # The plain one is given the same two samples: statistics are those of these.
+    pair = x[[kept, (kept + 1) % 3]]
+    plain.attend.norm.train(training)
+    plain(pair)[0].square().sum().backward()
+    torch.testing.assert_close(model.attend.query.weight.grad, plain.attend.query.weight.grad)

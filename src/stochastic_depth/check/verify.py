@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -324,7 +325,7 @@ class _ByName(Draws):
         decisions: list[Any] = []
         for branch in branches:
             n = self.calls[branch.name] = self.calls.get(branch.name, -1) + 1
-            key = hash((self.seed, branch.name, n)) % (1 << 31)
+            key = crc32(repr((self.seed, branch.name, n)).encode())
             decisions.append(branch.p == 1.0 if branch.is_certain else key)
         return decisions
 

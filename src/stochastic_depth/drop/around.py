@@ -14,7 +14,7 @@ from .._torch import tree_flatten, tree_unflatten
 from ..branch import Place
 from .merging import slots
 from .rows import put_rows, take_rows
-from .run import Run, pools_samples
+from .run import Run, needs_company
 
 __all__ = ["Take", "around", "describe"]
 
@@ -61,7 +61,7 @@ def around(
             out = run.call_masked(lambda: call(None))
         return _merged(shortcut, out, lambda s, x: _moved(s, x, run, place))
     pair = kept
-    if select and len(kept) == 1 and any(map(pools_samples, run.owner.modules_of(run.branch))):
+    if select and len(kept) == 1 and any(map(needs_company, run.owner.modules_of(run.branch))):
         pair = torch.cat([kept, (kept + 1) % run.size])[: min(run.size, 2)]
 
     def take(x: Tensor, at: Place) -> Tensor:

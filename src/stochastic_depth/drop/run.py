@@ -15,7 +15,7 @@ from .part import Part, Unmade, whole
 from .replay import may_be_recomputed
 from .rows import split_rows, take_rows
 
-__all__ = ["Run", "pools_samples"]
+__all__ = ["Run", "needs_company"]
 
 
 class Run(Merging):
@@ -94,14 +94,14 @@ class Run(Merging):
         if self.kept is None or self.dropped or self.mask is not None:
             return
         self.computed = self.kept
-        if len(self.kept) == 1 and self._pools_samples():
-            # Statistics need more than one sample: another goes along, and does not count.
+        if len(self.kept) == 1 and self._needs_company():
+            # Another sample goes along, and does not count.
             pair = torch.cat([self.kept, (self.kept + 1) % self.size])
             self.computed = pair if self.size > 2 else None
 
-    def _pools_samples(self) -> bool:
+    def _needs_company(self) -> bool:
         known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
-        return any(map(pools_samples, known))
+        return any(map(needs_company, known))
 
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
         """The arguments with the computed samples only; None where these cannot be told."""
@@ -262,11 +262,25 @@ class Run(Merging):
 
 
 _BRANCH = Leaf("branch")
+_OF_IMAGES = (
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 
 
-def pools_samples(module: nn.Module) -> bool:
-    """Whether a module computes statistics over the samples of its batch."""
-    return any(m.training for m in norms_in([module]))
+def needs_company(module: nn.Module) -> bool:
+    """Whether a module should not be given one sample alone.
+
+    Statistics over the samples of a batch need several. And for a single image, torch's backward of
+    batch and instance normalisation is wrong where the gradient is laid out channels-last with a
+    short stride between samples, as that of an attention is (torch 2.13 and 2.14, on the CPU).
+    """
+    return any(m.training for m in norms_in([module])) or any(
+        isinstance(m, _OF_IMAGES) for m in module.modules()
+    )
 
 
 def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None]]:

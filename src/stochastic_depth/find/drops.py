@@ -91,7 +91,7 @@ class _Drawing(Recorder):
                     self.products[number] = spot(3)
 
     def _is_random(self, node: int, numbers: int) -> bool:
-        """Whether it is drawn, or several numbers made outside of torch anew; one may be constant."""
+        """Whether it is drawn, or made outside of torch anew, where one number may be constant."""
         seen = self.flow.nodes[node]
         while not seen.random and len(seen.sources) == 1 and not seen.varies:
             seen = self.flow.nodes[seen.sources[0]]
