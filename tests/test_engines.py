@@ -12,6 +12,8 @@ import lightning as L
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from peft import LoraConfig, get_peft_model
 from timm.optim import create_optimizer_v2
@@ -19,6 +21,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     BertConfig,
@@ -29,6 +33,7 @@ from transformers import (
 )
 
 import stochastic_depth as sd
+from stochastic_depth.integrations.lightning import StochasticDepthCallback as LightningCallback
 from stochastic_depth.integrations.transformers import StochasticDepthCallback
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +145,98 @@ def test_lightnings_cli_takes_the_callback_from_yaml_and_resumes(tmp_path, preci
         assert torch.equal(ours, theirs)
 
 
-# accelerate launch, as its command does it.
+def test_lightning_averages_the_weights_of_a_checkpointed_model(tmp_path):
+    """With a decay of 0 the average is the last step's, so training has to be as without it."""
+
+    class Checkpointed(Module):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            x, labels = batch
+            for block in self.model:
+                x = checkpoint(block, x, use_reentrant=False)
+            return cross_entropy(x, labels)
+
+    def fit(module: type[Module], *more: L.Callback) -> Module:
+        torch.manual_seed(0)
+        trained = module()
+        callback = LightningCallback("linear", steps=16, p=0.5, mode="row", seed=3)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[callback, *more],
+        )
+        trainer.fit(trained, Data())
+        return trained
+
+    whole = fit(Module)
+    for trained in (
+        fit(Module, EMAWeightAveraging(decay=0.0)),
+        fit(Checkpointed, EMAWeightAveraging(decay=0.0)),
+    ):
+        assert dropped(trained) == dropped(whole) > 0
+        for ours, theirs in zip(trained.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    averaged = fit(Module, EMAWeightAveraging(decay=0.5))
+    assert not torch.equal(averaged.model[0].linear.weight, whole.model[0].linear.weight)
+
+
+# Accelerate, in this process and as its command does it.
+
+
+class State:
+    """What accelerate's save_state and load_state take along."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, object]:
+        return sd.state_dict(self.model)
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        sd.load_state_dict(self.model, state)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_accelerate_resumes_checkpointed_with_lora_and_average(tmp_path, lora, checkpointed):
+    def run(start: int, stop: int) -> tuple[nn.Module, nn.Module]:
+        accelerator = Accelerator(cpu=True)
+        model = bert(lora)
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        batches = DataLoader(Texts(), 4, generator=torch.Generator())  # numbers of its own
+        sd.apply(model, p=0.5, mode="row", seed=3, example_inputs=dict(next(iter(batches))))
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        prepared, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+        accelerator.register_for_checkpointing(State(model), average)
+        if start:
+            accelerator.load_state(str(tmp_path))
+        for step, batch in enumerate(batches):
+            if start <= step < stop:
+                accelerator.backward(prepared.train()(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                average.update_parameters(model)
+        if stop == 4:
+            accelerator.save_state(str(tmp_path))
+        accelerator.free_memory()
+        return model, average
+
+    whole, average = run(0, 8)
+    assert dropped(whole) > 0
+    run(0, 4)
+    resumed, again = run(4, 8)
+    assert dropped(resumed) == dropped(whole)
+    for ours, theirs in (
+        *zip(resumed.parameters(), whole.parameters(), strict=True),
+        *zip(again.parameters(), average.parameters(), strict=True),
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_accelerate_launch_starts_the_example(tmp_path):
