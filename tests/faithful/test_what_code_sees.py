@@ -325,3 +325,29 @@ def test_a_traceback_shows_the_users_line(mode: str, p: float) -> None:
     ours.wrong = plain.wrong = False
     if p < 1e-9:
         assert_same(ours, plain, data())
+
+
+def test_code_in_c_is_not_told_that_a_value_of_a_branch_is_a_tensor() -> None:
+    """It would read the memory of one: torch 2.14's Function.apply does."""
+    seen = []
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.f(x)
+            match y:
+                case Tensor():
+                    seen.append(True)
+            seen.append(isinstance(y, Tensor))
+            seen.append(y.__class__ is Tensor)
+            seen.append(next(map(isinstance, [y], [Tensor])) is (type(y) is Tensor))
+            return x + y
+
+    x = torch.randn(2, 4)
+    model = sd.apply(Looking(), 1.0, example_inputs=x).train()
+    seen.clear()
+    assert torch.equal(model(x), x)
+    assert seen == [True] * 4

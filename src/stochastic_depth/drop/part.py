@@ -49,10 +49,9 @@ class Part:
     def __class__(self) -> type:
         """A tensor, to code of the user's that asks ``isinstance``, as einops does.
 
-        Torch's own would take it for one in C.
+        Torch's own, and anything in C, would take it for one in memory, and crash.
         """
-        asks: str = sys._getframe(1).f_globals.get("__name__", "")
-        return Part if asks.startswith(_KNOW) else Tensor
+        return Tensor if _is_asked(sys._getframe(1)) else Part
 
     @classmethod
     def __torch_function__(
@@ -294,6 +293,36 @@ def _is_outside(x: Any) -> bool:
     if type(x) is Tensor:
         return x.dim() > 0
     return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 0
+
+
+_asked: dict[tuple[Any, int], bool] = {}
+
+
+def _is_asked(frame: Any) -> bool:
+    """Whether what ``frame`` does now is to ask for a class, in code that knows of no parts."""
+    if frame.f_globals.get("__name__", "").startswith(_KNOW):
+        return False
+    key = frame.f_code, frame.f_lasti
+    if key not in _asked:
+        _asked[key] = _is_question(*key)
+    return _asked[key]
+
+
+def _is_question(code: Any, at: int) -> bool:
+    """Whether an instruction is ``isinstance(...)``, a pattern of a class, or ``x.__class__``."""
+    known = list(dis.get_instructions(code))
+    now = next((i for i in known if i.offset == at), None)
+    if now is None:
+        return False
+    if now.opname == "MATCH_CLASS" or now.argval == "__class__":
+        return True
+    # A call begins in the source where the name of what is called does.
+    names = [i for i in known if i.argval == "isinstance"]
+    return any(_begin(i) == _begin(now) for i in names)
+
+
+def _begin(instruction: Any) -> Any:
+    return instruction.positions.lineno, instruction.positions.col_offset
 
 
 _counts: dict[tuple[Any, int], int | None] = {}

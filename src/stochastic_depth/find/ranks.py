@@ -33,6 +33,7 @@ def is_between_ranks(frame: FrameType | None) -> bool:
 
 def held(tensors: list[Tensor]) -> list[Tensor]:
     """Of ``tensors``, those that Python holds; others are alive in a queue of C++'s."""
-    holders = [x for x in gc.get_referrers(*tensors) if x is not tensors]
+    asked = tuple(tensors)  # which from Python 3.13 on is a holder, too
+    holders = [x for x in gc.get_referrers(*asked) if x is not tensors and x is not asked]
     known = {id(x) for x in gc.get_referents(*holders)}
     return [t for t in tensors if id(t) in known]
