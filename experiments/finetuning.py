@@ -100,7 +100,8 @@ def report(store: Store, seeds: int) -> None:
         sharex=True,
         sharey=True,
     )
-    rows = []
+    errors: list[list[str]] = []
+    costs: list[list[str]] = []
     for panel, noise in zip(panels, NOISE, strict=True):
         runs = [store.runs[f"{noise:g} wrong, seed {seed}"] for seed in range(seeds)]
         columns = {
@@ -109,31 +110,34 @@ def report(store: Store, seeds: int) -> None:
         base = columns[WITHOUT]
         for place, (arm, found) in enumerate(columns.items()):
             plain = arm == WITHOUT
-            rows.append(
+            what = [f"{100 * noise:g} %", arm]
+            errors.append([*what, mean(found["error_last"], 1)])
+            if plain:
+                errors[-1] += ["", "", ""]
+                continue
+            errors[-1] += [
+                change(found[key], base[key], 1)
+                for key in ("error_last", "error_chosen", "val_error_last")
+            ]
+            costs.append(
                 [
-                    f"{100 * noise:g} %",
-                    arm,
-                    mean(found["val_error_last"], 1),
-                    "" if plain else change(found["val_error_last"], base["val_error_last"], 1),
-                    mean(found["error_last"], 1),
-                    "" if plain else change(found["error_last"], base["error_last"], 1),
-                    "" if plain else change(found["error_chosen"], base["error_chosen"], 1),
-                    "" if plain else change(found["nll_last"], base["nll_last"], 2),
-                    "" if plain else change(found["calibration_last"], base["calibration_last"], 1),
-                    "" if plain else ratio(found["seconds"], base["seconds"]),
-                    "" if plain else ratio(found["flops"], base["flops"]),
+                    *what,
+                    change(found["nll_last"], base["nll_last"], 2),
+                    change(found["calibration_last"], base["calibration_last"], 1),
+                    ratio(found["seconds"], base["seconds"]),
+                    ratio(found["flops"], base["flops"]),
                 ]
             )
-            if not plain:
-                draw(panel, place, found["error_last"], base["error_last"])
+            draw(panel, place, found["error_last"], base["error_last"])
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_yticks(range(1, len(ARMS)), list(ARMS)[1:])
         panel.set_ylim(len(ARMS) - 0.5, 0.5)
         panel.set_title(f"{100 * noise:g} % of the labels wrong", fontsize=10)
         panel.set_xlabel("change of the test error, points")
-    header = ["wrong labels", "variant", "validation error, %", "change", "test error, %", "change"]
-    header += ["change, chosen epoch", "NLL, change", "calibration error, change"]
-    header += ["time per step, ×", "FLOPs, ×"]
+    of_errors = ["wrong labels", "variant", "test error, %", "change", "change, chosen epoch"]
+    of_errors += ["change, validation images"]
+    of_costs = ["wrong labels", "variant", "NLL, change", "calibration error, change"]
+    of_costs += ["time per step, ×", "FLOPs, ×"]
     text = (
         f"{images:,} training images, {epochs} epochs, AdamW at 1e-3 with one cycle, batches of "
         f"32, images of {pixels} pixels, *batch* mode where it is not said, {seeds} paired seeds "
@@ -141,7 +145,10 @@ def report(store: Store, seeds: int) -> None:
         "Errors, NLL and calibration error are those after the last epoch, on test images; *chosen "
         "epoch* is the one with the lowest validation error. Images, epochs and batches are those "
         "of the command's [default](finetune.md#what-the-default-shows), the seeds are others. "
-        "Nothing was chosen on test images.\n\n" + markdown(header, rows)
+        "Nothing was chosen on test images.\n\n"
+        + markdown(of_errors, errors)
+        + "\n\nThe same runs:\n\n"
+        + markdown(of_costs, costs)
     )
     write_section(store, "Fine-tuning with wrong labels", text, figure)
 
