@@ -16,6 +16,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import stochastic_depth as sd
 from stochastic_depth.cli import main
+from stochastic_depth.cli.settings import Settings
 from stochastic_depth.cli.task import Task
 from stochastic_depth.cli.training import Turns, Variant
 
@@ -365,3 +366,21 @@ def test_two_devices_see_every_image_once_and_resume(images, tmp_path):
     finetune_on_two_devices("--resume", cut)
     assert_same(weights(cut, "seed0-p0.5"), weights(whole, "seed0-p0.5"))
     assert untimed(metrics(cut)["results"]) == untimed(results)
+
+
+@pytest.mark.parametrize("quickest", [1, 2])
+def test_the_quicker_number_of_threads_is_taken_and_kept(monkeypatch, quickest) -> None:
+    task = object.__new__(Task)
+    task.settings = Settings.from_options()
+    seconds = lambda task: abs(torch.get_num_threads() - quickest)  # noqa: E731
+    monkeypatch.setattr(Task, "step_seconds", seconds)
+    try:
+        torch.set_num_threads(2)
+        task.choose_threads()
+        assert (task.settings.threads, torch.get_num_threads()) == (quickest, quickest)
+        monkeypatch.setattr(Task, "step_seconds", None)  # resumed, nothing is tried
+        torch.set_num_threads(2)
+        task.choose_threads()
+        assert torch.get_num_threads() == quickest
+    finally:
+        torch.set_num_threads(1)
