@@ -37,6 +37,7 @@ STYLES = (  # Okabe and Ito's colours, which colour-blind readers can tell apart
     ("#56B4E9", "X"),
 )
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "lightning", "stochastic-depth")
+PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 Numbers = dict[str, float]
 
 
@@ -137,7 +138,7 @@ def change(values: Sequence[float], reference: Sequence[float], decimals: int) -
     differences = [a - b for a, b in zip(values, reference, strict=True)]
     text = f"{fmean(differences):+.{decimals}f}"
     half = half_width(differences)
-    text += "" if half is None else f" ± {half:.{decimals}f}"
+    text += "" if half is None else f"{PLUS_MINUS}{half:.{decimals}f}"
     return text.replace("-", "−")
 
 
@@ -145,7 +146,7 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> str:
     """The mean of paired ratios, and half its 95 % interval."""
     ratios = [a / b for a, b in zip(values, reference, strict=True)]
     half = half_width(ratios)
-    return f"{fmean(ratios):.2f}" + ("" if half is None else f" ± {half:.2f}")
+    return f"{fmean(ratios):.2f}" + ("" if half is None else f"{PLUS_MINUS}{half:.2f}")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
