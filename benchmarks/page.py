@@ -27,8 +27,9 @@ and batch. torchvision's and timm's ways compute the branch and multiply it by z
 DINOv2's compute the kept samples, and need the model rewritten, which the benchmark did where a
 block's branches are functions of one tensor.
 
-The step times were measured before branches were found by watching a run, and have not been repeated
-since; the sections after them are measured with the present code.
+Of the step times, those of convnext-atto, and the plot, are of the present code, measured beside
+another job; the others were measured before branches were found by watching a run. The sections
+after them are of the present code.
 """
 
 
