@@ -48,12 +48,12 @@ def apply(
 
     Parameters, buffers, their names, the types and forwards of all modules and, with the default
     ``scale``, the output in evaluation stay exactly as they are. In training a dropped branch is
-    absent: its modules are not called. Calling it again replaces the previous settings. If
-    anything is wrong, the model is left as it was.
+    absent: its modules are not called. Calling ``apply`` again replaces the previous settings. If
+    it raises, the model is left as it was.
 
     The branches are found by watching the model run on ``example_inputs``, in evaluation and
-    without side effects. Without them, inputs are made up from what the model says of itself, and
-    the first training batch settles what was found.
+    without side effects. If you give none, inputs are made up from what the model reveals (its
+    configuration, its first layer), and the first training batch settles what was found.
 
     Args:
         model: any module. DropPath modules in its branches are replaced by our decisions until
@@ -67,9 +67,9 @@ def apply(
             function (l, L) -> p with l = 1..L, or a list; see
             :func:`stochastic_depth.rates.depth_rates`. Depth counts the blocks with a selected
             branch in the order of execution; branches of one block share its depth.
-        mode: ``"batch"``, one decision for a branch and call; ``"row"``, one for each sample, as in
-            timm and torchvision, of which only the kept ones are computed; or ``"subset"``, a
-            fixed number of samples, the nearest to B (1-p) of B.
+        mode: ``"batch"``, one decision per branch and call; ``"row"``, one per sample, as in timm
+            and torchvision, but only the kept samples are computed; or ``"subset"``, which keeps a
+            fixed number of the B samples, the one nearest to B (1-p).
         scale: ``"train"``, a kept branch is divided by 1-p; ``"eval"``, the branch is multiplied
             by 1-p in evaluation (the paper); ``"none"`` (LayerDrop).
         include: which branches: globs on their names, names of modules (all below them), block
@@ -82,7 +82,7 @@ def apply(
             keywords, with at least two samples.
         samples: the dimension in which the inputs have the samples of the batch, which
             ``"row"`` and ``"subset"`` drop; or (dimension, rows), where so many neighbouring rows
-            are one sample and dropped together, as the frames of a video. None is to find out.
+            are one sample and dropped together, as the frames of a video. None finds out.
         seed: draw from a generator of the model's own, seeded with this, instead of torch's
             default one. Neither it nor ``draw="balanced"`` can be used inside torch.compile of the
             whole model.
@@ -91,8 +91,8 @@ def apply(
             the sum of the rates, rounded down or up, and each branch at exactly its own rate;
             ``"auto"``, balanced in a process group of several ranks, where a step takes as long as
             the rank that drops least.
-        ranks: how the ranks of a process group share decisions: ``"shared"`` draws the same on
-            all, ``"separate"`` lets each draw its own (equally many, where they are balanced),
+        ranks: how the ranks of a process group share decisions: ``"shared"`` makes the same ones
+            on all, ``"separate"`` lets each draw its own (equally many, where they are balanced),
             ``"auto"`` shares them where ranks would otherwise wait for each other (FSDP inside a
             branch, SyncBatchNorm, tensor parallelism) and nowhere else.
         dropped_grad: the gradient of the parameters of a dropped branch. ``"none"``: none, so the

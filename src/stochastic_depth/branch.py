@@ -44,14 +44,14 @@ class Spot(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class Branch:
-    """One residual branch of a model, from finding through rates and skipping to the report.
+    """One residual branch of a model: where it is, its rate, and how often it was dropped.
 
     Attributes:
         name: the qualified name of its block and, after a colon, which of its branches.
-        kind: of its shortcut, ``"identity"`` or ``"projection"``; or ``"block"`` for a block that
+        kind: ``"identity"`` or ``"projection"``, after its shortcut; ``"block"`` for a block that
             is dropped as a whole.
-        modules: the qualified names of the modules that it calls, in the order of execution.
-        existing: those modules in it that dropped it before (a DropPath).
+        modules: the qualified names of the modules it calls, in order of execution.
+        existing: those of them that used to drop it (a DropPath).
         sums: where it is added to its shortcut, and which term of that sum it is.
         joins: where it enters something that is linear in it and no plain sum (``cat``,
             ``stack``, ``addcmul``): dropped, it enters as zeros.
@@ -60,23 +60,23 @@ class Branch:
         turn: how many sums with other tensors it goes through before its own.
         linear: everything from its last calls to its sum is linear, so that a weight may come in
             at either end.
-        place: where its sum has the samples; None where samples cannot be selected.
+        place: the dimension of its sum that holds the samples; None if they can't be selected.
         mask: where its sum has the samples if all are computed and the dropped ones masked; a
             negative dimension where that is not known, so that it is dropped for the whole batch.
-        reason: why they cannot be selected, in words that tell what to do.
+        reason: why samples can't be selected, and what to do about it.
         weights: the parameters that its block's forward reads for it alone, by name below the
             block.
         parameters: those of them that are read before any call, so that a dropped branch has to
             be kept from them.
-        order: its place in the order of execution.
-        mode: what one decision drops: the branch for the whole batch, or samples of it.
+        order: its position in the order of execution.
+        mode: what one decision drops: the branch for the whole batch, or single samples.
         scale: whether a kept branch is divided by 1-p in training, multiplied by it in
             evaluation, or neither.
-        dropped_grad: what the parameters of a dropped branch get.
-        target: the rate that you set; a RateSchedule scales it to get ``p``.
-        decided: how many decisions were taken in training: calls, or samples in the modes that
-            choose samples.
-        dropped: how many of them dropped.
+        dropped_grad: the gradient that the parameters of a dropped branch get.
+        target: the rate you set; a RateSchedule scales it to get ``p``.
+        decided: how many decisions training has made: one per call, or one per sample in the
+            modes that choose samples.
+        dropped: how many of those dropped.
     """
 
     name: str

@@ -173,11 +173,11 @@ def check_steps(schedule: TimeSchedule, steps: int | None) -> None:
 
 
 class RateSchedule:
-    """Rates of a model's branches over training, driven as a learning rate scheduler is.
+    """Change the rates of a model's branches over training, like a learning-rate scheduler.
 
-    The rates that were set (by ``apply`` or ``branch.p``) are the targets. It sets those of the
-    first step at once, and with every :meth:`step` those of the next: a factor in [0, 1] times
-    the target, and the target itself, to the bit, where the factor is 1.
+    The rates you set (by ``apply`` or ``branch.p``) are the targets. Each step's rate is the target
+    times a factor in [0, 1]; where the factor is 1, it is the target to the bit. The first step's
+    rates are set at once, the next ones by :meth:`step`.
 
     Args:
         model: a model with stochastic depth; it may be wrapped (DistributedDataParallel), before
@@ -185,7 +185,7 @@ class RateSchedule:
         schedule: ``"early"``, ``"falling"``, ``"plateau"``, ``"late"``, ``"linear"``, ``"cosine"``,
             ``"exponential"``, or a function from the number of steps done to a factor in [0, 1];
             see :func:`stochastic_depth.rates.rate_factor`.
-        steps: how many optimizer steps it takes until the rates stay as they are; None for a
+        steps: the number of optimizer steps after which the rates stay as they are; None for a
             function.
 
     Raises:

@@ -14,10 +14,10 @@ __all__ = ["draws_of", "load_state_dict", "state_dict"]
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """All that decides what ``model`` drops next, and what its branches have counted.
+    """Everything that determines what ``model`` drops next, and the counts of its branches.
 
-    Save it beside the model's and the optimizer's state, in a process group one on each rank, and
-    a resumed run continues bit for bit. It holds the RNG state of torch's default CPU generator
+    Save it beside the model's and the optimizer's state (in a process group, one per rank), and a
+    resumed run continues bit for bit. It holds the RNG state of torch's default CPU generator
     and, where CUDA is in use, of the current device's, the states of the model's own generators
     (``seed``, ``ranks``), and the rates and counts of every branch. RNG states of Python and NumPy
     are not in it.
@@ -60,12 +60,12 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Resume from what :func:`state_dict` returned, for the same or an equal model.
+    """Restore what :func:`state_dict` returned, into the same model or an equal one.
 
     Args:
-        model: a module to which stochastic depth is applied as it was then.
-        state: the state; nothing is changed where it does not fit. A RateSchedule's may be loaded
-            before or after it.
+        model: a module to which stochastic depth has been applied in the same way.
+        state: the state; if it doesn't fit, nothing is changed. A RateSchedule's state may be
+            loaded before or after it.
 
     Raises:
         ValueError: the state is that of a model with other branches.

@@ -43,12 +43,12 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """What :func:`summary` found; printed, it is a table.
+    """What :func:`summary` found; prints as a table.
 
     Attributes:
         rows: the branches in the order of execution.
-        refused: (name, reason) of what was found and cannot be dropped.
-        unused: names of branches that could be dropped and are not.
+        refused: (name, reason) of what was found but can't be dropped.
+        unused: names of branches that could be dropped but aren't.
         ranks: how many ranks ``slowest`` is for.
         slowest: the expected share of the model's FLOPs that the slowest of the ranks executes in a
             training step, by how decisions are drawn: ``"independent"``, ``"shared"`` by all ranks,
@@ -155,7 +155,7 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
             keywords). FLOPs are measured on them, in evaluation; None leaves them out. FLOPs
             are what :mod:`torch.utils.flop_counter` counts: matrix products, convolutions and
             attention.
-        ranks: tell what the slowest of so many ranks executes in a step, by the rates of now.
+        ranks: also tell what the slowest of this many ranks executes in a step, with these rates.
 
     Raises:
         ValueError: the model fails on ``example_inputs``; ``ranks`` is below 1.

@@ -38,7 +38,7 @@ class Check:
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What :func:`verify` found; printed, it is a list in words."""
+    """What :func:`verify` found; prints as a list in words."""
 
     checks: tuple[Check, ...]
 

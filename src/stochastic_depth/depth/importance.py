@@ -36,24 +36,24 @@ def importance(
 ) -> Importance:
     """How much each branch, or each block, of a model matters on ``batches``.
 
-    The model runs in evaluation, without stochastic depth and without gradients, and is as before
-    afterwards.
+    The model runs in evaluation, without stochastic depth and without gradients, and is left as it
+    was.
 
     Args:
         model: a model; stochastic depth need not be applied to it.
-        batches: what it is called with, each a tensor, a tuple of arguments or a dict of keywords;
-            or, with ``loss``, anything that this takes. A list or a DataLoader: more than one pass
-            may be made.
-        by: ``"influence"``, 1 - cosine between what goes in and what comes out, in one pass (of a
-            branch: its shortcut and its sum); ``"loss"``, the loss with it left out, in a pass for
-            each; ``"greedy"``, one after the other is left out, each time the one without which
-            the loss is least, in n(n+1)/2 passes.
+        batches: a list or a DataLoader (there may be several passes). Each batch is what the model
+            is called with: a tensor, a tuple of arguments or a dict of keywords; or, with
+            ``loss``, anything that ``loss`` takes.
+        by: ``"influence"``, 1 - cosine between input and output (for a branch, between its shortcut
+            and its sum), in one pass; ``"loss"``, the loss without it, in one pass for each;
+            ``"greedy"``, where they are left out one after the other, each time the one whose
+            removal gives the least loss, in n(n+1)/2 passes.
         of: ``"branches"`` or ``"blocks"``.
-        loss: (model, batch) -> the loss on this batch, which is averaged over batches. It calls
-            the model, once a batch. None takes the ``loss`` of what transformers' models return
-            when they are given labels.
-        progress: True shows a bar if rich or tqdm is installed; a function is called with how many
-            passes are done, and of how many.
+        loss: (model, batch) -> the loss on this batch; it calls the model once. Losses are averaged
+            over the batches. None takes the ``loss`` that transformers' models return when they
+            are given labels.
+        progress: True shows a bar if rich or tqdm is installed; a function is called with the
+            number of passes done and their total.
 
     Returns:
         A table; ``ranking`` lists the names, the least important first, for :func:`prune`.

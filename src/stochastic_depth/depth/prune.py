@@ -35,22 +35,22 @@ def prune(
 ) -> M:
     """Take blocks or branches out of a model for good, in place.
 
-    Blocks go out of their ModuleList or Sequential, and those after them move up; in transformers'
-    models the layers' numbers and the configuration follow, so that ``save_pretrained``,
-    ``from_pretrained`` and generation work as always, without this library. A branch that goes
-    alone loses its modules and parameters, and its block stays; a transformers configuration lists
-    such branches as ``pruned_branches``, and a model that is made of it has to be pruned with
-    ``remove=config.pruned_branches`` before the weights are loaded.
+    Blocks leave their ModuleList or Sequential, and those after them move up. In transformers'
+    models the layers' numbers and the configuration follow, so ``save_pretrained``,
+    ``from_pretrained`` and generation work as always, without this library. If only a branch is
+    removed, its modules and parameters go and its block stays. A transformers configuration lists
+    such branches as ``pruned_branches``; a model made from it has to be pruned with
+    ``remove=config.pruned_branches`` before its weights are loaded.
 
-    Stochastic depth is taken off the model first (a ``scale="eval"`` is folded into the weights);
-    apply it again to go on training with it. Before anything is final, the result is compared on
-    ``example_inputs``, bit for bit, with the model that skips the same. Where anything is wrong,
-    the model is as it was.
+    Stochastic depth is removed first (``scale="eval"`` is folded into the weights); apply it again
+    to go on training with it. Before anything is final, the result is compared bit for bit, on
+    ``example_inputs``, with the model that skips the same. If they differ, or anything else goes
+    wrong, the model is left as it was.
 
     Args:
         model: the model.
-        keep: how many blocks stay (of branches, if ``by`` ranks branches): the most important, or
-            evenly spaced ones where there is no ranking. Or which: the numbers of blocks in the
+        keep: how many blocks stay (or branches, if ``by`` ranks branches): the most important ones,
+            or evenly spaced ones if there is no ranking. Or which ones: the numbers of blocks in
             order of execution, ``range(k)`` for the first k, or names.
         remove: what goes instead: names of blocks (``"layer3.1"``) or branches
             (``"layer3.1:conv1"``), globs, Branches, or what :func:`pruned` says of another model.
@@ -98,9 +98,9 @@ def shallow(
 ) -> M:
     """A shallower view of a model: the same parameters and buffers, less depth.
 
-    The model is as it was, and what trains one trains the other. In transformers, give a view as
-    ``model.generate(..., assistant_model=view)``: the tokens are the model's own. ``range(k)``
-    keeps the first k blocks: an early exit.
+    The model stays as it was, and training one trains the other. With transformers, pass a view as
+    ``model.generate(..., assistant_model=view)``: the tokens are those of the model alone.
+    ``range(k)`` keeps the first k blocks: an early exit.
 
     Args:
         model: the model.

@@ -16,10 +16,10 @@ class Pruned:
     """What :func:`stochastic_depth.prune` took out of a model.
 
     Attributes:
-        removed: the names of the blocks and branches, as they were in the model at first.
+        removed: the original names of the blocks and branches.
             ``sd.prune(fresh, remove=pruned.removed)`` does the same to another such model, before
             the pruned weights are loaded.
-        names: of each parameter and buffer that is left, by its name at first its name now.
+        names: the name that each remaining parameter and buffer has now, by its original name.
     """
 
     removed: tuple[str, ...]
@@ -29,8 +29,8 @@ class Pruned:
 def pruned(model: nn.Module) -> Pruned | None:
     """What was pruned from a model, or None.
 
-    It stays with the model in copies and pickles; beside a ``state_dict`` save ``removed``, which
-    is a tuple of strings.
+    Copies and pickles of the model keep it. If you save a ``state_dict``, save ``removed``, a tuple
+    of strings, beside it.
 
     Args:
         model: a model.

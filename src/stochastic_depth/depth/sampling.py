@@ -15,8 +15,8 @@ __all__ = ["sampling"]
 def sampling(model: nn.Module) -> Iterator[None]:
     """Drop in evaluation as in training, on this thread: several passes give a distribution.
 
-    BatchNorm and dropout stay as they are in evaluation. Decisions are drawn as in training, and
-    the branches' counts are left alone.
+    BatchNorm and dropout behave as in evaluation. Decisions are drawn as in training, and the
+    counts of the branches don't change.
 
     Args:
         model: a model with stochastic depth.

@@ -22,16 +22,16 @@ def skip(
 ) -> Iterator[None]:
     """Leave branches or whole blocks out, in training and in evaluation, on this thread.
 
-    A branch that is left out is not computed; a block hands on its input. Everything else, also
-    stochastic depth and the model's own DropPath, goes on as always, and afterwards all is as
-    before. May be nested; other threads see the whole model.
+    A branch that is left out isn't computed; a block passes on its input. Everything else goes on
+    as always, stochastic depth and the model's own DropPath included, and afterwards everything is
+    as before. May be nested. Other threads see the whole model.
 
     Args:
         model: a model; stochastic depth need not be applied to it.
         what: names of branches (``"layer3.1:conv1"``) or globs on them, Branches, names of blocks
             (``"layer3.1"``), or a list of these. A block that returns a tensor of its input's
-            shape is left out as a whole, of another all branches are. (They differ where something
-            follows the last sum, as the norm of a post-norm block does.)
+            shape is left out as a whole; of any other block, all branches are. (These differ where
+            something follows the last sum, as the norm of a post-norm block does.)
         example_inputs: what the model is called with (a tensor, a tuple of arguments or a dict of
             keywords), to find what is named; made up where it is None. Not needed for branches of
             :func:`stochastic_depth.branches`.

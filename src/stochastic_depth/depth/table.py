@@ -28,11 +28,11 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Importance:
-    """How much each branch or block matters; printed, it is a table, the least important first.
+    """How much each branch or block matters; prints as a table, the least important first.
 
     Attributes:
-        rows: in the order of execution; for ``"greedy"`` in that in which they were left out.
-        unmeasured: (name, reason) of what could not be measured, which counts as important.
+        rows: in order of execution; for ``"greedy"``, in the order in which they were left out.
+        unmeasured: (name, reason) of what couldn't be measured, and counts as important.
         by: how it was measured.
         of: what was measured, branches or blocks.
         loss: of the whole model, where losses were measured.

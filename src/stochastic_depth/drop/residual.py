@@ -45,17 +45,18 @@ def residual(
     generator: torch.Generator | None = None,
     batch_dim: int = 0,
 ) -> Tensor:
-    """``shortcut + branch(*inputs)``, the branch dropped with probability ``p`` in training.
+    """``shortcut + branch(*inputs)``, dropping the branch with probability ``p`` in training.
 
     A dropped branch is not called; in the modes that choose samples, ``"row"`` and ``"subset"``,
     it is called with the kept samples only. (If only one is kept, a second runs with it through a
     branch that is a module with BatchNorm in it, whose statistics need more than one.)
 
     Args:
-        shortcut: the tensor that is always kept, of the shape of the sum.
+        shortcut: the tensor that is always kept; it has the shape of the sum.
         branch: called with ``inputs``, or with the shortcut where there are none.
-        inputs: the branch's inputs. Where samples are chosen, each has them in ``batch_dim``, as
-            many as the shortcut; let the branch close over what all samples share.
+        inputs: the branch's inputs. In the modes that choose samples, each has them in
+            ``batch_dim``, as many as the shortcut; let the branch close over whatever all samples
+            share.
         p: probability to drop, in [0, 1].
         training: False computes the whole sum (a module passes ``self.training``).
         mode: ``"batch"`` makes one decision for the call, ``"row"`` one for each sample, and
