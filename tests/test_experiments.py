@@ -82,6 +82,6 @@ def test_models_are_trained_by_turns_with_the_same_draws():
 
 
 def test_numbers_are_paired():
-    assert harness.change([1.0, 2.0], [2.0, 3.0], 1) == "−1.0 ± 0.0"
+    assert harness.change([1.0, 2.0], [2.0, 3.0], 1) == "−1.0\xa0±\xa00.0"  # on one line
     assert harness.change([1.0], [2.0], 1) == "−1.0"
-    assert harness.ratio([1.0, 2.0], [2.0, 4.0]) == "0.50 ± 0.00"
+    assert harness.ratio([1.0, 2.0], [2.0, 4.0]) == "0.50\xa0±\xa00.00"
