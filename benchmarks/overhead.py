@@ -10,7 +10,6 @@ chance too (in where their memory lies).
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -19,7 +18,7 @@ from torchvision.models import efficientnet_b7
 
 import stochastic_depth as sd
 
-from .harness import machine, turn
+from .harness import machine, seconds, turn
 
 BLOCKS, MANY = 100, 1_000
 ALMOST_NEVER = 1e-12  # drops: draws, and keeps
@@ -61,9 +60,7 @@ def applied(p: float, x: Tensor) -> nn.Module:
 
 def step(model: nn.Module, x: Tensor) -> float:
     """Seconds of a forward and backward."""
-    started = time.perf_counter()
-    model(x).sum().backward()
-    return time.perf_counter() - started
+    return timed(lambda: model(x).sum().backward())
 
 
 def per_block(rounds: int) -> None:
@@ -81,9 +78,9 @@ def per_block(rounds: int) -> None:
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(-5, rounds):
         for name in turn(list(sides), i):
-            seconds = step(sides[name].train(), x)
+            took = step(sides[name].train(), x)
             if i >= 0:
-                taken[name].append(1e6 * seconds / BLOCKS)
+                taken[name].append(1e6 * took / BLOCKS)
     print("\nMicroseconds a block of a forward and backward; medians over the rounds.\n")
     print("| | a block | over plain | over the `if` |\n|---|---|---|---|")
     for name, values in taken.items():
@@ -134,9 +131,7 @@ def applying() -> None:
 
 
 def timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    return seconds(run, torch.device("cpu"))
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ TITLES = {
 class Task:
     """What a run works on."""
 
+    step: float | None = None  # seconds of a step of the plain model, once that was tried
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.splits = data.load(settings.data, quick=settings.quick)
@@ -120,7 +122,8 @@ class Task:
     def seconds(self) -> float:
         """How long a seed will take, from a few steps of one variant."""
         kept = [1.0 if not p else (s.compute_kept or 1.0) for p, s in self.summaries.items()]
-        return self.step_seconds() * sum(kept) * self.cost()
+        step = self.step or self.step_seconds()
+        return step * sum(kept) * self.cost()
 
     def choose_threads(self) -> None:
         """Let torch have one thread where that is quicker, as it is for small images.
@@ -134,7 +137,7 @@ class Task:
                 torch.set_num_threads(threads)
                 seconds[threads] = self.step_seconds()
             best = min(seconds, key=lambda threads: seconds[threads])
-            self.settings = replace(settings, threads=best)
+            self.settings, self.step = replace(settings, threads=best), seconds[best]
         torch.set_num_threads(self.settings.threads or most)
 
     def step_seconds(self) -> float:

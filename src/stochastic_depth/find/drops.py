@@ -95,13 +95,17 @@ class _Drawing(Recorder):
         seen = self.flow.nodes[node]
         while not seen.random and len(seen.sources) == 1 and not seen.varies:
             seen = self.flow.nodes[seen.sources[0]]
-        made = ("tensor", "from_numpy", "as_tensor", "asarray", "dropout")
-        drawn = _state() != self.state or seen.call in self.coins  # Python's or NumPy's, in a call
-        if seen.op == "opaque" and drawn:
+        made = seen.op in ("tensor", "from_numpy", "as_tensor", "asarray")
+        if seen.op == "opaque" and self._has_drawn(seen.call):
             return True
-        if seen.op in made[:-1] and numbers == 1 and not drawn:
+        if made and numbers == 1 and not self._has_drawn(seen.call):
             return False
-        return seen.random or (not seen.varies and not seen.weights and seen.op in made)
+        anew = made or seen.op == "dropout"
+        return seen.random or (anew and not seen.varies and not seen.weights)
+
+    def _has_drawn(self, call: int) -> bool:
+        """Whether Python's or NumPy's numbers were drawn just now, or in that call."""
+        return _state() != self.state or call in self.coins
 
 
 class _Tossing(Recorder):
