@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from models import SMALL_BRANCHES, Block, SmallResNet, build, images, small, small_batch
-from stochastic_depth.garbage import no_full_collections
+from stochastic_depth.garbage import few_collections
 
 
 def rates(model: nn.Module) -> dict[str, float]:
@@ -814,7 +814,7 @@ class Collected(nn.Module):
 
 
 @pytest.mark.parametrize("inputs", [torch.randn(2, 4), torch.randn(2, 3)], ids=["fits", "fails"])
-def test_full_collections_wait_for_apply_and_no_longer(inputs: Tensor) -> None:
+def test_collections_are_few_in_apply_and_no_longer(inputs: Tensor) -> None:
     before, seen = gc.get_threshold(), []
     with contextlib.suppress(ValueError):
         sd.apply(Collected(seen), 0.5, example_inputs=inputs)
@@ -822,9 +822,26 @@ def test_full_collections_wait_for_apply_and_no_longer(inputs: Tensor) -> None:
     assert gc.get_threshold() == before
 
 
-def test_the_last_of_several_puts_full_collections_back() -> None:
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_apply_leaves_nothing_for_a_collection(mode: sd.Mode) -> None:
+    model = small()
+    gc.collect()
+    gc.disable()
+    try:
+        applied(model, mode=mode)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours = {type(x) for x in gc.garbage if type(x).__module__.startswith("stochastic_depth")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not ours
+
+
+def test_the_last_of_several_puts_collections_back() -> None:
     before = gc.get_threshold()
-    first, second = no_full_collections(), no_full_collections()
+    first, second = few_collections(), few_collections()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

@@ -16,7 +16,7 @@ from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
 from .find import Samples, find, find_blocks, guess_inputs
 from .find.plan import Findings
-from .garbage import no_full_collections
+from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
 from .patterns import Filter, matching_modules
 from .rates import DepthSchedule
@@ -154,7 +154,7 @@ def apply(
         p, schedule, mode, scale, dropped_grad, include, exclude, blocks,
         Draws(seed, ranks, draw), _samples(samples, mode),
     )  # fmt: skip
-    with no_full_collections():
+    with few_collections():
         put_back = keep_slots(model)
         _install.remove(model)
         try:
@@ -294,6 +294,7 @@ def complete(model: nn.Module, findings: Findings, settings: Settings, tell: boo
         )
 
 
+@few_collections()
 def settle(
     model: nn.Module,
     part: nn.Module,

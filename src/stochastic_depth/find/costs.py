@@ -2,9 +2,10 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,8 +36,11 @@ class FlopCounter(FlopCounterMode):
 class _Counting(Recorder):
     """Notes how many FLOPs had been counted when each value was made."""
 
-    total: Callable[[], int]
-    flops: list[int]
+    def __init__(
+        self, total: Callable[[], int], flops: list[int], model: nn.Module, constants: list[Tensor]
+    ) -> None:
+        self.total, self.flops = total, flops
+        super().__init__(model, constants)
 
     def _add(self, node: Node, t: Any) -> int:
         number = super()._add(node, t)
@@ -61,8 +65,7 @@ def flop_shares(
     """
     counter = FlopCounter()
     counts: list[int] = []
-    space = {"total": staticmethod(counter.get_total_flops), "flops": counts}
-    recorder = type("_Counting", (_Counting,), space)
+    recorder = partial(_Counting, counter.get_total_flops, counts)
     constants = findings.constants
     # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
     with counter, sdpa_kernel(SDPBackend.MATH):

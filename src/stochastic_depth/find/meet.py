@@ -135,5 +135,5 @@ def _recorded(
             result = model(*args, **kwargs)
         flow: Flow = watch.finish(result)
         flow.watch, flow.constants = watch, constants or []
-        watch.flow = Flow()  # no cycle, in which values would stay
+        del watch.flow, watch.written  # no cycle, in which all of it would wait for a collection
     return flow

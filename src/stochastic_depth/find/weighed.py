@@ -1,6 +1,7 @@
 """The plain model, with each branch counted as often as one says: what dropping must agree with."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ Weight = float | Callable[[Tensor], Tensor]  # a number, or what weighs each sam
 class _Weighing(Recorder):
     """Weighs the branches where they enter what goes on."""
 
-    weights: dict[Key, list[tuple[int, Weight]]]
-
-    def __init__(self, model: nn.Module, constants: list[Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[Key, list[tuple[int, Weight]]],
+        model: nn.Module,
+        constants: list[Tensor],
+    ) -> None:
+        self.weights = weights
         self.done: set[Key] = set()
         super().__init__(model, constants)
 
@@ -96,6 +101,6 @@ def run_weighed(
     for branch, weight in weights.items():
         for merge in findings.merges[branch]:
             at.setdefault(merge.key, []).append((merge.position, weight))
-    recorder = type("_Weighing", (_Weighing,), {"weights": at})
+    recorder = partial(_Weighing, at)
     flow = record(model, args, kwargs, findings.training, recorder, findings.constants, kept)
     return flow.result
