@@ -124,7 +124,7 @@ class Branch:
         self._p = p
         # What compiled graphs read: a tensor and flags, so that a new rate makes no new graph. (In
         # float64 torch.compile would take it for a number.)
-        self.rate = torch.tensor(p, dtype=torch.float32)
+        self.rate = torch.tensor(p, dtype=torch.float32, device="cpu")
         self.is_active, self.is_certain = p > 0.0, p in (0.0, 1.0)
 
     def __repr__(self) -> str:

@@ -290,7 +290,8 @@ class _Verifier:
             if differentiable:
                 source = torch.Generator().manual_seed(_SEED)
                 terms = [
-                    (x * torch.randn(x.shape, generator=source).to(x)).sum() for x in differentiable
+                    (x * torch.randn(x.shape, generator=source, device="cpu").to(x)).sum()
+                    for x in differentiable
                 ]
                 torch.stack([t.to(torch.float64) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

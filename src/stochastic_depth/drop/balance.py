@@ -236,7 +236,7 @@ def slowest(
     equal = len(set(zip(classes, costs, strict=True))) == len(set(classes))
     if draw != "balanced" or ranks == 1 or equal:
         return sum((1.0 - p) * c for p, c in zip(rates, costs, strict=True)) / total
-    weights = torch.tensor(costs, dtype=torch.float64) / total
+    weights = torch.tensor(costs, dtype=torch.float64, device="cpu") / total
     draws = simulated(rates, classes, ranks, steps, generator or Generator().manual_seed(0))
     return 1.0 - sum((dropped.double() @ weights).min().item() for dropped in draws) / steps
 
@@ -244,7 +244,7 @@ def slowest(
 def _slowest_independent(rates: Sequence[float], shares: Sequence[float], ranks: int) -> float:
     """From the distribution of what one rank executes, F: the mean of the highest is Σ 1 - F^N."""
     units = [round(share * (1 << 14)) for share in shares]
-    chances = torch.zeros(sum(units) + 1, dtype=torch.float64)
+    chances = torch.zeros(sum(units) + 1, dtype=torch.float64, device="cpu")
     chances[0] = 1.0
     for p, unit in zip(rates, units, strict=True):  # roll: what would come round is 0 as yet
         chances = p * chances + (1.0 - p) * chances.roll(unit)
@@ -259,11 +259,13 @@ def simulated(
 
     The u of the steps are spread evenly, one in each part of [0, 1).
     """
-    p = torch.tensor(rates, dtype=torch.float64)
-    number = torch.tensor(classes)
+    p = torch.tensor(rates, dtype=torch.float64, device="cpu")
+    number = torch.tensor(classes, device="cpu")
     for step in range(steps):
-        u = (step + torch.rand((), dtype=torch.float64, generator=generator)) / steps
-        at_random = torch.rand(ranks, len(p), dtype=torch.float64, generator=generator)
+        u = (step + torch.rand((), dtype=torch.float64, device="cpu", generator=generator)) / steps
+        at_random = torch.rand(
+            ranks, len(p), dtype=torch.float64, device="cpu", generator=generator
+        )
         order = (at_random + number).argsort(1)
         ends = p[order].cumsum(1)
         dropped = (u - ends + p[order]) % 1.0 < p[order]

@@ -35,10 +35,10 @@ def choose_samples(branch: Branch, seed: int, size: int, device: Any) -> tuple[T
     source = torch.Generator().manual_seed(seed)
     if branch.mode == "subset":
         k = subset_size(size, branch.p)
-        kept = torch.randperm(size, generator=source)[:k].sort().values
+        kept = torch.randperm(size, generator=source, device="cpu")[:k].sort().values
         weight = size / k if branch.scale == "train" and k else 1.0
     else:
-        drawn = torch.rand(size, dtype=torch.float64, generator=source)
+        drawn = torch.rand(size, dtype=torch.float64, generator=source, device="cpu")
         kept = (drawn >= branch.p).nonzero().squeeze(1)
         weight = kept_weight(branch, training=True)
     return kept.to(device, non_blocking=True), weight

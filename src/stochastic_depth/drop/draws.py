@@ -225,7 +225,7 @@ class Draws:
 
 
 def _restored(state: Any) -> torch.Generator:
-    return torch.Generator().set_state(torch.as_tensor(state, dtype=torch.uint8))
+    return torch.Generator().set_state(torch.as_tensor(state, dtype=torch.uint8, device="cpu"))
 
 
 def _mixed(*numbers: Hashable) -> int:

@@ -73,7 +73,9 @@ class Frame:
             if by_hand:
                 decision, weight = forced[branch]
             if self.outer and weight != 1.0:
-                weight = torch.tensor(weight, dtype=torch.float32)  # one graph for any rate
+                weight = torch.tensor(
+                    weight, dtype=torch.float32, device="cpu"
+                )  # one graph for any rate
             dtype = self.plan.dtypes.get(i)
             run = Run(branch, decision, weight, device, site, dtype, in_graph)
             runs.append(run)

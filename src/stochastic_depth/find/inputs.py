@@ -83,11 +83,13 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
 
 
 def _noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _tokens(words: int, length: int) -> Tensor:
-    return torch.arange(2 * length).reshape(2, length) * 7 % max(words - 4, 1) + min(3, words - 1)
+    return torch.arange(2 * length, device="cpu").reshape(2, length) * 7 % max(words - 4, 1) + min(
+        3, words - 1
+    )
 
 
 def _required(model: nn.Module) -> int:
