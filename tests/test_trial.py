@@ -1,5 +1,6 @@
 """What ``apply`` tries on the examples before it believes what was found."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,3 +37,28 @@ def test_a_branch_is_counted_twice_on_one_sample() -> None:
 
 def test_a_model_that_takes_no_single_sample_is_tried_on_all() -> None:
     assert sizes(least=2, n=8)[-3:] == [1, 8, 8]
+
+
+class Picky(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < 4:
+            raise ValueError("too few samples")
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def test_where_a_branch_takes_no_selected_samples_its_error_is_told() -> None:
+    with pytest.warns(UserWarning, match="samples selected, the model fails: ValueError: too few"):
+        model = sd.apply(Around(Picky(4, 4)), 0.5, mode="row", example_inputs=torch.randn(4, 4))
+    (branch,) = sd.branches(model)
+    out = model(x := torch.ones(4, 4)) - x
+    assert branch.decided == 4
+    assert branch.dropped == int((out == 0).all(1).sum())

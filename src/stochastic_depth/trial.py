@@ -155,18 +155,15 @@ class _Trial:
     def mask_what_fails(self, branches: Sequence[Branch]) -> None:
         """Select no samples in branches where that gives something else than masking them."""
         selected = [b for b in branches if b.place is not None]
-        if not selected or self.selects(selected):
+        if not selected or self.selecting_differs(selected) is None:
             return
         for branch in selected:
-            if not self.selects([branch]):
+            if (reason := self.selecting_differs([branch])) is not None:
                 branch.place, branch.mask = None, branch.place or branch.mask
-                branch.reason = (
-                    "with samples selected, the model gives something else than with all computed "
-                    "and the dropped ones masked: its samples are not independent"
-                )
+                branch.reason = reason
 
-    def selects(self, branches: Sequence[Branch]) -> bool:
-        """Whether selected samples are what they are where all are computed and masked."""
+    def selecting_differs(self, branches: Sequence[Branch]) -> str | None:
+        """What is wrong where samples are selected; None where it is as if they were masked."""
         outputs = []
         for select in (True, False):
             with _choosing(branches) as chosen:
@@ -175,9 +172,15 @@ class _Trial:
                         branch.mask, branch.place = branch.place, None
                 try:
                     outputs.append(self.run(chosen, self.inputs))
-                except Exception:  # of any kind: the samples do not fit
-                    return False
-        return _are_close(*outputs)
+                except Exception as error:  # of any kind: the samples do not fit
+                    done = "selected" if select else "masked"
+                    return f"with samples {done}, the model fails: {_told(error)}"
+        if not _are_close(*outputs):
+            return (
+                "with samples selected, the model gives something else than with all computed and "
+                "the dropped ones masked: its samples are not independent"
+            )
+        return None
 
     def run(
         self,
