@@ -187,6 +187,95 @@ def test_blocks_that_are_alike_share_their_graphs_however_many_there_are(mode):
     assert counter.frame_count <= {"batch": 6, "row": 4, "subset": 10}[mode]
 
 
+class Broken(nn.Module):
+    """A block whose graph breaks at one place."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        inner = [nn.Linear(4, 4), Break(), nn.Tanh()] if place == "in a child" else [nn.Tanh()]
+        self.first, self.second = nn.Sequential(*inner), nn.Linear(4, 4)
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.reach("before the branch")
+        h = self.first(x)
+        self.reach("in the branch")
+        h = self.second(h)
+        self.reach("before the sum")
+        y = x + h
+        self.reach("after the sum")
+        return y
+
+    def reach(self, place: str) -> None:
+        if place == self.place:
+            torch._dynamo.graph_break()
+
+
+class Break(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+
+PLACES = ["before the branch", "in the branch", "before the sum", "after the sum", "in a child"]
+
+
+def compiled_in_parts(model: nn.Module, way: str) -> tuple[nn.Module, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend("aot_eager")
+    if way == "whole":
+        return torch.compile(model, backend=counter), counter
+    for child in model:
+        child.compile(backend=counter)
+    return model, counter
+
+
+@pytest.mark.parametrize("blocks", [None, "all"])
+@pytest.mark.parametrize("way", ["whole", "by block"])
+@pytest.mark.parametrize("place", PLACES)
+def test_where_a_graph_breaks_in_a_block_decisions_are_those_of_eager_mode(place, way, blocks):
+    model, x = nn.Sequential(*[Broken(place) for _ in range(3)]), torch.randn(8, 4)
+    options = {"p": 0.5, "schedule": "uniform", "blocks": blocks, "example_inputs": x}
+    eager = sd.apply(copy.deepcopy(model), **options)
+    fast, counter = compiled_in_parts(sd.apply(model, **options), way)
+    rates = [sd.RateSchedule(m, lambda t: 1.0 - t / 40) for m in (model, eager)]
+    for step in range(20):
+        x = x.clone().requires_grad_()
+        outcomes = []
+        for m in (fast, eager):
+            torch.manual_seed(step)
+            out = m(x)
+            model.zero_grad(), eager.zero_grad()
+            (given,) = torch.autograd.grad(out.square().sum(), x)
+            outcomes.append((out, given))
+        for ours, theirs in zip(*outcomes, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        for schedule in rates:
+            schedule.step()
+    drops = [[branch.dropped for branch in sd.branches(m)] for m in (model, eager)]
+    assert drops[0] == drops[1]
+    assert sum(drops[0]) > 0
+    # A block has up to three graphs, each for an input with and without a gradient, and each once
+    # more for a branch that is dropped; more where the block runs whatever was decided.
+    assert counter.frame_count <= 20
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("way", ["whole", "by block"])
+@pytest.mark.parametrize("place", PLACES)
+def test_where_a_graph_breaks_in_a_block_samples_are_dropped_and_weighed(place, way, mode):
+    model, x = nn.Sequential(Broken(place)), torch.randn(8, 4)
+    branch = model(x).detach() - x
+    sd.apply(model, p=0.5, mode=mode, example_inputs=x)
+    fast, _ = compiled_in_parts(model, way)
+    numbers = set()
+    for _ in range(10):
+        moved = fast(x) - x
+        kept = (moved != 0).any(1)
+        torch.testing.assert_close(moved, 2.0 * branch * kept[:, None], atol=1e-6, rtol=1e-5)
+        numbers.add(int(kept.sum()))
+    assert numbers == {4} if mode == "subset" else len(numbers) > 1
+
+
 @pytest.mark.parametrize(
     "options", [{"seed": 0}, {"ranks": "shared"}, {"draw": "balanced"}], ids=str
 )

@@ -5,6 +5,7 @@ import copy
 import inspect
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import replicate
 from torch.utils.checkpoint import checkpoint
@@ -248,6 +250,44 @@ def test_what_is_outside_of_graphs_breaks_them_and_runs_as_ever() -> None:
 
     assert torch.equal(torch.compile(call, backend="eager")(torch.ones(2)), torch.full((2,), 9.0))
     assert ran == [False]
+
+
+def test_a_package_that_starts_no_graph_is_traced_as_a_part_of_one_and_runs_as_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = """
+def plus_one(x):
+    return x + 1
+
+class Class:
+    def method(self, x, breaks):
+        if not torch.compiler.is_compiling():
+            ran.append(around())
+        if breaks:
+            torch._dynamo.graph_break()
+        return plus_one(x)
+"""
+    ran: list[bool] = []
+
+    def graphs(package: str, breaks: bool) -> int:
+        torch._dynamo.reset()
+        method, counter = sys.modules[package].Class().method, CompileCounter()
+        function = torch.compile(lambda x: method(x * 2, breaks) * 3, backend=counter)
+        assert torch.equal(function(torch.ones(2)), torch.full((2,), 9.0))
+        return counter.frame_count
+
+    for package in ("marked", "unmarked"):
+        module = types.ModuleType(package)
+        module.__dict__.update(torch=torch, ran=ran, around=_torch.is_compiled_around)
+        exec(compile(source, f"{package}.py", "exec"), module.__dict__)
+        monkeypatch.setitem(sys.modules, package, module)
+    _torch.start_no_graph("marked")
+    assert graphs("unmarked", breaks=False) == graphs("marked", breaks=False) == 1
+    assert graphs("unmarked", breaks=True) == 3  # before the break, in the method, after it
+    ran.clear()
+    assert graphs("marked", breaks=True) == 2
+    assert ran == [True]
+    assert not _torch.is_compiled_around()
 
 
 def store_of_the_group(rank: int) -> None:

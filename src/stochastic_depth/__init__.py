@@ -1,5 +1,6 @@
 """Stochastic depth for any PyTorch model: ``sd.apply(model, p=0.2)``."""
 
+from ._torch import start_no_graph as _start_no_graph
 from .applied import branches, is_applied
 from .apply import apply, remove
 from .branch import Branch, DroppedGrad, Mode, Scale
@@ -44,3 +45,5 @@ __all__ = [
     "summary",
     "verify",
 ]
+
+_start_no_graph(__name__)

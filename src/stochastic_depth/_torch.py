@@ -5,7 +5,8 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ __all__ = [
     "default_store",
     "graph_task",
     "has_hooks",
+    "is_compiled_around",
     "is_compiler_loaded",
     "is_flat_parameter",
     "is_transformed",
     "is_view_of_flat_parameter",
     "outside_graphs",
     "saved_tensors_hooks",
+    "start_no_graph",
     "tell_apart",
     "tree_flatten",
     "tree_leaves",
@@ -127,6 +130,47 @@ def is_transformed() -> bool:
 
 # ``torch.compiler.disable``, which imports the compiler only when the function is called.
 outside_graphs = _disable_dynamo
+
+
+# Where a graph of torch.compile's breaks inside of a block, the compiler goes on with one graph for
+# each function that is called from there, ours among them: of one call of ours, a part would be
+# traced and a part would run. So marked, a function runs as it is written; where it is called by
+# one that is traced, it is traced, too.
+_AS_WRITTEN = torch._C._dynamo.eval_frame._FrameExecStrategy(
+    torch._C._dynamo.eval_frame._FrameAction.SKIP,
+    torch._C._dynamo.eval_frame._FrameAction.DEFAULT,
+)
+
+
+def start_no_graph(package: str) -> None:
+    """Have no function of the modules of ``package`` be the first of a graph."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for code in _codes(vars(module), name):
+                torch._C._dynamo.eval_frame.set_code_exec_strategy(code, _AS_WRITTEN)
+
+
+def _codes(own: Mapping[str, Any], module: str) -> Iterator[CodeType]:
+    """What is in these attributes of a module, or of a class in it."""
+    for x in own.values():
+        if isinstance(x, type) and x.__module__ == module:
+            yield from _codes(vars(x), module)
+        found = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
+        found = getattr(found, "__wrapped__", found)
+        if isinstance(found, FunctionType) and found.__module__ == module:
+            yield from _with_inner(found.__code__)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _with_inner(constant)
+
+
+# Whether the functions that are called now are compiled, though none is being traced.
+def is_compiled_around() -> bool:
+    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 # FSDP1 puts the parameters of a unit into one flat one, and views of that in their place.

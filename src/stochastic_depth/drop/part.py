@@ -13,12 +13,14 @@ import dis
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import tree_leaves, tree_map
+from ..find.spot import by_instruction
 
 __all__ = ["SUMS", "Part", "Unmade", "first_part", "form", "parts_in", "whole"]
 
@@ -295,20 +297,16 @@ def _is_outside(x: Any) -> bool:
     return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 0
 
 
-_asked: dict[tuple[Any, int], bool] = {}
-
-
-def _is_asked(frame: Any) -> bool:
+def _is_asked(frame: FrameType) -> bool:
     """Whether what ``frame`` does now is to ask for a class, in code that knows of no parts."""
-    if frame.f_globals.get("__name__", "").startswith(_KNOW):
+    name = frame.f_globals.get("__name__")
+    if name is None or name.startswith(_KNOW):  # None: a guard of torch.compile's, evaluated
         return False
-    key = frame.f_code, frame.f_lasti
-    if key not in _asked:
-        _asked[key] = _is_question(*key)
-    return _asked[key]
+    return _is_question(frame)
 
 
-def _is_question(code: Any, at: int) -> bool:
+@by_instruction
+def _is_question(code: CodeType, at: int) -> bool:
     """Whether an instruction is ``isinstance(...)``, a pattern of a class, or ``x.__class__``."""
     known = list(dis.get_instructions(code))
     now = next((i for i in known if i.offset == at), None)
@@ -325,13 +323,8 @@ def _begin(instruction: Any) -> Any:
     return instruction.positions.lineno, instruction.positions.col_offset
 
 
-_counts: dict[tuple[Any, int], int | None] = {}
-
-
-def _unpacked(frame: Any) -> int | None:
-    """Into how many the code of ``frame`` unpacks what it iterates over, if it does."""
-    key = frame.f_code, frame.f_lasti
-    if key not in _counts:
-        at = (i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
-        _counts[key] = next((i.argval for i in at if i.opname == "UNPACK_SEQUENCE"), None)
-    return _counts[key]
+@by_instruction
+def _unpacked(code: CodeType, at: int) -> int | None:
+    """Into how many an instruction unpacks what it iterates over, if it does."""
+    found = (i for i in dis.get_instructions(code) if i.offset == at)
+    return next((i.argval for i in found if i.opname == "UNPACK_SEQUENCE"), None)

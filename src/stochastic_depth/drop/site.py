@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
-from .._torch import has_hooks, tree_flatten, tree_map_only
+from .._torch import has_hooks, is_compiled_around, tree_flatten, tree_map_only
 from ..branch import Branch
 from ..find.form import form_of
 from ..find.plan import Findings, Form, Plan
@@ -208,8 +208,9 @@ class Site:
 
     def is_outer(self, slot: Slot) -> bool:
         """Whether compiled code makes the call, and its decisions are made out here."""
-        compiled = slot.inner is not None or slot.module is not self.block
-        return compiled and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return False
+        return slot.inner is not None or slot.module is not self.block or is_compiled_around()
 
     def _check_forced(self, plan: Plan) -> None:
         """Raise where a branch is to be left out by hand that a call of this form needs."""

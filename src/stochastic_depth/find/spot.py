@@ -2,14 +2,19 @@
 
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from itertools import islice
-from types import CodeType
+from types import CodeType, FrameType
+from typing import TypeVar
 
 import torch
 
 from .plan import Spot
 
-__all__ = ["spot"]
+__all__ = ["by_instruction", "spot"]
+
+T = TypeVar("T")
 
 _TORCH = os.path.dirname(torch.__file__)
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -23,9 +28,27 @@ _BETWEEN = (
 _NOWHERE = Spot("", "", 0, 0)
 
 _between: dict[str, bool] = {}  # by file
-# By code object, which is kept as its id is the key: code of two files may be equal, and an
-# expression of one has several instructions, so that a spot would be now of this file, now of that.
-_spots: dict[tuple[int, int], tuple[CodeType, Spot]] = {}
+
+
+def by_instruction(look: Callable[[CodeType, int], T]) -> Callable[[FrameType], T]:
+    """Have ``look`` look at each instruction once: a function of the frame that is at it.
+
+    Code objects go by their identity, for which they are kept. Code of two files may be equal, and
+    an expression of one has several instructions, so that a spot would be now of this file, now of
+    that; and what torch.compile makes has no hash.
+    """
+    known: dict[tuple[int, int], tuple[CodeType, T]] = {}
+
+    @wraps(look)
+    def at(frame: FrameType) -> T:
+        code = frame.f_code
+        key = id(code), frame.f_lasti
+        found = known.get(key)
+        if found is None:
+            found = known[key] = code, look(code, frame.f_lasti)
+        return found[1]
+
+    return at
 
 
 def spot(depth: int = 1) -> Spot:
@@ -46,13 +69,10 @@ def spot(depth: int = 1) -> Spot:
         if frame.f_back is None:
             return _NOWHERE
         frame = frame.f_back
-    key = id(code), frame.f_lasti
-    found = _spots.get(key)
-    if found is None:
-        found = _spots[key] = code, _spot(code, frame.f_lasti)
-    return found[1]
+    return _spot(frame)
 
 
+@by_instruction
 def _spot(code: CodeType, instruction: int) -> Spot:
     line, _, column, _ = next(islice(code.co_positions(), instruction // 2, None))
     return Spot(
