@@ -110,13 +110,13 @@ class Merging:
 
     def is_sum(self) -> bool:
         """Whether user code adds, just now, where finding saw the branch's sum."""
-        if self.compiling:  # which cannot tell where it is
+        if self.compiling or torch.compiler.is_compiling():  # which cannot tell where it is
             self.sums += 1
             return self.sums > self.branch.turn
         return spot() in self.branch.sums
 
     def is_join(self) -> bool:
-        return self.compiling or spot() in self.branch.joins
+        return self.compiling or torch.compiler.is_compiling() or spot() in self.branch.joins
 
     def joining(self, part: Part) -> Tensor:
         """The part as a tensor of full size, weighed, with zeros for what is dropped."""

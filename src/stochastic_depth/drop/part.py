@@ -312,7 +312,9 @@ def _is_question(code: CodeType, at: int) -> bool:
     now = next((i for i in known if i.offset == at), None)
     if now is None:
         return False
-    if now.opname == "MATCH_CLASS" or now.argval == "__class__":
+    if now.argval == "__class__":  # else of a graph of torch.compile's, which makes a part again
+        return now.positions is not None and now.positions.col_offset is not None
+    if now.opname == "MATCH_CLASS":
         return True
     # A call begins in the source where the name of what is called does.
     names = [i for i in known if i.argval == "isinstance"]
