@@ -1,5 +1,8 @@
 """What every call of a block has to do with its branches."""
 
+import warnings
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -187,6 +190,29 @@ def test_a_write_into_a_tensor_of_others_is_refused() -> None:
         return x + into
 
     assert "written into a tensor that is not its own" in refusal(small.Spelled(spelling))
+
+
+def scaled_gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x) * 1.5
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # it is there still, and in many models
+    scripted = torch.jit.script(scaled_gelu)
+
+
+class Between(small.Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(scripted(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Between(), small.Spelled(lambda x, y: x + scripted(y))],
+    ids=["between its calls", "after them"],
+)
+def test_what_a_scripted_function_computes_of_a_branch_is_refused(model: nn.Module) -> None:
+    assert refusal(model).startswith("a part of it is computed outside of torch")
 
 
 def test_modules_that_are_not_registered_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 from .flow import ADD, SUBTRACT, Flow
 from .frames import Frame, Member
-from .parts import WRITES
+from .parts import OUTSIDE, WRITES
 
 __all__ = [
     "is_absent",
@@ -65,10 +65,7 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
                     "attributes, or in an nn.ModuleList or nn.ModuleDict"
                 )
         if nodes[i].op == "opaque" and i not in absent:
-            return (
-                "a part of it is computed outside of torch, where it cannot be seen: put that "
-                "into a module of its own"
-            )
+            return OUTSIDE
     if region.output not in absent and not _handed(flow, member).isdisjoint(region.nodes):
         return (
             "what it computes is handed on in a list or an attribute, where something else is when "

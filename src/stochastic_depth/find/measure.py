@@ -35,9 +35,14 @@ class Measures:
         return max(depths.values(), default=(0, 0))
 
     def is_substantial(self, values: set[int], m: int) -> bool:
-        """Whether it has parameters, or calls a module that is more than an activation."""
+        """Whether it has parameters, or calls a module that is more than an activation.
+
+        What was not seen being computed may be anything.
+        """
         nodes = self.nodes
         if any(nodes[x].weights for i in values for x in nodes[i].sources):
+            return True
+        if any(map(self.is_unseen, values)):
             return True
         innermost = {nodes[i].call for i in values}
         for c in innermost:
@@ -48,6 +53,10 @@ class Measures:
                 if not type(call.module).__module__.startswith(_LIGHT):
                     return True
         return False
+
+    def is_unseen(self, i: int) -> bool:
+        """Whether it comes from a scripted function, or from other work outside of torch's."""
+        return self.nodes[i].op == "opaque" and self.nodes[i].function
 
     def is_little(self, own: set[int]) -> bool:
         """Whether it has one layer at most, and multiplies no two of its values, as a gate does."""

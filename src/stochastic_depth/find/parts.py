@@ -7,8 +7,12 @@ from functools import cached_property
 from .flow import Flow
 from .measure import Measures
 
-__all__ = ["WRITES", "Parts"]
+__all__ = ["OUTSIDE", "WRITES", "Parts"]
 
+OUTSIDE = (
+    "a part of it is computed outside of torch, where it cannot be seen: put that into a module of "
+    "its own"
+)
 WRITES = "it is given a {}, which it changes: call the model with use_cache=False, or without it"
 
 

@@ -86,7 +86,7 @@ class Recorder(TorchFunctionMode):
         """A call begins."""
         parent = self.stack[-1] if self.stack else -1
         leaves = leaves_of(args, kwargs)
-        given = [self.node(x) if isinstance(x, Tensor) else None for x in leaves]
+        given = [self._given(x) if isinstance(x, Tensor) else None for x in leaves]
         name = self._called(module, parent)
         number = len(self.flow.calls)
         start = len(self.flow.nodes)
@@ -96,6 +96,13 @@ class Recorder(TorchFunctionMode):
         self.written.enter(number, args, kwargs)
         self.stack.append(number)
         return number
+
+    def _given(self, t: Tensor) -> int | None:
+        """The node of an argument; one that was not seen being made comes from the caller."""
+        known = self.node(t)
+        if known is None and id(t) not in self.own and not isinstance(t, nn.Parameter):
+            return self.source(t)
+        return known
 
     def leave(self, number: int, result: Any) -> None:
         """It has returned ``result``."""

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from .flow import ADD, SUBTRACT, VIEWS, Flow, Node
-from .parts import Parts
+from .parts import OUTSIDE, Parts
 from .plan import Merge
 
 __all__ = ["Finder", "Region", "Rejected", "find_regions", "is_ours"]
@@ -285,6 +285,8 @@ class Finder(Parts):
         if not any(b in branch for b in varying) or not self.is_substantial(branch, m):
             return self.leak(near, branch)
         if not self.largest(branch, 0, m) and not any(self.depth(branch)):
+            if any(map(self.is_unseen, branch)):
+                return OUTSIDE
             return "it only weighs values: a token shift, an interpolation"
         weighted = [i for i in branch if any(nodes[x].weights for x in nodes[i].sources)]
         if weighted and all(self.is_grouped(i) for i in weighted):
