@@ -119,20 +119,22 @@ def test_subset_computes_fewer_rows_in_a_compiled_graph():
         assert changed.sum() == 2
 
 
+@pytest.mark.parametrize("blocks", [None, "all"])
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("block", [Mlp, Conv])
 def test_blocks_compiled_one_by_one_really_skip_and_equal_eager_with_the_same_decisions(
-    block, order
+    block, order, blocks
 ):
     model, x = build(block, depth=4)
-    eager = sd.apply(copy.deepcopy(model), p=0.5, example_inputs=x)
+    options = {"p": 0.5, "blocks": blocks, "example_inputs": x}
+    eager = sd.apply(copy.deepcopy(model), **options)
     counter = CompileCounterWithBackend("aot_eager")
     if order == "after":
-        sd.apply(model, p=0.5, example_inputs=x)
+        sd.apply(model, **options)
     for child in model:
         child.compile(backend=counter, fullgraph=True)
     if order == "before":
-        sd.apply(model, p=0.5, example_inputs=x)
+        sd.apply(model, **options)
     for step in range(20):
         torch.manual_seed(step)
         ours = model(x)

@@ -103,14 +103,17 @@ class Site:
     # The slots of the modules that the block's forward calls.
 
     def install(self) -> None:
-        slot = put(self.block)
-        slot.site = self
-        inner = slot_of(self.block)
-        inner.site = self  # where what is compiled goes
-        inner.decide_outside()
+        self.meet_calls()
         self._renew()
         for module in self._existing():
             put(module).site = PassOn(module)
+
+    def meet_calls(self) -> None:
+        """Stand in the slots of the block."""
+        put(self.block).site = self
+        inner = slot_of(self.block)
+        inner.site = self  # where what is compiled goes
+        inner.decide_outside()
 
     def _existing(self) -> list[nn.Module]:
         """The drop modules inside of what the branches call, where no frame meets their calls."""

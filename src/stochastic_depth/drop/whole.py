@@ -10,7 +10,7 @@ from ..find.plan import Plan
 from .around import Take, around
 from .frame import Frame
 from .site import Site
-from .slot import Slot, put, slot_of
+from .slot import Slot
 
 __all__ = ["WholeSite"]
 
@@ -19,8 +19,7 @@ class WholeSite(Site):
     """What the slot of such a block asks: it has one branch, itself."""
 
     def install(self) -> None:
-        put(self.block).site = self
-        slot_of(self.block).site = self
+        self.meet_calls()
 
     def reach(self) -> dict[str, Slot]:
         return {}
