@@ -152,6 +152,23 @@ def test_blocks_compiled_one_by_one_really_skip_and_equal_eager_with_the_same_de
     assert all(p.grad is None for p in model.parameters())  # nothing was computed of them
 
 
+def test_a_wrapper_that_is_compiled_really_skips():
+    torch.manual_seed(1)
+    # torch compiles no call of its own modules
+    model, x = sd.StochasticDepth(Mlp(), p=0.5, projection=Mlp()), torch.randn(3, 4)
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True)
+    outcomes = []
+    for step in range(10):
+        for m in (model, eager):
+            torch.manual_seed(step)
+            outcomes.append(m(x))
+        torch.testing.assert_close(*outcomes[-2:])
+    assert counter.frame_count == 1  # of the module and the projection, which are alike
+    assert 0 < model.branch.dropped == eager.branch.dropped < 10
+
+
 @pytest.mark.parametrize(
     "clone",
     [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],

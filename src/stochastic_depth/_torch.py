@@ -135,7 +135,7 @@ outside_graphs = _disable_dynamo
 # Where a graph of torch.compile's breaks inside of a block, the compiler goes on with one graph for
 # each function that is called from there, ours among them: of one call of ours, a part would be
 # traced and a part would run. So marked, a function runs as it is written; where it is called by
-# one that is traced, it is traced, too.
+# one that is traced, it is traced, too. Forwards are not marked: a module may be compiled.
 _AS_WRITTEN = torch._C._dynamo.eval_frame._FrameExecStrategy(
     torch._C._dynamo.eval_frame._FrameAction.SKIP,
     torch._C._dynamo.eval_frame._FrameAction.DEFAULT,
@@ -154,7 +154,8 @@ def _codes(own: Mapping[str, Any], module: str) -> Iterator[CodeType]:
     """What is in these attributes of a module, or of a class in it."""
     for x in own.values():
         if isinstance(x, type) and x.__module__ == module:
-            yield from _codes(vars(x), module)
+            own_forward = {"forward"} if issubclass(x, nn.Module) else set()
+            yield from _codes({k: v for k, v in vars(x).items() if k not in own_forward}, module)
         found = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
         found = getattr(found, "__wrapped__", found)
         if isinstance(found, FunctionType) and found.__module__ == module:

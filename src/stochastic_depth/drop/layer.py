@@ -172,6 +172,17 @@ class StochasticDepth(nn.Module):
 
         return around(run, shortcut, call, select)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what is wrapped, and the projection: a dropped call is skipped as before.
+
+        Args:
+            *args: of :func:`torch.compile`.
+            **kwargs: the same.
+        """
+        for module in (self.module, self.projection):
+            if isinstance(module, nn.Module):
+                module.compile(*args, **kwargs)
+
     def _decide(self, training: bool) -> tuple[Any, float]:
         if not training:
             return False, kept_weight(self.branch, training=False)
