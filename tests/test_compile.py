@@ -206,6 +206,48 @@ def test_blocks_that_are_alike_share_their_graphs_however_many_there_are(mode):
     assert counter.frame_count <= {"batch": 6, "row": 4, "subset": 10}[mode]
 
 
+class ByFunction(Mlp):
+    def __init__(self, mode: str, scale: str) -> None:
+        super().__init__()
+        self.p, self.options = 0.0, {"mode": mode, "scale": scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = lambda y: self.linear(self.norm(y))  # noqa: E731 - as users write it
+        return sd.residual(x, branch, p=self.p, training=self.training, **self.options)
+
+
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+@pytest.mark.parametrize("scale", ["train", "eval"])
+@pytest.mark.parametrize("form", ["applied", "whole", "wrapper", "function"])
+def test_both_ends_of_p_are_exact_in_graphs_that_were_made_for_other_rates(form, mode, scale):
+    options = {"mode": mode, "scale": scale}
+    if form == "function":
+        model = nn.Sequential(ByFunction(mode, scale))
+    elif form == "wrapper":
+        model = nn.Sequential(sd.StochasticDepth(Mlp(), p=0.5, **options))
+    else:
+        blocks = "all" if form == "whole" else None
+        model = nn.Sequential(Mlp())
+        sd.apply(model, 0.5, blocks=blocks, example_inputs=torch.randn(4, 4), **options)
+    x = torch.randn(6, 4)
+    norm, linear = (
+        next(m for m in model.modules() if type(m) is t) for t in (nn.LayerNorm, nn.Linear)
+    )
+    full = x + linear(norm(x))
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    (dial,) = [model[0]] if form == "function" else sd.branches(model)
+    for p in (0.5, 0.4, 0.3, 1.0, 0.2, 0.0, 1.0):
+        dial.p = p
+        out = fast(x)
+        if p in (0.0, 1.0):
+            torch.testing.assert_close(out, full if p == 0.0 else x)
+    if scale == "eval":
+        model.eval()
+        for p in (0.25, 1.0, 0.5, 0.0):
+            dial.p = p
+            torch.testing.assert_close(fast(x), x + (1.0 - p) * (full - x))
+
+
 class Broken(nn.Module):
     """A block whose graph breaks at one place."""
 

@@ -125,7 +125,8 @@ class Branch:
         # What compiled graphs read: a tensor and flags, so that a new rate makes no new graph. (In
         # float64 torch.compile would take it for a number.)
         self.rate = torch.tensor(p, dtype=torch.float32, device="cpu")
-        self.is_active, self.is_certain = p > 0.0, p in (0.0, 1.0)
+        # (Flags, since in a graph that is made for any rate a comparison is no bool.)
+        self.is_active, self.is_certain, self.is_always = p > 0.0, p in (0.0, 1.0), p == 1.0
 
     def __repr__(self) -> str:
         return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"

@@ -327,7 +327,7 @@ class _ByName(Draws):
         for branch in branches:
             n = self.calls[branch.name] = self.calls.get(branch.name, -1) + 1
             key = crc32(repr((self.seed, branch.name, n)).encode())
-            decisions.append(branch.p == 1.0 if branch.is_certain else key)
+            decisions.append(branch.is_always if branch.is_certain else key)
         return decisions
 
 

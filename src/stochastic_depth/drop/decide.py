@@ -14,7 +14,7 @@ def kept_weight(branch: Branch, training: bool) -> float:
     """The weight of a kept branch: 1/(1-p) in training, 1-p in evaluation, or 1, by its scale."""
     if branch.scale == "eval":
         return 1.0 if training else 1.0 - branch.p
-    if branch.scale == "none" or not training or branch.p == 1.0:
+    if branch.scale == "none" or not training or branch.is_always:
         return 1.0
     return 1.0 / (1.0 - branch.p)
 

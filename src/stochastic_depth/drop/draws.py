@@ -101,7 +101,7 @@ class Draws:
             RuntimeError: with such decisions the ranks could wait for each other for ever, or a
                 recomputed forward does not find its own again.
         """
-        decisions: list[Decision] = [branch.p == 1.0 for branch in branches]
+        decisions: list[Decision] = [branch.is_always for branch in branches]
         members = [i for i, branch in enumerate(branches) if 0.0 < branch.p < 1.0]
         if not members:
             return decisions

@@ -57,7 +57,7 @@ class Frame:
         if training:
             if self.compiling:
                 site.draws.check_graph()
-                decisions = [b.p == 1.0 if b.is_certain else None for b in branches]
+                decisions = [b.is_always if b.is_certain else None for b in branches]
             else:
                 decisions = self._decide(branches)
                 if self.outer:  # samples are masked in the graph, whose shapes stay the same

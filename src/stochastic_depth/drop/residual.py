@@ -98,7 +98,9 @@ def residual(
     about = Branch("residual()", "identity", (), place=place, mode=mode, scale=scale, target=rate)
     if not training or rate == 0.0:
         decision: Any = False
-    elif torch.compiler.is_compiling() and rate < 1.0:
+    elif rate == 1.0:
+        decision = True
+    elif torch.compiler.is_compiling():
         _draws(generator).check_graph()
         decision = None
     else:
