@@ -197,7 +197,7 @@ def scaled_gelu(x: Tensor) -> Tensor:
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # it is there still, and in many models
+    warnings.simplefilter("ignore")  # it is deprecated, and in many models
     scripted = torch.jit.script(scaled_gelu)
 
 
