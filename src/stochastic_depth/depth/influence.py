@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .._torch import tree_leaves
 from ..branch import Branch
-from ..find.flow import ADD, SUBTRACT, Key
+from ..find.flow import Key
+from ..find.functions import ADD, SUBTRACT
 from ..find.meet import record
 from ..find.record import Recorder
 from ..find.state import copied, in_mode, untouched

@@ -1,7 +1,8 @@
 """What a frame does with the values of a branch between its calls, and what cannot be run."""
 
-from .flow import ADD, SUBTRACT, Flow
+from .flow import Flow
 from .frames import Frame, Member
+from .functions import ADD, SUBTRACT
 from .parts import OUTSIDE, WRITES
 
 __all__ = [

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..branch import Spot
 from .batch import first_samples
-from .flow import ADD, SUBTRACT, Flow
+from .flow import Flow
+from .functions import ADD, SUBTRACT
 from .meet import record
 from .plan import Findings, Refused, only
 from .record import Recorder

@@ -9,18 +9,9 @@ from torch import Tensor, nn
 
 from .plan import Form, Spot
 
-__all__ = ["ADD", "SUBTRACT", "VIEWS", "Call", "Flow", "Key", "Node"]
+__all__ = ["Call", "Flow", "Key", "Node"]
 
 Key = tuple[int, str, int]  # of the call; a function; how many of its values were made before
-
-ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-SUBTRACT = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
-VIEWS = {
-    "chunk", "expand", "flatten", "permute", "reshape", "split", "squeeze", "transpose", "item",
-    "unbind", "unflatten", "unsqueeze", "view", "view_as", "contiguous", "__getitem__", "roll",
-    "pad", "cat", "concat", "stack", "to", "type_as", "float", "alias", "narrow", "select",
-    "movedim", "swapaxes", "T", "mT", "clone", "detach", "tensor_split", "half", "bfloat16",
-}  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """How much there is to a set of values: weights, layers one after the other, modules."""
 
-from .flow import ADD, VIEWS, Flow
+from .flow import Flow
+from .functions import ADD, VIEWS
 
 __all__ = ["Measures"]
 

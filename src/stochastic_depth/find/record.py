@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_flatten, tree_unflatten
-from .flow import ADD, SUBTRACT, Call, Flow, Key, Node
+from .flow import Call, Flow, Key, Node
 from .form import form_of
+from .functions import FROM_PYTHON, LOOKS, MAY_ADD, OVERWRITES, RANDOM
 from .ranks import held, is_between_ranks, is_sharded
 from .spot import spot
 from .state import attributes
@@ -31,23 +32,6 @@ from .tensors import (
 from .written import Written
 
 __all__ = ["Recorder"]
-
-_SUMS = ADD | SUBTRACT | {
-    "addcmul", "addcmul_", "addcdiv", "addcdiv_", "lerp", "lerp_", "addmm", "addmm_", "baddbmm",
-    "addbmm", "addmv", "index_add", "index_add_", "scatter_add", "scatter_add_", "stack", "cat",
-    "concat", "concatenate", "sum", "hstack", "vstack", "where", "__setitem__", "einsum", "fsum",
-}  # fmt: skip
-_LOOKS = {
-    "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy",
-    "__array__", "equal", "allclose", "is_nonzero", "__complex__",
-}  # fmt: skip
-_OVERWRITES = {"bernoulli_", "uniform_", "normal_", "random_"}
-_FROM_PYTHON = {"tensor", "as_tensor", "from_numpy", "asarray", "frombuffer", "full"}
-_RANDOM = {
-    "rand", "rand_like", "randn", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
-    "normal", "randint", "randint_like", "randperm", "exponential_", "geometric_", "multinomial",
-    "poisson", "binomial", "random_", "log_normal_", "cauchy_", "empty_like", "new_empty",
-}  # fmt: skip
 
 
 class Recorder(TorchFunctionMode):
@@ -245,7 +229,7 @@ class Recorder(TorchFunctionMode):
         if kwargs:
             tensors_in(kwargs, given)
         versions = [version_of(t) for t in given]
-        if name in _SUMS:
+        if name in MAY_ADD:
             args, kwargs = self.before(func, name, args, kwargs, given)
         result = func(*args, **kwargs)
         changed = [
@@ -259,7 +243,7 @@ class Recorder(TorchFunctionMode):
             fresh = [t for t in tensors_in(result, []) if not any(t is g for g in given)]
         else:
             fresh = []
-            if name in _LOOKS and given:
+            if name in LOOKS and given:
                 self._look(given)
         if changed or fresh:
             return self._record(func, name, args, kwargs, given, changed, fresh, result)
@@ -287,7 +271,7 @@ class Recorder(TorchFunctionMode):
         call = self.stack[-1] if self.stack else -1
         if name.endswith("_as") or name == "to":  # of the second, the shape or the dtype alone
             sources = sources[:1]
-        elif name in _FROM_PYTHON and call in self.looked:
+        elif name in FROM_PYTHON and call in self.looked:
             sources += tuple(self.looked[call])
         outputs = [*changed, *fresh]
         several = len(outputs) > 1 and not changed
@@ -295,20 +279,20 @@ class Recorder(TorchFunctionMode):
         index = self._add(node, None if several else outputs[0])
         if name.endswith("_like") or name.startswith("new_"):  # of its argument, the shape alone
             node.varies = node.weights = False
-        if name in _RANDOM:
-            node.random = not node.varies or name in _OVERWRITES
+        if name in RANDOM:
+            node.random = not node.varies or name in OVERWRITES
             node.varies = node.varies and name == "bernoulli"
         elif name in ("zero_", "fill_") and len(given) == 1:
             node.varies = False
         if len(given) > 1:
             node.parts = (
                 tuple(self.source(a) for a in args if isinstance(a, Tensor))
-                if name in _SUMS
+                if name in MAY_ADD
                 else ()
             )
             if not node.parts or (len(node.parts) < 2 and kwargs):
                 node.parts = sources
-        if name in _SUMS:
+        if name in MAY_ADD:
             node.spot = spot(3)
             alpha = kwargs.get("alpha", 1)
             node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0

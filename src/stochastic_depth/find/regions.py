@@ -15,7 +15,8 @@ from typing import Literal
 
 from torch import nn
 
-from .flow import ADD, SUBTRACT, VIEWS, Flow, Node
+from .flow import Flow, Node
+from .functions import ADD, SUBTRACT, VIEWS
 from .parts import OUTSIDE, Parts
 from .plan import Merge
 
