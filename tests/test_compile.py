@@ -74,6 +74,51 @@ def test_whole_model_is_one_graph_over_many_steps(block, mode):
     assert len(outputs) > 2  # the decisions were not frozen when the graph was made
 
 
+class Flat(nn.Module):
+    """A model that is one block, with all branches in its own forward."""
+
+    def __init__(self, place: str = "") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+            if self.place:
+                torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+def test_a_model_that_is_one_block_is_one_graph(mode, given):
+    model, x = Flat(), torch.randn(8, 4, requires_grad=True)
+    sd.apply(model, 0.5, mode=mode, schedule="uniform", example_inputs=x if given else None)
+    fast, counter = compiled(model)
+    outs = []
+    for _ in range(10):
+        outs.append(fast(x))
+        outs[-1].sum().backward()
+    assert counter.frame_count == 1
+    assert len({tuple(out.flatten().tolist()) for out in outs}) > 2
+
+
+@pytest.mark.filterwarnings("ignore:.*recompile_limit")
+def test_a_model_that_is_one_block_and_breaks_drops_as_in_eager_mode():
+    model, x = Flat("after each sum"), torch.randn(8, 4)
+    sd.apply(model, 0.5, schedule="uniform", example_inputs=x)
+    eager = copy.deepcopy(model)
+    fast = torch.compile(model, backend="eager")
+    for step in range(6):
+        outs = []
+        for m in (fast, eager):
+            torch.manual_seed(step)
+            outs.append(m(x))
+        torch.testing.assert_close(*outs)
+    assert [b.dropped for b in sd.branches(model)] == [b.dropped for b in sd.branches(eager)]
+
+
 @pytest.mark.parametrize("block", [Mlp, Conv])
 def test_outcomes_of_compiled_batch_mode_are_those_of_the_paths(block):
     model, x = build(block, depth=1)

@@ -1,5 +1,6 @@
 """Models whose inputs cannot be guessed: the first training batch settles what is found."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,3 +97,12 @@ def test_a_graph_that_must_be_whole_says_that_it_cannot_settle(batch: Any) -> No
     model = sd.apply(Told(), p=0.5)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Pending"):
         torch.compile(model, backend="eager", fullgraph=True)(*batch)
+
+
+def test_before_the_first_batch_a_model_that_is_one_block_has_its_weights_in_evaluation() -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(2, 3, 4)
+    settled = sd.apply(copy.deepcopy(model), 0.5, scale="eval", example_inputs=x)
+    pending = sd.apply(copy.deepcopy(model), 0.5, scale="eval")
+    assert not torch.allclose(settled(x), model(x))
+    assert torch.equal(pending(x), settled(x))

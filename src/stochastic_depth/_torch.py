@@ -5,9 +5,9 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ __all__ = [
     "outside_graphs",
     "saved_tensors_hooks",
     "start_no_graph",
+    "starts_graphs",
     "tell_apart",
     "tree_flatten",
     "tree_leaves",
@@ -47,6 +48,8 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # ``nn.Module.__call__`` looks these up on the instance: what stands there meets every call.
 CALL = "_call_impl"
@@ -136,10 +139,17 @@ outside_graphs = _disable_dynamo
 # each function that is called from there, ours among them: of one call of ours, a part would be
 # traced and a part would run. So marked, a function runs as it is written; where it is called by
 # one that is traced, it is traced, too. Forwards are not marked: a module may be compiled.
+_STARTS_GRAPHS = "_starts_graphs"
 _AS_WRITTEN = torch._C._dynamo.eval_frame._FrameExecStrategy(
     torch._C._dynamo.eval_frame._FrameAction.SKIP,
     torch._C._dynamo.eval_frame._FrameAction.DEFAULT,
 )
+
+
+def starts_graphs(function: F) -> F:
+    """Leave this function out of :func:`start_no_graph`."""
+    setattr(function, _STARTS_GRAPHS, True)
+    return function
 
 
 def start_no_graph(package: str) -> None:
@@ -158,7 +168,9 @@ def _codes(own: Mapping[str, Any], module: str) -> Iterator[CodeType]:
             yield from _codes({k: v for k, v in vars(x).items() if k not in own_forward}, module)
         found = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
         found = getattr(found, "__wrapped__", found)
-        if isinstance(found, FunctionType) and found.__module__ == module:
+        if not isinstance(found, FunctionType) or hasattr(found, _STARTS_GRAPHS):
+            continue
+        if found.__module__ == module:
             yield from _with_inner(found.__code__)
 
 

@@ -283,18 +283,31 @@ class Pending:
         settings: the arguments of ``apply``.
     """
 
+    is_root = True
+
     def __init__(self, model: nn.Module, part: nn.Module, settings: Settings) -> None:
         self.model, self.part, self.settings = model, part, settings
         self.under = put(part).site  # the part's own site, if it is a block
         self.given = {branch: choices(branch) for branch in branches(part)}
 
     def is_active(self) -> bool:
-        # In a graph what was found on inputs that were made up has to do, where anything was.
+        return self._settles() or (self.under is not None and self.under.is_active())
+
+    def _settles(self) -> bool:
+        """Whether a call now is the first real one.
+
+        In a graph what was found on inputs that were made up has to do, where anything was.
+        """
         return self.part.training and not (self.given and torch.compiler.is_compiling())
 
-    @outside_graphs
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         """Find on a real batch, then make the call."""
+        if self._settles():
+            return self._settle(args, kwargs)
+        return self.under.run(slot, args, kwargs)
+
+    @outside_graphs
+    def _settle(self, args: Any, kwargs: Any) -> Any:
         from .apply import settle
 
         settle(self.model, self.part, self.settings, self.given, args, dict(kwargs))

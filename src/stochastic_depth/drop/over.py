@@ -42,6 +42,8 @@ class Over:
         fresh: those of its branches that no site under it decides on.
     """
 
+    is_root = False
+
     def __init__(self, site: Site, fresh: frozenset[Branch]) -> None:
         self.site, self.fresh = site, fresh
         self.under: Any = None

@@ -52,6 +52,7 @@ class Site:
         self.block, self.branches, self.plans = block, branches, plans
         self.draws, self.watch, self.findings = draws, watch, findings
         self.is_repeated = False  # checkpointing in the block has repeated calls of its children
+        self.is_root = any(branch.name.startswith(":") for branch in branches)
         self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
         self.has_scale = any(branch.scale == "eval" for branch in branches)
@@ -307,6 +308,8 @@ class Site:
 
 class PassOn:
     """Stands in the slot of a DropPath whose branch we decide on: it hands on what it is given."""
+
+    is_root = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

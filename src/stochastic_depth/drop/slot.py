@@ -25,6 +25,8 @@ from .._torch import (
     class_call,
     class_replicate,
     graph_task,
+    is_compiled_around,
+    starts_graphs,
     tell_apart,
 )
 from .repeats import Repeat, Repeats
@@ -96,6 +98,8 @@ class Slot:
                     return frame.call(name, self, args, kwargs)
         site = self.site
         if site is not None and site.is_active():
+            if site.is_root and not torch.compiler.is_compiling() and is_compiled_around():
+                return _traced(self, args, kwargs)
             return site.run(self, args, kwargs)
         if self.inner is not None:
             return self.inner(*args, **kwargs)
@@ -159,6 +163,12 @@ class Slot:
         if site is not None:
             slot.site = site.of_replica(replica)
         return replica
+
+
+@starts_graphs
+def _traced(slot: Slot, args: Any, kwargs: Any) -> Any:
+    """A call of a whole model that is compiled: one graph, unless it breaks in it."""
+    return slot.run(*args, **kwargs)
 
 
 def slot_of(module: nn.Module) -> Any:
