@@ -597,3 +597,35 @@ def test_a_model_that_ran_compiled_before_drops_as_soon_as_it_is_applied(compile
     with sd.skip(model, "*:one", example_inputs=x):
         torch.testing.assert_close(run(x), drops_by_hand(plain, x, True, False))
     torch.testing.assert_close(run(x), plain(x))
+
+
+class Within(Mlp):
+    """Plain, but for a function in it that is compiled."""
+
+    def __init__(self, part: str, backend: str) -> None:
+        super().__init__()
+        wrap = torch.compile(backend=backend)
+        self.act = wrap(torch.tanh) if part == "activation" else torch.tanh
+        self.add = wrap(torch.add) if part == "sum" else torch.add
+        self.whole = wrap(self.compute) if part == "forward" else self.compute
+
+    def compute(self, x: Tensor) -> Tensor:
+        return self.add(x, self.act(self.linear(self.norm(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x)
+
+
+@pytest.mark.parametrize("part", ["activation", "sum", "forward"])
+def test_a_function_that_is_compiled_inside_of_a_forward_meets_the_branch(part):
+    model, x = Within(part, "eager"), torch.randn(6, 4)
+    full = model(x).detach()
+    sd.apply(model, 0.5, example_inputs=x)
+    (branch,) = sd.branches(model)
+    for step in range(8):
+        torch.manual_seed(step)
+        dropped = branch.dropped
+        out = model(x)
+        expected = x if branch.dropped > dropped else x + 2 * (full - x)
+        torch.testing.assert_close(out, expected)
+    assert 0 < branch.dropped < 8

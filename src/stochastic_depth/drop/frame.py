@@ -159,9 +159,9 @@ class Frame:
 
     def _may_be_repeated(self, apart: bool) -> bool:
         """Whether a backward pass may repeat what is called now, without this frame."""
-        return not (self.compiling or self.outer) and (
-            apart or saved_tensors_hooks() is not self.hooks
-        )
+        if self.compiling or self.outer or torch.compiler.is_compiling():
+            return False
+        return apart or saved_tensors_hooks() is not self.hooks
 
     def decisions(self) -> Any:
         return [(run.dropped, run.seed) for run in self.runs]

@@ -286,9 +286,8 @@ class Finder(Parts):
         if not any(b in branch for b in varying) or not self.is_substantial(branch, m):
             return self.leak(near, branch)
         if not self.largest(branch, 0, m) and not any(self.depth(branch)):
-            if any(map(self.is_unseen, branch)):
-                return OUTSIDE
-            return "it only weighs values: a token shift, an interpolation"
+            weighs = "it only weighs values: a token shift, an interpolation"
+            return OUTSIDE if any(map(self.is_unseen, branch)) else weighs
         weighted = [i for i in branch if any(nodes[x].weights for x in nodes[i].sources)]
         if weighted and all(self.is_grouped(i) for i in weighted):
             return "it is made of grouped convolutions alone: a positional encoding"
