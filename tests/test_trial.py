@@ -46,18 +46,11 @@ class Picky(nn.Linear):
         return super().forward(x)
 
 
-class Around(nn.Module):
-    def __init__(self, f: nn.Module) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
-
-
 def test_where_a_branch_takes_no_selected_samples_its_error_is_told() -> None:
+    model = Block(least=1)
+    model.f = Picky(4, 4)
     with pytest.warns(UserWarning, match="samples selected, the model fails: ValueError: too few"):
-        model = sd.apply(Around(Picky(4, 4)), 0.5, mode="row", example_inputs=torch.randn(4, 4))
+        sd.apply(model, 0.5, mode="row", example_inputs=torch.randn(4, 4))
     (branch,) = sd.branches(model)
     out = model(x := torch.ones(4, 4)) - x
     assert branch.decided == 4

@@ -140,10 +140,8 @@ outside_graphs = _disable_dynamo
 # traced and a part would run. So marked, a function runs as it is written; where it is called by
 # one that is traced, it is traced, too. Forwards are not marked: a module may be compiled.
 _STARTS_GRAPHS = "_starts_graphs"
-_AS_WRITTEN = torch._C._dynamo.eval_frame._FrameExecStrategy(
-    torch._C._dynamo.eval_frame._FrameAction.SKIP,
-    torch._C._dynamo.eval_frame._FrameAction.DEFAULT,
-)
+_frames = torch._C._dynamo.eval_frame
+_AS_WRITTEN = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
 
 
 def starts_graphs(function: F) -> F:
@@ -157,7 +155,7 @@ def start_no_graph(package: str) -> None:
     for name, module in list(sys.modules.items()):
         if name == package or name.startswith(f"{package}."):
             for code in _codes(vars(module), name):
-                torch._C._dynamo.eval_frame.set_code_exec_strategy(code, _AS_WRITTEN)
+                _frames.set_code_exec_strategy(code, _AS_WRITTEN)
 
 
 def _codes(own: Mapping[str, Any], module: str) -> Iterator[CodeType]:
@@ -183,7 +181,7 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 # Whether the functions that are called now are compiled, though none is being traced.
 def is_compiled_around() -> bool:
-    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+    return not torch.compiler.is_compiling() and callable(_frames.get_eval_frame_callback())
 
 
 # FSDP1 puts the parameters of a unit into one flat one, and views of that in their place.

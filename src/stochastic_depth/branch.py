@@ -122,10 +122,10 @@ class Branch:
     def set_rate(self, p: float) -> None:
         """Drop with probability ``p`` from now on, and leave the target as it is."""
         self._p = p
-        # What compiled graphs read: a tensor and flags, so that a new rate makes no new graph. (In
-        # float64 torch.compile would take it for a number.)
+        # What compiled graphs read: a tensor, so that a new rate makes no new graph (in float64
+        # torch.compile would take it for a number), and flags, as in a graph that is made for any
+        # rate what is compared with it is no bool.
         self.rate = torch.tensor(p, dtype=torch.float32, device="cpu")
-        # (Flags, since in a graph that is made for any rate a comparison is no bool.)
         self.is_active, self.is_certain, self.is_always = p > 0.0, p in (0.0, 1.0), p == 1.0
 
     def __repr__(self) -> str:

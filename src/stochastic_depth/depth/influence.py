@@ -1,6 +1,7 @@
 """1 - cosine between what goes into a branch's sum, or a block, and what comes out."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,9 +69,16 @@ def _features(x: Tensor, block: nn.Module) -> int | None:
 class _Watching(Recorder):
     """Sees each branch meet its shortcut."""
 
-    merges: dict[Key, list[tuple[int, Branch]]]
-    result: Influences
-    blocks: dict[Branch, nn.Module]
+    def __init__(
+        self,
+        merges: dict[Key, list[tuple[int, Branch]]],
+        result: Influences,
+        blocks: dict[Branch, nn.Module],
+        model: nn.Module,
+        constants: list[Tensor],
+    ) -> None:
+        self.merges, self.result, self.blocks = merges, result, blocks
+        super().__init__(model, constants)
 
     def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
         key = self.key(name, self.stack[-1] if self.stack else -1)
@@ -97,8 +105,7 @@ def influence_of_branches(
         for merge in look.found.merges[branch]:
             merges.setdefault(merge.key, []).append((merge.position, branch))
     blocks = {b: model.get_submodule(block_of(b)) for b in branches}
-    space = {"merges": merges, "result": result, "blocks": blocks}
-    recorder = type("_Watching", (_Watching,), space)
+    recorder = partial(_Watching, merges, result, blocks)
     for args, kwargs in calls:
         record(model, args, kwargs, False, recorder, constants=look.found.constants)
     return result

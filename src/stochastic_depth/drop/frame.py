@@ -72,10 +72,8 @@ class Frame:
             by_hand = branch in forced
             if by_hand:
                 decision, weight = forced[branch]
-            if self.outer and weight != 1.0:
-                weight = torch.tensor(
-                    weight, dtype=torch.float32, device="cpu"
-                )  # one graph for any rate
+            if self.outer and weight != 1.0:  # one graph for any rate
+                weight = torch.tensor(weight, dtype=torch.float32, device="cpu")
             dtype = self.plan.dtypes.get(i)
             run = Run(branch, decision, weight, device, site, dtype, in_graph)
             runs.append(run)

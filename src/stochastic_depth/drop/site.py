@@ -212,9 +212,8 @@ class Site:
 
     def is_outer(self, slot: Slot) -> bool:
         """Whether compiled code makes the call, and its decisions are made out here."""
-        if torch.compiler.is_compiling():
-            return False
-        return slot.inner is not None or slot.module is not self.block or is_compiled_around()
+        compiled = slot.inner is not None or slot.module is not self.block or is_compiled_around()
+        return compiled and not torch.compiler.is_compiling()
 
     def _check_forced(self, plan: Plan) -> None:
         """Raise where a branch is to be left out by hand that a call of this form needs."""

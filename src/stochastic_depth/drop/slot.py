@@ -98,7 +98,7 @@ class Slot:
                     return frame.call(name, self, args, kwargs)
         site = self.site
         if site is not None and site.is_active():
-            if site.is_root and not torch.compiler.is_compiling() and is_compiled_around():
+            if site.is_root and is_compiled_around():
                 return _traced(self, args, kwargs)
             return site.run(self, args, kwargs)
         if self.inner is not None:

@@ -87,9 +87,8 @@ def _noise(*shape: int) -> Tensor:
 
 
 def _tokens(words: int, length: int) -> Tensor:
-    return torch.arange(2 * length, device="cpu").reshape(2, length) * 7 % max(words - 4, 1) + min(
-        3, words - 1
-    )
+    numbers = torch.arange(2 * length, device="cpu").reshape(2, length)
+    return numbers * 7 % max(words - 4, 1) + min(3, words - 1)
 
 
 def _required(model: nn.Module) -> int:

@@ -83,10 +83,9 @@ class Recorder(TorchFunctionMode):
 
     def _given(self, t: Tensor) -> int | None:
         """The node of an argument; one that was not seen being made comes from the caller."""
-        known = self.node(t)
-        if known is None and id(t) not in self.own and not isinstance(t, nn.Parameter):
-            return self.source(t)
-        return known
+        if id(t) in self.own or isinstance(t, nn.Parameter):
+            return self.node(t)
+        return self.source(t)
 
     def leave(self, number: int, result: Any) -> None:
         """It has returned ``result``."""
