@@ -38,7 +38,8 @@ class Side:
             output = self.model(self.x)
         loss = output.float().square().mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:  # not if all is dropped, of a model that is blocks alone
+            loss.backward()
         self.optimizer.step()
 
     def autocast(self) -> torch.autocast:
@@ -104,20 +105,29 @@ def interleave(
 def branch_shares(side: Side, repeats: int = 3) -> dict[str, float]:
     """What each branch adds to the time of a plain step, forward and backward, as a share of it.
 
+    A step without any branch tells what they add together, and steps without one each tell how
+    that is divided: summed up by themselves, many small differences are mostly noise.
+
     Args:
         side: an applied model, with every rate 0.
-        repeats: how often both are measured, in turns; the medians count.
+        repeats: how often each step is measured beside a plain one; the medians count.
     """
     branches = sd.branches(side.model)
-    shares: dict[str, list[float]] = {branch.name: [] for branch in branches}
-    for _ in range(repeats + 1):
-        for branch in branches:
-            plain = seconds(side.step, side.x.device)
-            with forced({branch: (True, 1.0)}):
-                without = seconds(side.step, side.x.device)
-            shares[branch.name].append(1.0 - without / plain)
+    shares = {branch.name: max(0.0, _share(side, [branch], repeats)) for branch in branches}
+    together = _share(side, branches, 3 * repeats)
     side.optimizer.zero_grad()
-    return {name: max(0.0, statistics.median(s[1:])) for name, s in shares.items()}
+    whole = sum(shares.values())
+    return {name: together * share / whole for name, share in shares.items()} if whole else shares
+
+
+def _share(side: Side, branches: list[sd.Branch], repeats: int) -> float:
+    """What a step is shorter without these branches, as a share of a plain one."""
+    found = []
+    for _ in range(repeats + 1):
+        plain = seconds(side.step, side.x.device)
+        with forced(dict.fromkeys(branches, (True, 1.0))):
+            found.append(1.0 - seconds(side.step, side.x.device) / plain)
+    return statistics.median(found[1:])
 
 
 def peak_mebibytes(side: Side, steps: int = 2) -> float:
