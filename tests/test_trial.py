@@ -55,3 +55,31 @@ def test_where_a_branch_takes_no_selected_samples_its_error_is_told() -> None:
     out = model(x := torch.ones(4, 4)) - x
     assert branch.decided == 4
     assert branch.dropped == int((out == 0).all(1).sum())
+
+
+class Counting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / len(x)
+
+
+class Few(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(least=1)
+        self.block.f = Counting(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+@pytest.mark.parametrize("blocks", [None, "block"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_is_tried_with_a_part_of_the_samples(size: int, blocks: str | None) -> None:
+    model = Few()
+    with pytest.warns(UserWarning, match="its samples are not independent"):
+        sd.apply(model, 0.5, mode="row", blocks=blocks, example_inputs=torch.randn(size, 4))
+    plain = model.block.f(x := torch.ones(5, 4)) * 2.0
+    for _ in range(8):
+        added = model(x) - x
+        assert all(torch.allclose(a, b) or not a.any() for a, b in zip(added, plain, strict=True))
+    assert sd.branches(model)[0].dropped > 0

@@ -16,6 +16,7 @@ from .drop.draws import Draws
 from .drop.force import forced, plain
 from .drop.merging import slots
 from .drop.site import Site
+from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
 from .find.meet import uncompiled
 from .find.plan import Findings, Refused, only
@@ -35,16 +36,19 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     counted twice, or on some samples twice and on the others not at all; the latter is compared
     with the plain model whose sums count them so. Where that fails, each branch is tried alone, and
     what fails is refused with the reason. Where samples are selected and that fails, selecting is
-    compared with computing all and masking, and where these differ, samples are masked.
+    compared with computing all and masking, and where these differ, samples are masked. Of blocks
+    that are dropped as a whole only the latter is tried: they enter no sum.
     """
     if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
         return findings  # no values to compare
-    found = [b for b in findings.branches if b.kind != "block"]
-    if not found:
+    found = findings.branches
+    whole = any(b.kind == "block" for b in found)
+    if not found or (whole and all(b.place is None for b in found)):
         return findings
     of_block = by_block(found)
+    kind = WholeSite if whole else Site
     sites = [
-        Site(
+        kind(
             model.get_submodule(name),
             of_block.get(name, []),
             dict(plans),
@@ -59,7 +63,9 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     reasons: dict[Branch, str | None] = {}
     try:
         trial = _Trial(model, findings, args, kwargs)
-        if not trial.is_right_at_once(found):
+        if whole:
+            trial.mask_what_fails(found)
+        elif not trial.is_right_at_once(found):
             if trial.failure(found) is not None:
                 reasons = {b: trial.failure([b]) for b in found}
             trial.mask_what_fails([b for b in found if not reasons.get(b)])
@@ -203,11 +209,11 @@ class _Trial:
 
 @contextmanager
 def _choosing(branches: Sequence[Branch]) -> Iterator[dict[Branch, tuple[int, float]]]:
-    """Decisions by which each of them selects about half of its samples, for as long."""
+    """Decisions by which each of them selects half of its samples, for as long."""
     with ExitStack() as stack:
         for branch in branches:
             stack.callback(vars(branch).update, dict(vars(branch)))
-            branch.mode, branch.scale = "row", "train"
+            branch.mode, branch.scale = "subset", "train"  # never all of them, nor none
             branch.set_rate(0.5)
         yield {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
 

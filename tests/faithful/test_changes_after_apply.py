@@ -85,6 +85,75 @@ def test_a_wrapper_may_be_put_on_a_child(wrap: Callable) -> None:
     assert_weighed(ours, plain, data())
 
 
+# --- calls that return something else than before
+
+
+class Returning(nn.Module):
+    """Returns its value alone, or with something beside it."""
+
+    beside: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.f(x)
+        return {None: y, "nothing": (y, None), "a tensor": (y, y.exp())}[self.beside]
+
+
+class Reading(nn.Module):
+    reads = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Returning()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x)
+        if isinstance(y, tuple):
+            y, beside = y
+            if self.reads and beside is not None:
+                return x + y, beside.sum()
+        return x + y
+
+
+class ReadingModel(nn.Module):
+    def __init__(self, beside: str | None) -> None:
+        super().__init__()
+        self.block = Reading()
+        self.block.attention.beside = beside
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block(x)
+
+
+def run_often(model: nn.Module, x: Tensor) -> None:
+    for _ in range(8):
+        model(x)
+
+
+@pytest.mark.parametrize("size", [2, 6])  # one sample of two would be broadcast over both
+def test_an_attention_may_return_its_weights_after_all(size: int) -> None:
+    ours, plain = twins(net(ReadingModel, "nothing"), data(size, 4), mode="row", p=0.5)
+    ours.block.attention.beside = plain.block.attention.beside = "a tensor"
+    assert_weighed(ours, plain, data(size, 4), steps=20)
+    ours.block.reads = True
+    with pytest.raises(RuntimeError, match="something else than when it was watched"):
+        run_often(ours, data(size, 4))
+
+
+@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("beside", [None, "a tensor"])
+def test_selected_samples_do_not_come_out_where_nothing_is_known(
+    beside: str | None, size: int
+) -> None:
+    ours, _ = twins(net(ReadingModel, beside), data(size, 4), mode="row", p=0.5)
+    ours.block.attention.beside = None if beside else "a tensor"
+    with pytest.raises(RuntimeError, match="something else than when it was watched"):
+        run_often(ours, data(size, 4))
+
+
 # --- children that are replaced: a branch is where it is
 
 

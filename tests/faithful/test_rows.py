@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 
-from .twins import assert_weighed, data, net, twins
+from .twins import assert_equal_outcomes, assert_weighed, data, net, outcome, twins
 
 ALL_MODES = ["batch", "row", "subset"]
 
@@ -245,6 +245,60 @@ def test_nodes_of_a_graph_are_computed_from_all_their_neighbours(mode: str) -> N
         nothing = added.abs().amax(1) == 0
         assert (right | nothing).all()
     assert sd.branches(ours)[0].dropped > 0
+
+
+class Biased(nn.Module):
+    """Hands its bias on, as attention does with that of its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return self.f(x) * bias, bias
+
+
+class BiasedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Biased()
+
+    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        y, bias = self.attention(x, bias)
+        return x + y, bias
+
+
+class TwoBiased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = BiasedBlock(), BiasedBlock()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        middle, bias = self.first(x, x.square())
+        return middle, *self.second(middle, bias)
+
+
+@pytest.mark.parametrize("size", [2, 7])  # one sample of two would be broadcast over both
+@pytest.mark.parametrize("blocks", [None, BiasedBlock])
+def test_what_a_call_hands_on_has_all_samples(blocks: type[nn.Module] | None, size: int) -> None:
+    x = data(size, 4)
+    ours, plain = twins(net(TwoBiased), x, mode="row", p=0.5, blocks=blocks)
+    first, second = sd.branches(ours)
+    weights: dict[nn.Module, Tensor] = {}
+    for block in (plain.first, plain.second):
+        block.attention.register_forward_hook(lambda m, _, out: (out[0] * weights[m], out[1]))
+    for step in range(8):
+        mine = outcome(ours, x, seed=step)
+        middle, last = mine["result 0"], mine["result 1"]
+        weights[plain.first.attention] = 2.0 * (x != middle).any(1, keepdim=True)
+        weights[plain.second.attention] = 2.0 * (middle != last).any(1, keepdim=True)
+        mine.pop("next random numbers")
+        theirs = outcome(plain, x, seed=step)
+        theirs.pop("next random numbers")
+        assert_equal_outcomes(mine, theirs)
+    for branch in (first, second):
+        assert branch.place is not None
+        assert 0 < branch.dropped < branch.decided == 8 * size
 
 
 def test_a_number_beside_the_batch_does_not_keep_samples_from_being_selected() -> None:

@@ -94,7 +94,7 @@ def test_what_a_gate_returns_is_known_by_leaf() -> None:
 
     found = look(Layer(), torch.randn(3, WIDTH), torch.ones(3, WIDTH))
     (gate,) = only_plan(found).gates["attention"]
-    kinds = ["branch", "argument", "none", "none", "value"]
+    kinds = ["branch", "argument", "unread", "none", "value"]
     assert [leaf.kind for leaf in gate.returned] == kinds
     assert gate.returned[1] == Leaf("argument", 1)
     assert sorted(tree_leaves(gate.structure)) == [0, 1, 2, 3, 4]

@@ -47,7 +47,9 @@ class Run(Merging):
         if self.computed is not None:
             entered = self._entered(gate, args, kwargs)
             if entered is not None:
-                return self._each(gate, run(*entered[0], **entered[1]), self._leave)
+                out = run(*entered[0], **entered[1])
+                self.check_returned(gate, out)
+                return _handed_on(gate, self._each(gate, out, self._leave), args, kwargs)
         if parts:
             args, kwargs = tree_map_only(Part, whole, (args, kwargs))
         if self.mask is None:
@@ -73,7 +75,7 @@ class Run(Merging):
         for i, returned in enumerate(gate.returned):
             if returned.kind == "argument":
                 leaves.append(given[returned.argument])
-            elif returned.kind == "none":
+            elif returned.kind in ("none", "unread"):
                 leaves.append(None)
             elif returned.kind == "value":
                 leaves.append(leaf(i))
@@ -141,26 +143,26 @@ class Run(Merging):
             return taken
         return _select(x, at, place.dim)
 
-    def _each(
-        self, gate: Gate, out: Any, change: Callable[[Gate, Tensor, Place | None], Any]
-    ) -> Any:
+    def _each(self, gate: Gate, out: Any, change: Callable[[Gate, Tensor, Leaf], Any]) -> Any:
         """``out`` with the branch's tensors in it changed."""
         if isinstance(out, Tensor):
-            place = gate.returned[0].place if gate.returned else None
-            return change(gate, out, place)
+            return change(gate, out, gate.returned[0] if gate.returned else _BRANCH)
         leaves, structure = tree_flatten(out)
         known = gate.returned if len(gate.returned) == len(leaves) else (_BRANCH,) * len(leaves)
         changed = [
-            change(gate, x, leaf.place)
-            if isinstance(x, Tensor) and leaf.kind in ("branch", "none")
+            change(gate, x, leaf)
+            if isinstance(x, Tensor) and leaf.kind in ("branch", "unread", "none")
             else x
             for x, leaf in zip(leaves, known, strict=True)
         ]
         return tree_unflatten(changed, structure)
 
-    def _leave(self, gate: Gate, x: Tensor, place: Place | None) -> Any:
+    def _leave(self, gate: Gate, x: Tensor, leaf: Leaf) -> Any:
         """A result that has the computed samples only."""
         assert self.computed is not None
+        if leaf.kind == "none":
+            return self.unknown()
+        place = leaf.place
         if place is None or place.dim < 0 or x.dim() <= place.dim:
             return x  # the same for all samples
         if x.shape[place.dim] != len(self.computed) * place.fold:
@@ -176,12 +178,41 @@ class Run(Merging):
             return self.spread(x, place) if self.apart else part
         return self.joining(part) if self._must_be_real() else part
 
-    def _whole_leave(self, gate: Gate, x: Tensor, place: Place | None) -> Any:
+    def _whole_leave(self, gate: Gate, x: Tensor, leaf: Leaf) -> Any:
         """A whole result of a last call, to be weighed in the sum."""
         if self._is_met_at_sum():
             return x
         part = Part(self, x, True)
         return self.joining(part) if self._must_be_real() else part
+
+    def check_returned(self, gate: Gate, out: Any) -> None:
+        """What a call returns has to consist of what it did when it was watched.
+
+        Raises:
+            RuntimeError: it does not, so that nothing is known of what is in it.
+        """
+        if isinstance(out, Tensor) and gate.structure is None:
+            return
+        leaves, structure = tree_flatten(out)
+        same = len(leaves) == len(gate.returned)
+        if same and gate.structure is not None and len(leaves) > 1:
+            same = structure == tree_flatten(gate.structure)[1]
+        if not same:
+            raise self.changed()
+
+    def changed(self) -> RuntimeError:
+        return self.error(
+            "has a call that returns something else than when it was watched; call apply() again "
+            "after a change of what modules return"
+        )
+
+    def unknown(self) -> Unmade:
+        """Stands in for a tensor where there was None when it was watched, and may not be read."""
+
+        def fail() -> Any:
+            raise self.changed()
+
+        return Unmade(fail)
 
     def _is_met_at_sum(self) -> bool:
         """Whether its values are ordinary tensors up to its sum, where a mode meets them.
@@ -292,6 +323,18 @@ def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None
 
 def _hands_on(gate: Gate) -> bool:
     return any(leaf.kind == "argument" for leaf in gate.returned)
+
+
+def _handed_on(gate: Gate, out: Any, args: Any, kwargs: Any) -> Any:
+    """``out`` with what it hands on of the arguments, all samples of it."""
+    if not _hands_on(gate):
+        return out
+    leaves, structure = tree_flatten(out)
+    given, _ = tree_flatten((args, kwargs))
+    for i, leaf in enumerate(gate.returned):
+        if leaf.kind == "argument":
+            leaves[i] = given[leaf.argument]
+    return tree_unflatten(leaves, structure)
 
 
 def _select(x: Tensor, at: Tensor, dim: int) -> Tensor:

@@ -44,15 +44,19 @@ class WholeSite(Site):
                 ]
             inner_args, inner_kwargs = tree_unflatten(taken, structure)
             out = slot.through(*inner_args, **inner_kwargs)
+            run.check_returned(gate, out)
             returned.append(tree_flatten(out)[0])
             result: Tensor = returned[0][output]
             return result
 
         merged = around(run, given[main], call, select, place)
-        if returned:
-            leaves = returned[0]
-        else:
-            leaves = [given[g.argument] if g.kind == "argument" else None for g in gate.returned]
+        selected = select and run.kept is not None
+        leaves = returned[0] if returned else [None] * len(gate.returned)
+        for i, leaf in enumerate(gate.returned):
+            if leaf.kind == "argument":  # all samples of it
+                leaves[i] = given[leaf.argument]
+            elif leaf.kind == "none" and isinstance(leaves[i], Tensor) and selected:
+                leaves[i] = run.unknown()
         leaves[output] = merged
         return merged if gate.structure is None else tree_map(lambda i: leaves[i], gate.structure)
 

@@ -114,8 +114,10 @@ def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:
             leaves.append(Leaf("branch", main))
         elif n is not None and n in call.given:
             leaves.append(Leaf("argument", call.given.index(n)))
-        elif kind == "none" or (n is not None and not _is_read(flow, n, c)):
+        elif kind == "none":
             leaves.append(Leaf("none"))
+        elif n is not None and not _is_read(flow, n, c):
+            leaves.append(Leaf("unread"))
         else:
             what = "a tensor" if kind == "tensor" else "a value"
             return (

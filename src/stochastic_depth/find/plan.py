@@ -34,11 +34,11 @@ class Leaf(NamedTuple):
     """One leaf of what a call returns.
 
     ``branch``: a tensor of the branch; ``argument``: a leaf of (args, kwargs), by its number,
-    handed on; ``none``: None, or a tensor that nobody read; ``value``: a number or string that
-    depends on the shapes of now; ``object``: anything else, which nothing of value comes of.
+    handed on; ``none``: None; ``unread``: a tensor that nobody read; ``value``: a number or string
+    that depends on the shapes of now; ``object``: anything else, which nothing of value comes of.
     """
 
-    kind: Literal["branch", "argument", "none", "value", "object"]
+    kind: Literal["branch", "argument", "none", "unread", "value", "object"]
     argument: int = 0
     place: Place | None = None
 

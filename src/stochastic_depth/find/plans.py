@@ -151,7 +151,7 @@ class _Planner:
             elif n in call.given:
                 leaves.append(Leaf("argument", call.given.index(n)))
             else:  # dead where it was found; what works on it comes to nothing
-                leaves.append(Leaf("branch" if flow.last_read[n] >= call.end else "none"))
+                leaves.append(Leaf("branch" if flow.last_read[n] >= call.end else "unread"))
         drops = c in frame.members[k].region.drops
         return Gate(k, last and not drops, (), tuple(leaves), call.structure, drops)
 
