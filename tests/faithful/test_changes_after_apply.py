@@ -154,6 +154,46 @@ def test_selected_samples_do_not_come_out_where_nothing_is_known(
         run_often(ours, data(size, 4))
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Masking()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.attention(x, mask)
+
+
+class Masking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.f(x) * mask
+
+
+class MaskedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Masked()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.block(x, mask)
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("blocks", [None, "block"])
+@pytest.mark.parametrize("rows", [(1, 6), (6, 1), (1, 1)])
+def test_one_mask_for_all_may_become_one_for_each(
+    rows: tuple[int, int], blocks: str | None, mode: str
+) -> None:
+    before, after = (data(n, 4, seed=5) for n in rows)
+    ours, plain = twins(net(MaskedModel), data(), before, mode=mode, p=0.5, blocks=blocks)
+    assert sd.branches(ours)[0].place is not None
+    assert_weighed(ours, plain, data(), before, steps=20)
+    assert_weighed(ours, plain, data(), after, steps=20)
+
+
 # --- children that are replaced: a branch is where it is
 
 

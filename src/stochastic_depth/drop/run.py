@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from ..branch import Place
 from ..find.plan import Gate, Leaf
+from .arguments import fits, has_samples
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, whole
 from .replay import may_be_recomputed
@@ -108,33 +109,20 @@ class Run(Merging):
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
         """The arguments with the computed samples only; None where these cannot be told."""
         leaves, structure = tree_flatten((args, kwargs))
-        places = gate.given
-        if len(places) != len(leaves):
+        leaves = [x._value if type(x) is Part and x._place is None else x for x in leaves]
+        if not fits(gate, leaves, self.size):
             return None
-        for x, place in zip(leaves, places, strict=True):
-            if not self._is_as_watched(x, place):
+        for x, place in zip(leaves, gate.given, strict=True):
+            if type(x) is Part and x._place != place:
                 return None
-        taken = [self._taken(x, place) for x, place in zip(leaves, places, strict=True)]
+        taken = [self._taken(x, place) for x, place in zip(leaves, gate.given, strict=True)]
         return tree_unflatten(taken, structure)
-
-    def _is_as_watched(self, x: Any, place: Place | None) -> bool:
-        if type(x) is Part:
-            return x._place is None or x._place == place
-        if not isinstance(x, Tensor) or place is None:
-            return True
-        if place.dim < 0:  # it was no tensor when it was watched
-            return x.dim() == 0
-        return x.dim() <= place.dim or x.shape[place.dim] in (1, self.size * place.fold)
 
     def _taken(self, x: Any, place: Place | None) -> Any:
         if type(x) is Part:
-            if x._place is not None:
-                return x._value
-            x = x._value
-        if not isinstance(x, Tensor) or place is None or x.dim() <= place.dim or place.dim < 0:
+            return x._value
+        if place is None or not has_samples(x, place, self.size):
             return x
-        if x.shape[place.dim] == 1 and self.size * place.fold != 1:
-            return x  # broadcast over the samples
         assert self.computed is not None
         at = slots(place, self.computed)
         if self.split is None and not (self.compiling or may_be_recomputed()):

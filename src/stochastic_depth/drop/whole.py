@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .._torch import tree_flatten, tree_map, tree_unflatten
 from ..branch import Branch
 from ..find.plan import Plan
+from .arguments import fits, has_samples
 from .around import Take, around
 from .frame import Frame
 from .site import Site
@@ -32,14 +33,15 @@ class WholeSite(Site):
             (i, g.argument) for i, g in enumerate(gate.returned) if g.kind == "branch"
         )
         place = branch.place or branch.mask
-        select = branch.place is not None and len(gate.given) == len(given)
+        size = given[main].shape[place.dim] // place.fold if branch.place else 1
+        select = branch.place is not None and fits(gate, given, size)
         returned: list[list[Any]] = []
 
         def call(take: Take) -> Tensor:
             taken = given
             if take is not None:
                 taken = [
-                    take(x, at) if at is not None and isinstance(x, Tensor) else x
+                    take(x, at) if at is not None and has_samples(x, at, size) else x
                     for x, at in zip(given, gate.given, strict=True)
                 ]
             inner_args, inner_kwargs = tree_unflatten(taken, structure)

@@ -51,6 +51,7 @@ class Gate:
         branch: the index in ``Plan.branches`` of the branch that it is part of, or None.
         last: no other call of the branch works on what it returns.
         given: by leaf of (args, kwargs), where the samples are; None for leaves without.
+        single: the leaves that were one for all samples, each with the dimension of that one.
         returned: what its result consists of, by leaf.
         structure: how these leaves are nested, with their numbers in their places; None where it
             returns one tensor.
@@ -60,6 +61,7 @@ class Gate:
     branch: int | None
     last: bool = False
     given: tuple[Place | None, ...] = ()
+    single: tuple[tuple[int, int], ...] = ()
     returned: tuple[Leaf, ...] = ()
     structure: Any = None
     drops: bool = False

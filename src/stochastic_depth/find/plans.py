@@ -153,7 +153,13 @@ class _Planner:
             else:  # dead where it was found; what works on it comes to nothing
                 leaves.append(Leaf("branch" if flow.last_read[n] >= call.end else "unread"))
         drops = c in frame.members[k].region.drops
-        return Gate(k, last and not drops, (), tuple(leaves), call.structure, drops)
+        return Gate(
+            k,
+            last and not drops,
+            returned=tuple(leaves),
+            structure=call.structure,
+            drops=drops,
+        )
 
     def last(self, member: Member) -> set[int]:
         """The gates on whose results no other gate of the branch works."""

@@ -310,5 +310,12 @@ def _fill(flow: Flow, planned: Planned, plan: Plan, seen: _Evidence) -> None:
             leaf._replace(place=None if n is None else seen.places.get(n))
             for leaf, n in zip(gate.returned, call.made, strict=True)
         )
-        filled[name][at] = replace(gate, given=given, returned=returned)
+        dims = {place.dim for place in given if place is not None and place.dim >= 0}
+        single = tuple(
+            (i, dim)
+            for i, (n, place) in enumerate(zip(call.given, given, strict=True))
+            for dim in dims
+            if n is not None and place is None and flow.nodes[n].shape[dim : dim + 1] == (1,)
+        )
+        filled[name][at] = replace(gate, given=given, single=single, returned=returned)
     plan.gates = {name: tuple(gates) for name, gates in filled.items()}

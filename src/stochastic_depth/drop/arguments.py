@@ -1,0 +1,40 @@
+"""Whether the arguments of a call have their samples where they had them when it was watched."""
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+from torch import Tensor
+
+from ..branch import Place
+from ..find.plan import Gate
+
+__all__ = ["fits", "has_samples"]
+
+
+def fits(gate: Gate, leaves: Sequence[Any], size: int) -> bool:
+    """Whether the leaves of (args, kwargs) have the samples, ``size`` of them, where they had them.
+
+    Or one for all samples; but what was one for all may not have become one for each.
+    """
+    if len(leaves) != len(gate.given):
+        return False
+    for i, dim in gate.single:
+        if getattr(leaves[i], "shape", ())[dim : dim + 1] not in ((), (1,)):
+            return False
+    return all(map(_is_as_watched, leaves, gate.given, repeat(size)))
+
+
+def _is_as_watched(x: Any, place: Place | None, size: int) -> bool:
+    if not isinstance(x, Tensor) or place is None:
+        return True
+    if place.dim < 0:  # it was no tensor when it was watched
+        return x.dim() == 0
+    return x.dim() <= place.dim or x.shape[place.dim] in (1, size * place.fold)
+
+
+def has_samples(x: Any, place: Place, size: int) -> bool:
+    """Whether ``x``, which fits, has samples to select: it may be one for all of them."""
+    if not isinstance(x, Tensor) or x.dim() <= place.dim or place.dim < 0:
+        return False
+    return x.shape[place.dim] != 1 or size * place.fold == 1
