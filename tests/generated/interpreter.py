@@ -4,8 +4,10 @@ Written from the description alone: all of a branch is computed and then masked.
 lends its modules; the library is not used.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,10 @@ def _of_block(name: str, block: Block) -> set[tuple[Path, bool]]:
     return found
 
 
+def _returns_its_input(block: Block) -> bool:
+    return all(s.kind == "dead" for s in block.statements)
+
+
 class Interpreter:
     """Runs a network by its description.
 
@@ -91,8 +97,8 @@ class Interpreter:
         self.kept: Tensor | None = None  # the rows that count where we are; None is all
 
     def run(self, x: Tensor, other: Tensor) -> Tensor:
-        def blocks(value: Tensor) -> Tensor:
-            for i in self.network.order:
+        def blocks(value: Tensor, order: tuple[int, ...] = self.network.order) -> Tensor:
+            for i in order:
                 value = self._block(f"blocks.{i}", self.network.blocks[i], value, other)
             return value
 
@@ -100,8 +106,13 @@ class Interpreter:
         if not self.network.long_skip:
             return blocks(x)
         if ("", 0, 0) in self.dropped:
-            takes = any(self.network.blocks[i].takes_other for i in self.network.order)
-            return self._merge(("", 0, 0), x, blocks, 1.0, known=not takes)
+            # What returns its input comes before the branch, and is called in any case.
+            named = [self.network.blocks[i] for i in self.network.order]
+            first = len(list(itertools.takewhile(_returns_its_input, named)))
+            order = self.network.order[first:]
+            blocks(x, self.network.order[:first])
+            takes = any(self.network.blocks[i].takes_other for i in order)
+            return self._merge(("", 0, 0), x, partial(blocks, order=order), 1.0, known=not takes)
         return x + blocks(x)
 
     def _block(self, name: str, block: Block, x: Tensor, other: Tensor) -> Tensor:
@@ -112,13 +123,16 @@ class Interpreter:
         return x
 
     def _statement(self, name: str, s: Statement, x: Tensor, other: Tensor) -> Tensor:
+        branches = [self._after_idle(name, layers, x, other) for layers in s.branches]
+
         def branch(k: int) -> Callable[[Tensor], Tensor]:
-            return lambda value: self._layers(name, s.branches[k], value, other)
+            return lambda value: self._layers(name, branches[k], value, other)
 
         def known(k: int) -> bool:
             layers = s.branches[k]
             return not any(
-                layer.kind == "other" or (layer.block is not None and layer.block.takes_other)
+                layer.kind in ("other", "handing")
+                or (layer.block is not None and layer.block.takes_other)
                 for layer in layers
             )
 
@@ -177,6 +191,18 @@ class Interpreter:
         masked = torch.where(mask.view(-1, 1), output, torch.zeros_like(output))
         return shortcut + factor * weight * masked
 
+    def _after_idle(
+        self, name: str, layers: tuple[Layer, ...], x: Tensor, other: Tensor
+    ) -> tuple[Layer, ...]:
+        """Call what returns its input at the start of a branch: it comes before it."""
+
+        def is_idle(layer: Layer) -> bool:
+            return layer.block is not None and _returns_its_input(layer.block)
+
+        first = len(list(itertools.takewhile(is_idle, layers)))
+        self._layers(name, layers[:first], x, other)
+        return layers[first:]
+
     def _layers(self, name: str, layers: tuple[Layer, ...], x: Tensor, other: Tensor) -> Tensor:
         for layer in layers:
             path = f"{name}.{layer.kind}{layer.index}"
@@ -191,6 +217,8 @@ class Interpreter:
                     x = x * getattr(self._module(name), f"scale{layer.index}")
                 case "other":
                     x = x * other
+                case "handing":
+                    x = self._linear(f"{path}.linear", x) * other
                 case "doubled":
                     x = x * 2.0
                 case "nested":

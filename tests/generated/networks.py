@@ -17,7 +17,8 @@ ALPHA = 0.5
 class Layer:
     """One step of a branch. ``index`` names its module (or parameter) in the block."""
 
-    # linear, tanh, relu, scale, bn, other (times the second input), doubled (in place), nested
+    # linear, tanh, relu, scale, bn, doubled (in place), nested,
+    # other (times the second input), handing (the same in a module that returns that input, too)
     kind: str
     index: int = 0
     block: "Block | None" = None
@@ -88,10 +89,21 @@ class Handed(nn.Module):
         return self.linear(hidden) + residual
 
 
+class Handing(nn.Module):
+    """Returns beside its value what it was given, as attention does with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x) * other, other
+
+
 @st.composite
 def _layers(draw: st.DrawFn, depth: int, ids: Iterator[int], known: list[int], other: bool):
     kinds = ["linear", "linear", "tanh", "relu", "scale", "bn", "shared", "doubled"]
-    kinds += ["other"] * other + ["nested"] * (depth > 0)
+    kinds += ["other", "handing"] * other + ["nested"] * (depth > 0)
     layers = []
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=3)):
         if kind == "nested":
@@ -188,6 +200,8 @@ def _module(block: Block) -> nn.Module:
                 setattr(module, name, nn.Linear(WIDTH, WIDTH))
             elif layer.kind == "bn":
                 setattr(module, name, nn.BatchNorm1d(WIDTH))
+            elif layer.kind == "handing":
+                setattr(module, name, Handing())
             elif layer.kind == "scale":
                 setattr(module, name, nn.Parameter(torch.rand(WIDTH)))
             elif layer.block is not None:
@@ -219,6 +233,8 @@ def _code(s: Statement) -> list[str]:
                     lines.append(f"{name} *= 2.0")
                 case "other":
                     lines.append(f"{name} = {name} * other")
+                case "handing":
+                    lines.append(f"{name}, other = {path}({name}, other)")
                 case "nested":
                     lines.append(f"{name} = {_call(layer.block, path, name)}")
     match s.kind:
