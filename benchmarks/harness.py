@@ -102,7 +102,7 @@ def interleave(
     return times, bounds
 
 
-def branch_shares(side: Side, repeats: int = 3) -> dict[str, float]:
+def branch_shares(side: Side, repeats: int = 2) -> dict[str, float]:
     """What each branch adds to the time of a plain step, forward and backward, as a share of it.
 
     A step without any branch tells what they add together, and steps without one each tell how
@@ -110,11 +110,12 @@ def branch_shares(side: Side, repeats: int = 3) -> dict[str, float]:
 
     Args:
         side: an applied model, with every rate 0.
-        repeats: how often each step is measured beside a plain one; the medians count.
+        repeats: how often a step without one is measured beside a plain one; the medians count.
     """
     branches = sd.branches(side.model)
+    _share(side, branches, 2)  # warm-up
+    together = _share(side, branches, 4 * repeats)
     shares = {branch.name: max(0.0, _share(side, [branch], repeats)) for branch in branches}
-    together = _share(side, branches, 3 * repeats)
     side.optimizer.zero_grad()
     whole = sum(shares.values())
     return {name: together * share / whole for name, share in shares.items()} if whole else shares
@@ -123,11 +124,11 @@ def branch_shares(side: Side, repeats: int = 3) -> dict[str, float]:
 def _share(side: Side, branches: list[sd.Branch], repeats: int) -> float:
     """What a step is shorter without these branches, as a share of a plain one."""
     found = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         plain = seconds(side.step, side.x.device)
         with forced(dict.fromkeys(branches, (True, 1.0))):
             found.append(1.0 - seconds(side.step, side.x.device) / plain)
-    return statistics.median(found[1:])
+    return statistics.median(found)
 
 
 def peak_mebibytes(side: Side, steps: int = 2) -> float:

@@ -138,3 +138,52 @@ def test_both_layouts_of_torchs_transformer_layers(batch_first: bool, kind: str)
     assert len(sd.branches(layer)) == 2 + (kind == "decoder")
     result = sd.verify(layer, inputs)
     assert result.passed, str(result)
+
+
+class Odd(nn.Module):
+    """A residual block whose branch does what ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.fc = how, Odds(how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "chooses at random":  # before the branch, in evaluation, too
+            x = x[:, torch.multinomial(torch.ones(D), D)]
+        return x + self.fc(x)
+
+
+class Odds(nn.Linear):
+    def __init__(self, how: str) -> None:
+        super().__init__(D, D)
+        self.how = how
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.how == "overflows in double" and x.dtype == torch.float64:
+            return y * float("nan")
+        if self.how == "is NaN":
+            return y.clone().masked_fill_(y > 0, float("nan"))
+        if self.how == "computes in single":  # and rounds otherwise for another number of samples
+            return y + (len(x) * torch.finfo(torch.float32).eps) * y.float()
+        if self.how == "keeps statistics":
+            self.total = self.total + x.detach().sum()
+        return y
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["overflows in double", "computes in single", "keeps statistics", "chooses at random"],
+)
+def test_what_is_odd_but_right_passes(how: str) -> None:
+    torch.manual_seed(0)
+    net = sd.apply(nn.Sequential(Odd(how), Odd(how)), 0.3, mode="row", example_inputs=batch())
+    result = sd.verify(net, batch())
+    assert result.passed, str(result)
+
+
+def test_a_model_that_gives_nan_does_not_pass() -> None:
+    torch.manual_seed(0)
+    net = sd.apply(nn.Sequential(Odd("is NaN")), 0.3, example_inputs=batch())
+    assert "the plain model gives NaN" in str(sd.verify(net, batch()))

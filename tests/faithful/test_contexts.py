@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import stochastic_depth as sd
 
-from .twins import MODES, assert_same, data, net, outcome, twins
+from .twins import MODES, assert_same, assert_weighed, data, net, outcome, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # a branch may be left in place
 
@@ -82,6 +82,22 @@ def test_a_context_manager_of_the_forward_is_entered(context: str, mode: str) ->
     except AssertionError:
         same = False
     assert same == (context not in different)  # else this test could not fail
+
+
+class Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Halving():
+            return self.model(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_torch_function_mode_around_the_model_sees_the_same(mode: str) -> None:
+    ours, plain = twins(net(Within, timer), data(), mode=mode, p=0.5)
+    assert_weighed(Around(ours), Around(plain), data())
 
 
 def test_a_context_manager_is_entered_and_left_also_where_the_branch_is_dropped() -> None:

@@ -1,11 +1,13 @@
-"""Random numbers out of the way, where runs are compared that draw different ones."""
+"""What runs that are compared may differ by: random numbers, put out of the way, and rounding."""
 
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NoDropout", "NoNoise"]
+from .._torch import tree_leaves
+
+__all__ = ["NoDropout", "NoNoise", "Rounding"]
 
 
 class NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -35,3 +37,24 @@ _NOISE = {
     getattr(torch.ops.aten, name)
     for name in ["rand", "randn", "rand_like", "randn_like", "uniform_", "normal_", "exponential_"]
 }
+
+
+class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the rounding of the coarsest dtype that something is computed in.
+
+    Attributes:
+        eps: of that dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.eps = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(x.dtype).eps)
+        return out

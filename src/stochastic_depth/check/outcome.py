@@ -23,24 +23,27 @@ class Outcome:
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
+    def has_nan(self) -> bool:
+        return any(bool(x.isnan().any()) for x in (*self.outputs, *self.gradients.values()))
 
-def compare(expected: Outcome, got: Outcome, exact: bool) -> str | None:
+
+def compare(expected: Outcome, got: Outcome, exact: bool, eps: float = 0.0) -> str | None:
     """In words, where two steps differ by more than rounding, or in ``exact`` outputs at all."""
-    failure = differ("the output", expected.outputs, got.outputs, exact)
+    failure = differ("the output", expected.outputs, got.outputs, exact, eps=eps)
     scale = _largest(expected.gradients)
     for name, gradient in got.gradients.items():
         reference = expected.gradients.get(name, torch.zeros_like(gradient))
         what = f"the gradient of {name}"
-        failure = failure or differ(what, [reference], [gradient], False, scale)
+        failure = failure or differ(what, [reference], [gradient], False, scale, eps)
     for name, gradient in expected.gradients.items():
         if name not in got.gradients:
             what = f"the gradient of {name}"
             zeros = torch.zeros_like(gradient)
-            failure = failure or differ(what, [gradient], [zeros], False, scale)
+            failure = failure or differ(what, [gradient], [zeros], False, scale, eps)
     for name, buffer in expected.buffers.items():
         if name in got.buffers:
             what = f"the buffer {name}"
-            failure = failure or differ(what, [buffer], [got.buffers[name]], exact)
+            failure = failure or differ(what, [buffer], [got.buffers[name]], exact, eps=eps)
     return failure
 
 
@@ -49,7 +52,12 @@ def _largest(gradients: Mapping[str, Tensor]) -> float:
 
 
 def differ(
-    what: str, expected: list[Tensor], got: list[Tensor], exact: bool, scale: float = 0.0
+    what: str,
+    expected: list[Tensor],
+    got: list[Tensor],
+    exact: bool,
+    scale: float = 0.0,
+    eps: float = 0.0,
 ) -> str | None:
     """In words, where two lists of tensors differ by more than rounding.
 
@@ -59,6 +67,7 @@ def differ(
         got: what is compared with it.
         exact: bit for bit.
         scale: a size that rounding may be relative to besides that of the tensors.
+        eps: the rounding of the dtype that they are computed in, where it is not their own.
     """
     if len(expected) != len(got):
         return f"{what} has {len(got)} tensors instead of {len(expected)}"
@@ -74,7 +83,7 @@ def differ(
         same = (a64 == b64) | (a64.isnan() & b64.isnan())
         apart = torch.where(same, 0.0, (a64 - b64).abs()).nan_to_num(nan=float("inf"))
         size = max(1.0, scale, float(a64.abs().nan_to_num(0.0, 0.0, 0.0).max()))
-        eps = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
-        if exact or float(apart.max()) > 1e3 * size * eps:
+        own = torch.finfo(a.dtype).eps if a.is_floating_point() else 0.0
+        if float(apart.max()) > (0.0 if exact else 1e3 * size * max(own, eps)):
             return f"{what} differs by {float(apart.max()):.2g}"
     return None

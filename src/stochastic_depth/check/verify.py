@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
@@ -20,7 +20,7 @@ from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import NORMS, copied, in_mode, untouched
 from ..tables import table_html
-from .noise import NoDropout, NoNoise
+from .noise import NoDropout, NoNoise, Rounding
 from .outcome import Outcome, compare, differ
 
 __all__ = ["Check", "Verification", "verify"]
@@ -112,10 +112,15 @@ class _Verifier:
         try:  # rounding says least in double precision
             self.model = copy.deepcopy(model).double()
             self.args, self.kwargs = tree_map_only(Tensor, _double, (args, kwargs))
-            self._call(self.model)
+            runs = not self._step(plain()).has_nan()
         except Exception:  # of any kind: it cannot be copied, or does not run so
+            runs = False
+        if not runs:
             self.model, self.args, self.kwargs = model, args, kwargs
         self.branches = branches(self.model)
+        with torch.no_grad(), plain(), Rounding() as rounding:
+            self._call(self.model)
+        self.eps = rounding.eps
 
     def checks(self) -> Iterator[Check]:
         yield self._check("evaluation is the plain model's", self._evaluation)
@@ -144,7 +149,10 @@ class _Verifier:
 
     def _kept(self) -> str | None:
         kept = dict.fromkeys(self.branches, (False, 1.0))
-        return compare(self._step(plain()), self._step(forced(kept)), exact=True)
+        expected = self._step(plain())
+        if expected.has_nan():
+            return "the plain model gives NaN, in its output or its gradients"
+        return compare(expected, self._step(forced(kept)), exact=True)
 
     def _dropped(self) -> str | None:
         ran: set[str] = set()
@@ -212,13 +220,13 @@ class _Verifier:
             if same is None:
                 continue  # a block as a whole, or found in another form of call
             for weight, decision in ((0.0, (True, 1.0)), (2.0, (False, 2.0))):
-                with torch.no_grad(), NoNoise():  # type: ignore[no-untyped-call]
+                with torch.no_grad(), _seeded(), NoNoise():  # type: ignore[no-untyped-call]
                     weights = {same: weight}
                     expected = run_weighed(self.model, self.args, self.kwargs, weights, found)
                     with forced({**kept, branch: decision}):
                         got = self._call(self.model)
                 reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
-                failure = differ("the output", reference, got, exact=False)
+                failure = differ("the output", reference, got, exact=False, eps=self.eps)
                 if failure:
                     how = "dropped" if weight == 0.0 else "counted twice"
                     return f"{branch.name}, {how}: {failure}"
@@ -237,8 +245,9 @@ class _Verifier:
             outcomes = []
             for select in (False, True):
                 with self._drawing(seed, names, select):
-                    outcomes.append(self._step())
-            failure = compare(outcomes[0], outcomes[1], exact=False)
+                    # Buffers may hold statistics, of the samples that are computed.
+                    outcomes.append(replace(self._step(), buffers={}))
+            failure = compare(outcomes[0], outcomes[1], exact=False, eps=self.eps)
             if failure is not None:
                 return failure
         return None
@@ -260,8 +269,7 @@ class _Verifier:
             yield
 
     def _call(self, model: nn.Module) -> list[Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
+        with _seeded():
             args, kwargs = copied((self.args, self.kwargs))
             output = model(*args, **kwargs)
         return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
@@ -297,6 +305,13 @@ class _Verifier:
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return Outcome([x.detach() for x in outputs], gradients, buffers)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        yield
 
 
 def _own_drops(model: nn.Module) -> list[nn.Module]:

@@ -64,7 +64,7 @@ def spot(depth: int = 1) -> Spot:
         between = _between.get(file)
         if between is None:
             between = _between[file] = file.startswith(_BETWEEN)
-        if not between:
+        if not between and code.co_name != "__torch_function__":  # of somebody's mode
             break
         if frame.f_back is None:
             return _NOWHERE
