@@ -1,13 +1,16 @@
 """What runs that are compared may differ by: random numbers, put out of the way, and rounding."""
 
 from typing import Any
+from zlib import crc32
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import tree_leaves
+from ..drop.draws import Draws
 
-__all__ = ["NoDropout", "NoNoise", "Rounding"]
+__all__ = ["ByName", "NoDropout", "NoNoise", "Rounding"]
 
 
 class NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,3 +61,19 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(x, torch.Tensor) and x.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(x.dtype).eps)
         return out
+
+
+class ByName(Draws):
+    """Numbers that depend on a seed and on the branch alone, for its calls one after the other."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.calls: dict[str, int] = {}
+
+    def decide(self, branches: Any, block: nn.Module) -> list[Any]:
+        decisions: list[Any] = []
+        for branch in branches:
+            n = self.calls[branch.name] = self.calls.get(branch.name, -1) + 1
+            key = crc32(repr((self.seed, branch.name, n)).encode())
+            decisions.append(branch.is_always if branch.is_certain else key)
+        return decisions

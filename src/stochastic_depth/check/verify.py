@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,11 @@ from .._torch import tree_leaves, tree_map_only
 from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
-from ..drop.draws import Draws
 from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import NORMS, copied, in_mode, untouched
 from ..tables import table_html
-from .noise import NoDropout, NoNoise, Rounding
+from .noise import ByName, NoDropout, NoNoise, Rounding
 from .outcome import Outcome, compare, differ
 
 __all__ = ["Check", "Verification", "verify"]
@@ -65,8 +63,9 @@ class Verification:
 def verify(model: nn.Module, example_inputs: Any) -> Verification:
     """Check that stochastic depth does to ``model`` what it promises, on ``example_inputs``.
 
-    The model stays as it is. In the checks of training, dropout is off and BatchNorm uses its
-    running statistics, which keeps the samples of a batch apart.
+    The model stays as it is. It is compared in double precision, unless it cannot be run so, or
+    gives NaN. In the checks of training, dropout is off and BatchNorm uses its running statistics,
+    which keeps the samples of a batch apart.
 
     1. In evaluation the output is the plain model's.
     2. In training with every branch kept, so are output, gradients and buffers.
@@ -74,7 +73,7 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
     4. A branch that is dropped alone leaves what the plain model gives without that one sum, and
        one that counts twice, what it gives with that sum counted twice.
     5. Where samples are selected, each sample is what it is where all are computed and the dropped
-       ones masked.
+       ones masked. (Statistics of those that are computed, in buffers, are not.)
 
     Args:
         model: a model that :func:`stochastic_depth.apply` was called on.
@@ -265,7 +264,7 @@ class _Verifier:
                     branch.mask, branch.place = branch.place, None
             for site in sites(self.model):
                 stack.callback(setattr, site, "draws", site.draws)
-                site.draws = _ByName(seed)
+                site.draws = ByName(seed)
             yield
 
     def _call(self, model: nn.Module) -> list[Tensor]:
@@ -328,22 +327,6 @@ def _own_drops(model: nn.Module) -> list[nn.Module]:
 def _is_form(module: nn.Module) -> bool:
     """Whether a call computes on the meta device, for the form of what a branch would return."""
     return any(p.is_meta for p in module.parameters(recurse=False))
-
-
-class _ByName(Draws):
-    """Numbers that depend on a seed and on the branch alone, for its calls one after the other."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.calls: dict[str, int] = {}
-
-    def decide(self, branches: Any, block: nn.Module) -> list[Any]:
-        decisions: list[Any] = []
-        for branch in branches:
-            n = self.calls[branch.name] = self.calls.get(branch.name, -1) + 1
-            key = crc32(repr((self.seed, branch.name, n)).encode())
-            decisions.append(branch.is_always if branch.is_certain else key)
-        return decisions
 
 
 def _double(x: Tensor) -> Tensor:
