@@ -249,7 +249,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(48))
+        self.blocks = nn.ModuleList(Block() for _ in range(24))
 
     def forward(self, x, bias):
         for block in self.blocks:
@@ -271,5 +271,5 @@ def test_looking_at_examples_keeps_none_of_their_values() -> None:
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, "-c", PEAK]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    # MiB; all blocks' outputs are 960. The outputs that apply compares are some 220, in double.
+    # MiB; all blocks' outputs are 480. The outputs that apply compares are some 220, in double.
     assert int(done.stdout) < 320

@@ -1,5 +1,6 @@
 """The benchmarks run and write their page; what they measure is not tested."""
 
+import copy
 import json
 from functools import partial
 
@@ -121,6 +122,8 @@ def test_ranks_measures_time_and_memory_of_every_way_to_draw(monkeypatch, capfd)
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_regional_counts_the_graphs_of_compiled_blocks(monkeypatch, capsys) -> None:
     monkeypatch.setattr(regional, "MODES", ("batch",))
+    few = models.llama(3, 16, 2), torch.randn(2, 5, 16)
+    monkeypatch.setattr(regional, "build", lambda name, args: copy.deepcopy(few))
     sizes = ["--models", "Llama", "--batch", "2", "--steps", "3", "--rounds", "2"]
     run(monkeypatch, regional, *sizes, "--backend", "eager")
     out = capsys.readouterr().out

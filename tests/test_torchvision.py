@@ -203,7 +203,25 @@ def apply_kept(model: nn.Module, x: Tensor) -> None:
     sd.apply(model, KEPT, schedule="uniform", scale="none", seed=0, example_inputs=x)
 
 
-@pytest.fixture(scope="module", params=WITH_BRANCHES)
+# Over 140 million parameters, of the same blocks as their small siblings: they take half of the
+# time of all.
+LARGE = {
+    "convnext_large",
+    "regnet_y_32gf",
+    "regnet_y_128gf",
+    "vit_h_14",
+    "vit_l_16",
+    "vit_l_32",
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.zoo) if name in LARGE else name
+        for name in WITH_BRANCHES
+    ],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     model, x = build(request.param), images(request.param)
     set_existing(model, 0.0)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochastic_depth as sd
 
@@ -158,6 +159,50 @@ def test_a_dropped_sample_is_not_computed(model: str) -> None:
     (branch,) = sd.branches(ours)
     assert sum(rows) == each * (branch.decided - branch.dropped)
     assert 0 < branch.dropped < branch.decided == 56
+
+
+class Activated(nn.Module):
+    """Applies functions between its calls, and a layer scale after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.gate = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.f(x)) * self.gate(x).sigmoid()
+        y = self.g(nn.functional.gelu(y, approximate="tanh"))
+        return x + self.scale * nn.functional.silu(y, inplace=True) / 2
+
+
+class Shapes(TorchDispatchMode):
+    """Notes how many rows the functions of an activated block are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = next((x for x in args if isinstance(x, Tensor)), None)
+        if first is not None and first.dim() > 1:
+            self.rows.setdefault(func.overloadpacket.__name__, []).append(len(first))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_functions_of_each_element_are_given_the_kept_samples(mode: str) -> None:
+    x = data(7, 4)
+    ours, plain = twins(net(Activated), x, mode=mode, p=0.5)
+    (branch,) = sd.branches(ours)
+    for _ in range(8):
+        dropped = branch.dropped
+        with Shapes() as shapes:
+            ours(x)
+        kept = 7 - (branch.dropped - dropped)
+        for name in ("relu", "sigmoid", "gelu", "silu_"):
+            assert shapes.rows[name] == [kept]
+    if mode == "row":
+        assert_weighed(ours, plain, x)
 
 
 class Mean(PerToken):

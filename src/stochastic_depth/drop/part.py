@@ -4,23 +4,22 @@ Three kinds: *absent*, of a branch that is dropped; *compact*, the kept samples 
 *marked*, a whole value that has yet to be weighed in the branch's sum. A plain object with
 ``__torch_function__``: autograd and dispatch never see it, and torch.compile traces it.
 
-Whatever is computed from an absent part is absent. Any other function is given the whole value of
-a part, so user code never meets a partial batch. A branch ends where finding saw its sum in the
+Whatever is computed from an absent part is absent. What works on each element of a compact value
+alone leaves it compact. Any other function is given the whole value of a part, so user code never
+meets a partial batch. A branch ends where finding saw its sum in the
 source: there, and only there, the part joins its shortcut.
 """
 
-import dis
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import tree_leaves, tree_map
-from ..find.spot import by_instruction
+from .instruction import is_asked, unpacked
 
 __all__ = ["SUMS", "Part", "Unmade", "first_part", "form", "parts_in", "whole"]
 
@@ -53,7 +52,7 @@ class Part:
 
         Torch's own, and anything in C, would take it for one in memory, and crash.
         """
-        return Tensor if _is_asked(sys._getframe(1)) else Part
+        return Tensor if is_asked(sys._getframe(1)) else Part
 
     @classmethod
     def __torch_function__(
@@ -84,6 +83,9 @@ class Part:
                 None,
                 lambda: func(*tree_map(form, tuple(args)), **tree_map(form, kwargs)),
             )
+        if _works_on_elements(name, args, kwargs, parts):
+            args, kwargs = tree_map(_value, (tuple(args), kwargs))
+            return Part(run, func(*args, **kwargs), last, parts[0]._place)
         args, kwargs = tree_map(whole, (tuple(args), kwargs))
         out = func(*args, **kwargs)
         return run.mark(out) if last else out
@@ -117,7 +119,7 @@ class Part:
     def __iter__(self) -> Iterator[Any]:
         n = None
         if self._value is None and not torch.compiler.is_compiling():
-            n = _unpacked(sys._getframe(1))
+            n = unpacked(sys._getframe(1))
         return iter([self[i] for i in range(len(form(self)) if n is None else n)])
 
     def __len__(self) -> int:
@@ -196,10 +198,14 @@ for _form in [
     setattr(Part, _form, _operator(_form))
 Part.__hash__ = object.__hash__  # type: ignore[method-assign]
 
-_KNOW = ("torch.", f"{__name__.partition('.')[0]}.")  # modules in which a part is none
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 SUMS = _ADD | {"sub", "__sub__", "sub_", "__isub__", "subtract", "__rsub__", "rsub"}
 _IN_PLACE = {"add_", "__iadd__", "sub_", "__isub__"}
+_ACTIVATIONS = {
+    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",
+    "relu6", "relu_", "selu", "sigmoid", "silu", "softplus", "tanh",
+}  # fmt: skip
+_SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
 _VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data"}
 _ASKS = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device",
@@ -241,6 +247,34 @@ def whole(x: Any) -> Any:
     if type(x) is not Part:
         return x
     return x._value if x._place is None else x._run.spread(x._value, x._place)
+
+
+def _value(x: Any) -> Any:
+    return x._value if type(x) is Part else x
+
+
+def _works_on_elements(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], parts: list[Part]
+) -> bool:
+    """Whether a function makes of each element one, of compact values that have it in common.
+
+    Other tensors may not have samples.
+    """
+    first = parts[0]
+    if first._place is None or not (name in _ACTIVATIONS or name in _SCALINGS):
+        return False
+    dims = first._value.dim()  # type: ignore[union-attr]
+    for x in (*args, *kwargs.values()):
+        if type(x) is Part:
+            same = x._run is first._run and x._place == first._place
+            if not same or x._value.dim() != dims:  # type: ignore[union-attr]
+                return False
+        elif isinstance(x, Tensor):
+            if name in _ACTIVATIONS or x.dim() >= dims - first._place.dim:
+                return False
+        elif isinstance(x, tuple | list | dict):
+            return False
+    return True
 
 
 def form(x: Any) -> Any:
@@ -295,38 +329,3 @@ def _is_outside(x: Any) -> bool:
     if type(x) is Tensor:
         return x.dim() > 0
     return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 0
-
-
-def _is_asked(frame: FrameType) -> bool:
-    """Whether what ``frame`` does now is to ask for a class, in code that knows of no parts."""
-    name = frame.f_globals.get("__name__")
-    if name is None or name.startswith(_KNOW):  # None: a guard of torch.compile's, evaluated
-        return False
-    return _is_question(frame)
-
-
-@by_instruction
-def _is_question(code: CodeType, at: int) -> bool:
-    """Whether an instruction is ``isinstance(...)``, a pattern of a class, or ``x.__class__``."""
-    known = list(dis.get_instructions(code))
-    now = next((i for i in known if i.offset == at), None)
-    if now is None:
-        return False
-    if now.argval == "__class__":  # else of a graph of torch.compile's, which makes a part again
-        return now.positions is not None and now.positions.col_offset is not None
-    if now.opname == "MATCH_CLASS":
-        return True
-    # A call begins in the source where the name of what is called does.
-    names = [i for i in known if i.argval == "isinstance"]
-    return any(_begin(i) == _begin(now) for i in names)
-
-
-def _begin(instruction: Any) -> Any:
-    return instruction.positions.lineno, instruction.positions.col_offset
-
-
-@by_instruction
-def _unpacked(code: CodeType, at: int) -> int | None:
-    """Into how many an instruction unpacks what it iterates over, if it does."""
-    found = (i for i in dis.get_instructions(code) if i.offset == at)
-    return next((i.argval for i in found if i.opname == "UNPACK_SEQUENCE"), None)
