@@ -1,4 +1,4 @@
-"""Whether the arguments of a call have their samples where they had them when it was watched."""
+"""The arguments of a call: whether their samples are where they were, and what is handed on."""
 
 from collections.abc import Sequence
 from itertools import repeat
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..branch import Place
 from ..find.plan import Gate
 
-__all__ = ["fits", "has_samples"]
+__all__ = ["fits", "hand_on", "has_samples"]
 
 
 def fits(gate: Gate, leaves: Sequence[Any], size: int) -> bool:
@@ -38,3 +38,10 @@ def has_samples(x: Any, place: Place, size: int) -> bool:
     if not isinstance(x, Tensor) or x.dim() <= place.dim or place.dim < 0:
         return False
     return x.shape[place.dim] != 1 or size * place.fold == 1
+
+
+def hand_on(gate: Gate, given: Sequence[Any], leaves: list[Any]) -> None:
+    """Put the arguments that a call hands on, with all their samples, into what it returned."""
+    for i, leaf in enumerate(gate.returned):
+        if leaf.kind == "argument":
+            leaves[i] = given[leaf.argument]

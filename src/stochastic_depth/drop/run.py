@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from ..branch import Place
 from ..find.plan import Gate, Leaf
-from .arguments import fits, has_samples
+from .arguments import fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, whole
 from .replay import may_be_recomputed
@@ -318,10 +318,7 @@ def _handed_on(gate: Gate, out: Any, args: Any, kwargs: Any) -> Any:
     if not _hands_on(gate):
         return out
     leaves, structure = tree_flatten(out)
-    given, _ = tree_flatten((args, kwargs))
-    for i, leaf in enumerate(gate.returned):
-        if leaf.kind == "argument":
-            leaves[i] = given[leaf.argument]
+    hand_on(gate, tree_flatten((args, kwargs))[0], leaves)
     return tree_unflatten(leaves, structure)
 
 

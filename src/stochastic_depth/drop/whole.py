@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .._torch import tree_flatten, tree_map, tree_unflatten
 from ..branch import Branch
 from ..find.plan import Plan
-from .arguments import fits, has_samples
+from .arguments import fits, hand_on, has_samples
 from .around import Take, around
 from .frame import Frame
 from .site import Site
@@ -54,10 +54,9 @@ class WholeSite(Site):
         merged = around(run, given[main], call, select, place)
         selected = select and run.kept is not None
         leaves = returned[0] if returned else [None] * len(gate.returned)
+        hand_on(gate, given, leaves)
         for i, leaf in enumerate(gate.returned):
-            if leaf.kind == "argument":  # all samples of it
-                leaves[i] = given[leaf.argument]
-            elif leaf.kind == "none" and isinstance(leaves[i], Tensor) and selected:
+            if leaf.kind == "none" and isinstance(leaves[i], Tensor) and selected:
                 leaves[i] = run.unknown()
         leaves[output] = merged
         return merged if gate.structure is None else tree_map(lambda i: leaves[i], gate.structure)
