@@ -203,10 +203,11 @@ def apply_kept(model: nn.Module, x: Tensor) -> None:
     sd.apply(model, KEPT, schedule="uniform", scale="none", seed=0, example_inputs=x)
 
 
-# Over 140 million parameters, of the same blocks as their small siblings: they take half of the
-# time of all.
-LARGE = {
+# Over 140 million parameters, of the same blocks as their small siblings, and MaxViT, which wants
+# images of 224: they take more than half of the time of all.
+SLOW = {
     "convnext_large",
+    "maxvit_t",
     "regnet_y_32gf",
     "regnet_y_128gf",
     "vit_h_14",
@@ -218,7 +219,7 @@ LARGE = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.zoo) if name in LARGE else name
+        pytest.param(name, marks=pytest.mark.zoo) if name in SLOW else name
         for name in WITH_BRANCHES
     ],
 )
@@ -310,12 +311,11 @@ def described(model: nn.Module) -> list[tuple[Any, ...]]:
     return [(b.name, b.kind, b.p, b.mode, b.scale, b.modules) for b in sd.branches(model)]
 
 
-@pytest.mark.parametrize("trip", ["deepcopy", "pickle"])
-def test_a_copy_has_the_same_branches_and_is_independent(case: Case, trip: str) -> None:
+def test_a_copy_that_is_pickled_has_the_same_branches_and_is_independent(case: Case) -> None:
     set_rates(case.model, 0.25)
     twin = light_copy(case.model)
-    if trip == "pickle":
-        twin = pickle.loads(pickle.dumps(twin))
+    assert described(twin) == described(case.model)
+    twin = pickle.loads(pickle.dumps(twin))
     assert described(twin) == described(case.model)
 
     set_rates(twin, 1.0)
@@ -364,7 +364,6 @@ SEVERAL = [
     "vit_b_32",
     "mobilenet_v2",
     "regnet_y_400mf",
-    "maxvit_t",
 ]
 
 
