@@ -459,6 +459,53 @@ def test_convolutions_compile_whatever_the_layout_of_their_gradients():
     assert len(outputs) > 2
 
 
+class InPlace(nn.Module):
+    """Adds its branch to the memory that something else reads, too."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.way = nn.Linear(8, 8), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.linear(x.roll(1, -1))
+        if self.way == "another name":
+            z = x
+            z += y
+            return x + z
+        if self.way == "view":
+            x.view(-1, 4).add_(y.view(-1, 4))
+        else:
+            x.add_(y)
+        return x
+
+
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("way", ["statement", "another name", "view"])
+def test_a_sum_in_place_is_in_place_in_a_graph(way: str, by_block: bool, mode: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), InPlace(way)), torch.randn(6, 8)
+    ours = sd.apply(copy.deepcopy(model), 1e-12, mode=mode, example_inputs=x)
+    if by_block:
+        ours[1].compile(backend="eager", fullgraph=True)
+    else:
+        ours.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(ours(x), model(x))
+    ours(x).sum().backward()
+    model(x).sum().backward()
+    torch.testing.assert_close(ours[1].linear.weight.grad, model[1].linear.weight.grad)
+
+
+@pytest.mark.parametrize("blocks", [None, "all"])
+def test_the_size_of_the_batch_may_change_in_a_graph_of_subset_mode(blocks: str | None) -> None:
+    model, x = build(Mlp)
+    sd.apply(model, 0.5, mode="subset", blocks=blocks, example_inputs=x)
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    for size in (6, 6, 4, 5):
+        assert run(torch.randn(size, *x.shape[1:])).shape[0] == size
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_applied_model_is_the_plain_one(strict):
     model, x = build(Conv)

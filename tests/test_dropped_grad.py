@@ -81,6 +81,53 @@ def test_zero_does_what_a_mask_does(kind):
     assert not torch.equal(before[0][0], after[0][0])  # it coasts
 
 
+class Joined(nn.Module):
+    """Adds its branch in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.stem, self.linear, self.way = nn.Linear(4, 4), nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.linear(x.roll(1, -1))
+        if self.way == "in place":
+            x.add_(y)
+        elif self.way == "in place, by another name":
+            z = x
+            z += y
+            x = x + 2 * z
+        elif self.way == "into a view":
+            x.view(-1, 2).add_(y.view(-1, 2))
+        elif self.way == "stack":
+            return torch.stack([x, y]).sum(0)
+        elif self.way == "addcmul":
+            return torch.addcmul(x, y, torch.ones(4))
+        elif self.way == "cat":
+            return x + torch.cat([y, y])[: len(x)]
+        return x
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize(
+    "way",
+    ["in place", "in place, by another name", "into a view", "stack", "addcmul", "cat"],
+)
+def test_zeros_come_however_the_branch_is_added(way: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model, x = Joined(way), torch.randn(2, 4)
+    given = {}
+    for kind in ("none", "zero"):
+        applied = copy.deepcopy(model)
+        sd.apply(applied, p=1.0, mode=mode, dropped_grad=kind, example_inputs=x)
+        out = applied(x)
+        out.square().sum().backward()
+        given[kind] = out.detach(), applied.stem.weight.grad
+        grads = [p.grad for p in applied.linear.parameters()]
+        assert all(g is None if kind == "none" else not g.any() for g in grads)
+    assert same(given["none"], given["zero"])
+
+
 @pytest.mark.parametrize("wrong", ["zeros", None, 0])
 def test_an_unknown_choice_is_refused(wrong):
     with pytest.raises(ValueError, match=r"dropped_grad must be one of .*'none', 'zero'"):

@@ -106,3 +106,51 @@ def test_before_the_first_batch_a_model_that_is_one_block_has_its_weights_in_eva
     pending = sd.apply(copy.deepcopy(model), 0.5, scale="eval")
     assert not torch.allclose(settled(x), model(x))
     assert torch.equal(pending(x), settled(x))
+
+
+class Parts(nn.Module):
+    """What can be told of its inputs is that of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.a = nn.Sequential(Block(), Block())
+        self.b = nn.Sequential(Block(), Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.first(x)))
+
+
+def told(model: nn.Module) -> list[tuple[str, float, str]]:
+    return [(branch.name, branch.p, branch.mode) for branch in sd.branches(model)]
+
+
+def test_what_was_removed_before_the_first_batch_stays_removed() -> None:
+    model = sd.apply(Parts(), 0.5)
+    sd.remove(model.a)
+    before = told(model)
+    assert [name for name, *_ in before] == ["b.0:linear", "b.1:linear"]
+    model(torch.randn(4, WIDTH))
+    assert told(model) == before
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_was_applied_to_a_part_before_the_first_batch_stays(given: bool) -> None:
+    x = torch.randn(4, WIDTH)
+    model = sd.apply(Parts(), 0.5, seed=0)
+    sd.apply(model.a, 0.9, exclude="0", mode="row", seed=1, example_inputs=x if given else None)
+    before = told(model)
+    assert before[0] == ("1:linear", 0.9, "row")
+    model(x)
+    assert told(model) == before
+    for _ in range(8):
+        model(x)
+    assert [branch.decided for branch in sd.branches(model)] == [36, 9, 9]
+
+
+def test_a_block_that_was_replaced_before_the_first_batch_is_found() -> None:
+    model = sd.apply(Parts(), 0.5)
+    before = told(model)
+    model.a[0] = Block()
+    model(torch.randn(4, WIDTH))
+    assert told(model) == before

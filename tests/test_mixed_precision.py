@@ -196,6 +196,36 @@ def test_weights_move_and_stay_finite_where_branches_drop(name: str, mode: str) 
     assert sum(branch.dropped for branch in sd.branches(ours)) > 0
 
 
+class Normed(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.linear, self.norm, self.first = nn.Linear(4, 4), nn.LayerNorm(4), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.norm(x)) if self.first else self.norm(self.linear(x))
+        return y if self.is_whole else x + y
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("blocks", [None, "all", "(whole)"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("scale", ["train", "none"])
+def test_the_dtype_of_an_output_does_not_depend_on_the_decision(
+    scale: str, first: bool, blocks: str | None, mode: str
+) -> None:
+    Normed.is_whole = blocks == "(whole)"
+    model, x = nn.Sequential(nn.Linear(4, 4), Normed(first)), torch.randn(6, 4)
+    ours = copy.deepcopy(model)
+    blocks = Normed if blocks == "(whole)" else blocks
+    sd.apply(ours, 0.5, mode=mode, scale=scale, blocks=blocks, seed=0, example_inputs=x)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x).dtype
+        seen = {ours(x).dtype for _ in range(12)}
+    assert seen == {expected}
+    assert {ours(x).dtype for _ in range(12)} == {torch.float32}
+    assert ours.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+
+
 def on_each_rank(rank: int) -> None:
     warnings.simplefilter("ignore")
     for name, optimizer in itertools.product(MODELS, OPTIMIZERS):

@@ -164,6 +164,27 @@ def test_hooks_on_what_autograd_saves_are_seen_and_are_those_of_checkpointing() 
     assert _torch.saved_tensors_hooks() is None
 
 
+def test_the_arguments_of_a_custom_function_are_looked_through() -> None:
+    seen: list[bool] = []
+
+    class Other:
+        @property  # type: ignore[misc]
+        def __class__(self) -> type:
+            seen.append(_torch.is_given_to_function(sys._getframe(1)))
+            return Other
+
+    class One(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Tensor:
+            return torch.ones(1)
+
+    One.apply(Other())
+    assert any(seen)
+    seen.clear()
+    assert not isinstance(Other(), Tensor)
+    assert seen == [False]
+
+
 def test_transforms_forward_mode_and_compiling_are_told_from_ordinary_autograd() -> None:
     torch._dynamo.reset()
     x, seen = torch.ones(2), []

@@ -6,12 +6,13 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._functorch.utils import unwrap_dead_wrappers as _look_through
 from torch.utils._pytree import (  # torch has no public one
     TreeSpec,
     tree_flatten,
@@ -35,6 +36,7 @@ __all__ = [
     "is_compiled_around",
     "is_compiler_loaded",
     "is_flat_parameter",
+    "is_given_to_function",
     "is_transformed",
     "is_view_of_flat_parameter",
     "outside_graphs",
@@ -120,6 +122,12 @@ graph_task = torch._C._current_graph_task_id
 # works through such hooks, and nothing public tells that they are there.
 def saved_tensors_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+# Whether the code of a frame looks through the arguments of a custom autograd.Function: what is no
+# tensor among them goes on without being asked anything else.
+def is_given_to_function(frame: FrameType) -> bool:
+    return frame.f_globals is _look_through.__globals__
 
 
 def is_transformed() -> bool:

@@ -2,14 +2,14 @@
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .applied import branches
+from .applied import branches, is_applied
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
@@ -300,15 +300,20 @@ def settle(
     part: nn.Module,
     settings: Settings,
     given: Mapping[Branch, Mapping[str, Any]],
+    blocks: Iterable[nn.Module],
     args: Any,
     kwargs: dict[str, Any],
 ) -> None:
     """Find on a real batch what was found on inputs that were made up, or not at all.
 
-    A branch that is found again keeps its identity and what was set of it since ``apply`` gave it
-    what is ``given``, and all keep the share of their target that a RateSchedule has given them.
+    A branch that is found again keeps its identity, and what was set of it since ``apply`` gave it
+    what is ``given``. All keep the share of their target that a RateSchedule has given them. What
+    was applied to a part of it since stays as it is, and so does what was removed of ``blocks``.
     """
-    before = {branch.name: branch for branch in branches(part)}
+    others = _install.others_in(part, settings)
+    foreign = {b for module in others for b in branches(module)}
+    gone = [b for b in blocks if not is_applied(b)]
+    before = {branch.name: branch for branch in branches(part) if branch not in foreign}
     changed = {b: _install.choices(b) for b in before.values()}
     changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
     factor = next((b.p / b.target for b in before.values() if b.target > 0.0), 1.0)
@@ -327,6 +332,7 @@ def settle(
     for branch in branches(part):
         vars(branch).update(changed.get(branch, {}))
         branch.set_rate(factor * branch.target)
+    _install.put_others(others, gone)
 
 
 def remove(model: M) -> M:

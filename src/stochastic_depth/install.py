@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ._torch import outside_graphs
-from .applied import branches
+from .applied import branches, sites
 from .branch import Branch, DroppedGrad, Mode, Scale
 from .drop.collectives import own_parameters
 from .drop.draws import Draws
@@ -29,7 +29,9 @@ __all__ = [
     "choices",
     "install",
     "keep_identity",
+    "others_in",
     "prefixed",
+    "put_others",
     "remove",
 ]
 
@@ -173,10 +175,13 @@ _COUNTS = {"decided", "dropped"}
 # Calls in a form that has not been seen.
 
 
-def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None:
+def watch_block(
+    site: Site, args: Any, kwargs: Mapping[str, Any], known_plan: Plan | None = None
+) -> Plan | None:
     """What is known of a call of the site's block, from a run on just these values.
 
-    The branches keep their identity: they are found again by what they call.
+    The branches keep their identity: they are found again by what they call. Of a call in a known
+    form, and in another precision, only the dtypes are found out.
     """
     if any(type(x).__name__ == "Proxy" for x in (*args, *kwargs.values())):
         warnings.warn(
@@ -186,7 +191,7 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
         )
         return None
     samples = None
-    if any(branch.mode != "batch" for branch in site.branches):
+    if known_plan is None and any(branch.mode != "batch" for branch in site.branches):
         samples = site.findings.samples or Samples()
     try:
         if isinstance(site, WholeSite):
@@ -196,6 +201,10 @@ def watch_block(site: Site, args: Any, kwargs: Mapping[str, Any]) -> Plan | None
     except Exception:  # of any kind: the call itself will raise it
         return None
     plan = next(iter(findings.plans.get("", {}).values()), Plan())
+    if known_plan is not None:
+        own = {_same(branch, site): plan.dtypes.get(i) for i, branch in enumerate(plan.branches)}
+        dtypes = [(i, own.get(branch)) for i, branch in enumerate(known_plan.branches)]
+        return replace(known_plan, dtypes={i: dtype for i, dtype in dtypes if dtype is not None})
     if site.takes_new:
         _take_new(site, plan)
     known: list[Branch | None] = [_same(branch, site) for branch in plan.branches]
@@ -289,6 +298,7 @@ class Pending:
         self.model, self.part, self.settings = model, part, settings
         self.under = put(part).site  # the part's own site, if it is a block
         self.given = {branch: choices(branch) for branch in branches(part)}
+        self.blocks = [site.block for site in sites(part)]
 
     def is_active(self) -> bool:
         return self._settles() or (self.under is not None and self.under.is_active())
@@ -310,8 +320,36 @@ class Pending:
     def _settle(self, args: Any, kwargs: Any) -> Any:
         from .apply import settle
 
-        settle(self.model, self.part, self.settings, self.given, args, dict(kwargs))
+        settle(self.model, self.part, self.settings, self.given, self.blocks, args, dict(kwargs))
         return self.part(*args, **kwargs)
+
+
+def others_in(part: nn.Module, settings: Settings) -> dict[nn.Module, Any]:
+    """By module below ``part``, what another ``apply`` than that with ``settings`` put there."""
+    found: dict[nn.Module, Any] = {}
+    for module in part.modules():
+        slot = outer_slot(module) or slot_of(module)
+        site = None if slot is None else slot.site
+        if module is not part and isinstance(site, Site | Pending):
+            draws = site.draws if isinstance(site, Site) else site.settings.draws
+            if draws is not settings.draws:
+                found[module] = site
+    return found
+
+
+def put_others(others: Mapping[nn.Module, Any], gone: Iterable[nn.Module]) -> None:
+    """Put :func:`others_in` back, and leave nothing else there nor in the blocks that are gone."""
+    for block in {*others, *gone}:
+        slot = slot_of(block)
+        if slot is not None and isinstance(slot.site, Site):
+            slot.site.uninstall()
+    for module, site in others.items():
+        if isinstance(site, Site):
+            site.install()
+            continue
+        if site.under is not None:
+            site.under.install()
+        put(module).site = site
 
 
 def prefixed(findings: Findings, prefix: str) -> Findings:

@@ -194,6 +194,17 @@ def test_one_mask_for_all_may_become_one_for_each(
     assert_weighed(ours, plain, data(), after, steps=20)
 
 
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("blocks", [None, "block"])
+@pytest.mark.parametrize("shapes", [((4,), (6, 4)), ((6, 4), (4,)), ((), (6, 1)), ((6, 4), ())])
+def test_an_argument_may_have_more_or_fewer_dimensions(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], blocks: str | None, mode: str
+) -> None:
+    before, after = (data(6, 4, seed=5)[0, 0] if not s else data(*s, seed=5) for s in shapes)
+    ours, plain = twins(net(MaskedModel), data(), before, mode=mode, p=0.5, blocks=blocks)
+    assert_weighed(ours, plain, data(), after, steps=20)
+
+
 # --- children that are replaced: a branch is where it is
 
 

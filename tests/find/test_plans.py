@@ -146,7 +146,7 @@ def test_each_form_of_call_has_its_plan() -> None:
             return self.block(self.block(x), double=True)
 
     found = look(Both())
-    x = torch.zeros(1)
+    x = torch.zeros(1, 1)
     assert set(found.plans["block"]) == {form_of((x,), {}), form_of((x,), {"double": True})}
 
 

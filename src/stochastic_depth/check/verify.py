@@ -166,6 +166,9 @@ class _Verifier:
             if any(True for _ in m.parameters(recurse=False))
         }
         elsewhere = self._also_called_elsewhere(inside)
+        dropped = dict.fromkeys(self.branches, (True, 1.0))
+        with torch.no_grad(), forced(dropped):
+            self._call(self.model)  # a block that is called in a new form is watched, and runs
         for m in inside - elsewhere:
             handles.append(
                 m.register_forward_pre_hook(
@@ -173,7 +176,7 @@ class _Verifier:
                 )
             )
         try:
-            with torch.no_grad(), forced(dict.fromkeys(self.branches, (True, 1.0))):
+            with torch.no_grad(), forced(dropped):
                 self._call(self.model)
         finally:
             for handle in handles:

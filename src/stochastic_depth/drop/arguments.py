@@ -1,6 +1,6 @@
 """The arguments of a call: whether their samples are where they were, and what is handed on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -40,8 +40,26 @@ def has_samples(x: Any, place: Place, size: int) -> bool:
     return x.shape[place.dim] != 1 or size * place.fold == 1
 
 
-def hand_on(gate: Gate, given: Sequence[Any], leaves: list[Any]) -> None:
-    """Put the arguments that a call hands on, with all their samples, into what it returned."""
+def hand_on(
+    gate: Gate,
+    given: Sequence[Any],
+    taken: Sequence[Any],
+    leaves: list[Any],
+    put_back: Callable[[Any, Any, Place | None], Any],
+) -> None:
+    """Put what a call hands on of its arguments, with all their samples, into what it returned.
+
+    Args:
+        gate: which call it is.
+        given: its arguments.
+        taken: the same as they went into it, perhaps with the kept samples only.
+        leaves: what it returned, None where it was not made; changed.
+        put_back: puts the kept samples of an argument, which it changed, back among the others.
+    """
     for i, leaf in enumerate(gate.returned):
         if leaf.kind == "argument":
-            leaves[i] = given[leaf.argument]
+            own, x = given[leaf.argument], taken[leaf.argument]
+            if leaves[i] is None or leaves[i] is x:
+                leaves[i] = own
+            elif x is not own:
+                leaves[i] = put_back(own, leaves[i], gate.given[leaf.argument])

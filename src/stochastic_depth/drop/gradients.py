@@ -31,6 +31,9 @@ def left_out(shortcut: Tensor, branch: Branch, owner: Any, in_place: bool = Fals
     counted_on = branch.dropped_grad == "zero" or is_distributed()
     if counted_on and torch.is_grad_enabled():
         wanted = [p for p in own_parameters(branch, owner) if p.requires_grad]
+        if wanted and in_place:  # other views of the shortcut see what happens to it
+            nothing: Tensor = _Unused.apply(shortcut.new_zeros(()), *wanted)  # type: ignore[no-untyped-call]
+            return shortcut.sub_(nothing)  # a sum would turn a negative zero into a positive one
         if wanted:
             return _Unused.apply(shortcut, *wanted)  # type: ignore[no-untyped-call,no-any-return]
     return shortcut if in_place else shortcut.clone()

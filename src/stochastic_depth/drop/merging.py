@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..branch import Branch, Place
 from ..find.spot import spot
 from ..find.state import NORMS
+from ..find.tensors import version_of
 from .decide import choose_samples, draw_mask, draw_subset
 from .gradients import left_out
 from .part import Part, form, whole
@@ -58,7 +59,7 @@ class Merging:
     apart = False  # reentrant checkpointing makes the call of now
     is_late = False  # it had been computed when its samples were chosen, and will be again
     slot: Tensor | None = None  # of each sample, that of a computed one
-    split: tuple[Tensor, Tensor] | None = None
+    split: tuple[Tensor, Tensor, int] | None = None  # a shortcut, what goes on of it, its version
 
     def __init__(
         self,
@@ -122,8 +123,7 @@ class Merging:
         """The part as a tensor of full size, weighed, with zeros for what is dropped."""
         x, place = part._value, part._place
         if x is None:
-            known = form(part)
-            return torch.zeros(known.shape, dtype=known.dtype, device=self.device)
+            return self.nothing(form(part))
         at = place or self._place_of_sum()
         if place is not None:
             assert self.kept is not None
@@ -145,6 +145,11 @@ class Merging:
         return add_rows(
             torch.zeros_like(x), at_kept, take_rows(x, at_kept, at.dim), self.weight, at.dim
         )
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """Zeros of the form of ``like``, for what a dropped branch would have made."""
+        zeros = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+        return left_out(zeros, self.branch, self.owner, in_place=True)
 
     def _place_of_sum(self) -> Place:
         return self.branch.place or self.branch.mask
@@ -182,7 +187,8 @@ class Merging:
         if place is None and self.kept is None:
             if self.mask is not None:
                 mask = self.mask_for(shortcut, *at)
-                return torch.where(mask, shortcut + v * alpha, shortcut)
+                masked = torch.where(mask, shortcut + v * alpha, shortcut)
+                return shortcut.copy_(masked) if in_place else masked
             if shortcut.shape != v.shape:
                 self.check_shape(shortcut, v)
             if isinstance(self.weight, Tensor):  # a compiled block, made for any rate
@@ -194,7 +200,8 @@ class Merging:
             # As the plain sum does, keeps the layout of what comes first.
             return torch.add(v * alpha, shortcut) if first else torch.add(shortcut, v * alpha)
         assert self.kept is not None
-        fold, rest = divmod(shortcut.shape[at.dim], self.size)
+        rows = shortcut.shape[at.dim]  # a symbol, in a graph for any size
+        fold, rest = rows // self.size, rows % self.size
         if rest or fold != at.fold:
             raise self.error(
                 f"has a sum of {shortcut.shape[at.dim]} entries in dimension {at.dim} for "
@@ -205,7 +212,9 @@ class Merging:
         if in_place:
             return shortcut.index_add_(at.dim, chosen, v.to(shortcut.dtype), alpha=alpha)
         if self.split is not None and self.split[0] is shortcut:
-            shortcut = self.split[1]
+            _, whole_shortcut, version = self.split
+            if version == version_of(shortcut):  # else it was written to since
+                shortcut = whole_shortcut
         dtype = torch.promote_types(shortcut.dtype, v.dtype)
         shape = list(shortcut.shape)
         shape[at.dim] = len(chosen)

@@ -5,9 +5,10 @@ Three kinds: *absent*, of a branch that is dropped; *compact*, the kept samples 
 ``__torch_function__``: autograd and dispatch never see it, and torch.compile traces it.
 
 Whatever is computed from an absent part is absent. What works on each element of a compact value
-alone leaves it compact. Any other function is given the whole value of a part, so user code never
-meets a partial batch. A branch ends where finding saw its sum in the
-source: there, and only there, the part joins its shortcut.
+alone leaves it compact. Any other function is given the whole value, so user code never meets a
+partial batch, and the part is whole from then on, as the function may change what it is given, or
+keep it. A branch ends where finding saw its sum in the source: there, and only there, the part
+joins its shortcut.
 """
 
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map
+from .._torch import is_given_to_function, tree_leaves, tree_map
 from .instruction import is_asked, unpacked
 
 __all__ = ["SUMS", "Part", "Unmade", "first_part", "form", "parts_in", "whole"]
@@ -52,7 +53,10 @@ class Part:
 
         Torch's own, and anything in C, would take it for one in memory, and crash.
         """
-        return Tensor if is_asked(sys._getframe(1)) else Part
+        frame = sys._getframe(1)
+        if is_given_to_function(frame):
+            self._check_gradients()
+        return Tensor if is_asked(frame) else Part
 
     @classmethod
     def __torch_function__(
@@ -85,7 +89,9 @@ class Part:
             )
         if _works_on_elements(name, args, kwargs, parts):
             args, kwargs = tree_map(_value, (tuple(args), kwargs))
-            return Part(run, func(*args, **kwargs), last, parts[0]._place)
+            out = func(*args, **kwargs)
+            same = next((part for part in parts if part._value is out), None)  # in place
+            return Part(run, out, last, parts[0]._place) if same is None else same
         args, kwargs = tree_map(whole, (tuple(args), kwargs))
         out = func(*args, **kwargs)
         return run.mark(out) if last else out
@@ -101,8 +107,17 @@ class Part:
                 return self._run.device
             if name in _VIEWS:
                 return self._derived(lambda: getattr(form(self), name))
-        known = getattr(form(self), name)
+        known = getattr(whole(self) if name in _VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
+
+    def _check_gradients(self) -> None:
+        """Raise where a custom autograd.Function, which passes on those of tensors, is given it."""
+        if self._value is not None and self._value.requires_grad and torch.is_grad_enabled():
+            raise self._run.error(
+                "hands one of its values to a custom autograd.Function (reentrant checkpointing is "
+                "one), which it did not when it was watched; checkpoint with use_reentrant=False, "
+                "or have the function work in evaluation, too, before you call apply() again"
+            )
 
     def _derived(self, make: Callable[[], Any]) -> "Part":
         return Part(self._run, None, self._last, None, make)
@@ -114,7 +129,7 @@ class Part:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if self._value is not None:
-            raise self._run.error("overwrites a part of what it computes")
+            whole(self)[key] = whole(value)
 
     def __iter__(self) -> Iterator[Any]:
         n = None
@@ -243,10 +258,12 @@ def first_part(values: Iterable[Any]) -> Part | None:
 
 
 def whole(x: Any) -> Any:
-    """The value of a part in its full size; anything else as it is."""
+    """The value of a part, which is in its full size from now on; anything else as it is."""
     if type(x) is not Part:
         return x
-    return x._value if x._place is None else x._run.spread(x._value, x._place)
+    if x._place is not None:
+        x._value, x._place = x._run.spread(x._value, x._place), None
+    return x._value
 
 
 def _value(x: Any) -> Any:
@@ -282,7 +299,7 @@ def form(x: Any) -> Any:
     if type(x) is not Part:
         return x.detach().to("meta") if isinstance(x, Tensor) else x
     if x._value is not None:
-        return whole(x)
+        return x._value if x._place is None else x._run.spread(x._value, x._place)
     if x._make is not None:
         with torch.no_grad():
             x._form, x._make = x._make(), None
@@ -294,7 +311,7 @@ def _joining(like: Tensor | None, x: Any) -> Any:
     if type(x) is not Part:
         return x
     if like is not None and x._value is None:
-        return torch.zeros_like(like)
+        return x._run.nothing(like)
     return x._run.joining(x)
 
 

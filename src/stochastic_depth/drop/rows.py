@@ -62,8 +62,11 @@ def put_rows(x: Tensor, rows: Tensor, values: Tensor, dim: int = 0) -> Tensor:
 def _stride_order(x: Tensor) -> list[int]:
     """The dimensions of ``x`` from the largest stride to the smallest.
 
-    Those of one entry, whose stride may be any, come first.
+    Those of one entry, whose stride may be any, come first. In a graph, where strides may be
+    symbols and the layout is the compiler's, they are in their own order.
     """
+    if torch.compiler.is_compiling():
+        return list(range(x.dim()))
     strides, shape = x.stride(), x.shape
     return sorted(range(x.dim()), key=lambda d: (shape[d] != 1, -strides[d]))
 

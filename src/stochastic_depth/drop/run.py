@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from ..branch import Place
 from ..find.plan import Gate, Leaf
+from ..find.tensors import version_of
 from .arguments import fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, whole
 from .replay import may_be_recomputed
-from .rows import split_rows, take_rows
+from .rows import put_rows, split_rows, take_rows
 
 __all__ = ["Run", "needs_company"]
 
@@ -50,7 +51,8 @@ class Run(Merging):
             if entered is not None:
                 out = run(*entered[0], **entered[1])
                 self.check_returned(gate, out)
-                return _handed_on(gate, self._each(gate, out, self._leave), args, kwargs)
+                left = self._each(gate, out, self._leave)
+                return self._handed_on(gate, left, (args, kwargs), entered)
         if parts:
             args, kwargs = tree_map_only(Part, whole, (args, kwargs))
         if self.mask is None:
@@ -127,7 +129,7 @@ class Run(Merging):
         at = slots(place, self.computed)
         if self.split is None and not (self.compiling or may_be_recomputed()):
             taken, back = split_rows(x, at, place.dim)  # the gradients of both meet there
-            self.split = x, back
+            self.split = x, back, version_of(x)
             return taken
         return _select(x, at, place.dim)
 
@@ -144,6 +146,26 @@ class Run(Merging):
             for x, leaf in zip(leaves, known, strict=True)
         ]
         return tree_unflatten(changed, structure)
+
+    def _handed_on(self, gate: Gate, out: Any, given: Any, entered: Any) -> Any:
+        """``out`` with what it hands on of the arguments, all samples of it."""
+        if not _hands_on(gate):
+            return out
+        leaves, structure = tree_flatten(out)
+        own, taken = tree_flatten(given)[0], tree_flatten(entered)[0]
+        hand_on(gate, own, taken, leaves, self.put_back)
+        return tree_unflatten(leaves, structure)
+
+    def put_back(self, own: Any, x: Any, place: Place | None) -> Any:
+        """``own``, an argument that a call hands on, with what it made of the kept samples."""
+        if place is None or not isinstance(own, Tensor) or not has_samples(own, place, self.size):
+            return x
+        assert self.kept is not None
+        rows = slots(place, self.kept)
+        if not isinstance(x, Tensor) or x.dim() != own.dim() or x.shape[place.dim] < len(rows):
+            raise self.changed()
+        x = x.narrow(place.dim, 0, len(rows))
+        return put_rows(own.to(x.dtype), rows, x, place.dim)
 
     def _leave(self, gate: Gate, x: Tensor, leaf: Leaf) -> Any:
         """A result that has the computed samples only."""
@@ -311,15 +333,6 @@ def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None
 
 def _hands_on(gate: Gate) -> bool:
     return any(leaf.kind == "argument" for leaf in gate.returned)
-
-
-def _handed_on(gate: Gate, out: Any, args: Any, kwargs: Any) -> Any:
-    """``out`` with what it hands on of the arguments, all samples of it."""
-    if not _hands_on(gate):
-        return out
-    leaves, structure = tree_flatten(out)
-    hand_on(gate, tree_flatten((args, kwargs))[0], leaves)
-    return tree_unflatten(leaves, structure)
 
 
 def _select(x: Tensor, at: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from .._torch import has_hooks, is_compiled_around, tree_flatten, tree_map_only
 from ..branch import Branch
-from ..find.form import form_of
+from ..find.form import form_of, precision_of
 from ..find.plan import Findings, Form, Plan
 from .collectives import existing_of, modules_of
 from .draws import Draws
@@ -23,7 +23,7 @@ from .slot import INSIDE, Slot, here, outer_slot, put, slot_of, take_out
 
 __all__ = ["Site"]
 
-Watch = Callable[["Site", Any, Any], "Plan | None"]
+Watch = Callable[["Site", Any, Any, "Plan | None"], "Plan | None"]
 
 
 class Site:
@@ -34,7 +34,8 @@ class Site:
         branches: those that can be dropped, in the order of execution.
         plans: by the form of the call, what is known of it.
         draws: makes the decisions.
-        watch: finds the plan of a call in a form that has not been seen.
+        watch: finds the plan of a call in a form that has not been seen; or, given the plan of one
+            in this form, that in the precision of now.
         findings: of the whole model, for reports.
     """
 
@@ -55,13 +56,13 @@ class Site:
         self.is_root = any(branch.name.startswith(":") for branch in branches)
         self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
-        self.has_scale = any(branch.scale == "eval" for branch in branches)
+        self.others: dict[Any, Plan] = {}  # of calls in another precision, by form and precision
         self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
         self.slots: dict[str, Slot] = {}
         self.seen: list[tuple[nn.Module, list[Any], list[Any]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "forms": {}, "slots": {}, "seen": []}
+        return {**self.__dict__, "others": {}, "forms": {}, "slots": {}, "seen": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
         """A copy with slots in place: torch.compile, which may come next, cannot put them there.
@@ -92,7 +93,7 @@ class Site:
             return bool(forced)
         if self.is_training():
             return self.replaces or any([b.is_active for b in self.branches])
-        return self.has_scale and any([b.is_active for b in self.branches])
+        return any([b.scale == "eval" and b.is_active for b in self.branches])
 
     def is_training(self) -> bool:
         """Whether decisions are drawn: in training, and in evaluation while it is sampled."""
@@ -194,9 +195,17 @@ class Site:
         if key not in self.plans:
             if torch.compiler.is_compiling():
                 return next(iter(self.plans.values()), None)
-            self.plans[key] = self.watch(self, args, kwargs) or Plan()
+            self.plans[key] = self.watch(self, args, kwargs, None) or Plan()
             self.seen = []
-        return self.plans[key]
+        plan = self.plans[key]
+        if not plan.branches or torch.compiler.is_compiling():
+            return plan
+        precision = precision_of(args, kwargs)
+        if plan.precision == precision:
+            return plan
+        if (key, precision) not in self.others:
+            self.others[key, precision] = self.watch(self, args, kwargs, plan) or plan
+        return self.others[key, precision]
 
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         """A call of the block with branches that may be dropped."""

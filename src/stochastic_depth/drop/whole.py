@@ -35,10 +35,11 @@ class WholeSite(Site):
         place = branch.place or branch.mask
         size = given[main].shape[place.dim] // place.fold if branch.place else 1
         select = branch.place is not None and fits(gate, given, size)
+        taken: list[Any] = given
         returned: list[list[Any]] = []
 
         def call(take: Take) -> Tensor:
-            taken = given
+            nonlocal taken
             if take is not None:
                 taken = [
                     take(x, at) if at is not None and has_samples(x, at, size) else x
@@ -52,9 +53,11 @@ class WholeSite(Site):
             return result
 
         merged = around(run, given[main], call, select, place)
+        if not run.compiling:
+            merged = merged.to(plan.dtypes.get(0, given[main].dtype))
         selected = select and run.kept is not None
         leaves = returned[0] if returned else [None] * len(gate.returned)
-        hand_on(gate, given, leaves)
+        hand_on(gate, given, taken, leaves, run.put_back)
         for i, leaf in enumerate(gate.returned):
             if leaf.kind == "none" and isinstance(leaves[i], Tensor) and selected:
                 leaves[i] = run.unknown()

@@ -72,9 +72,12 @@ def find_blocks(
         planned.regions.setdefault(branch, []).append(region)
         plans = findings.plans.setdefault(call.name, {})
         if call.form not in plans:
-            plans[call.form] = Plan([branch], {"": (gate,)})
+            plan = plans[call.form] = Plan([branch], {"": (gate,)}, precision=call.precision)
+            before, after = (flow.nodes[n].dtype for n in (region.shortcut, region.sum))
+            if after is not None and after != before:
+                plan.dtypes[0] = after
             frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
-            planned.frames.append((frame, plans[call.form]))
+            planned.frames.append((frame, plan))
     for name in names:
         if name not in {call.name for call in flow.calls}:
             findings.refused.append(Refused(f"{name}:{WHOLE}", "it is not called"))

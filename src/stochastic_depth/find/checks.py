@@ -171,8 +171,18 @@ def _after_last(flow: Flow, member: Member, last: set[int]) -> set[int]:
 
 
 def works_in_function(flow: Flow, member: Member) -> bool:
-    """Whether a custom autograd.Function works on a value of the branch in the frame."""
-    return any(flow.nodes[i].function for i in member.free)
+    """Whether a custom autograd.Function works on a value of the branch in the frame.
+
+    That of reentrant checkpointing does if a value from outside goes into it.
+    """
+    nodes, calls = flow.nodes, [flow.calls[c] for c in member.gates]
+    within = {n for call in calls if call.apart for n in call.made}
+    within |= {i for i in member.free if nodes[i].apart}
+    used = {n for call in calls if call.apart for n in call.given}
+    used |= {n for i in member.free if nodes[i].apart for n in nodes[i].sources}
+    return any(nodes[i].function for i in member.free) or any(
+        n in member.region.nodes and n not in within for n in used
+    )
 
 
 def sums_before(flow: Flow, member: Member, last: set[int]) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .plan import Form, Spot
+from .plan import Form, Precision, Spot
 
 __all__ = ["Call", "Flow", "Key", "Node"]
 
@@ -28,7 +28,8 @@ class Node:
         weights: it is a parameter, or made of parameters alone.
         random: it is made of random numbers alone.
         factor: ``alpha=`` of a sum.
-        function: it was made in a custom autograd.Function.
+        function: it was made in a custom autograd.Function, which is none of checkpoint's.
+        apart: it was made in that of reentrant checkpointing.
         name: of a parameter or buffer.
         key: by what it is found again in another run, which may do a little more or less elsewhere:
             the call that it is made in, and how many of its kind were made there before.
@@ -45,6 +46,7 @@ class Node:
     random: bool = False
     factor: float = 1.0
     function: bool = False
+    apart: bool = False
     spot: Spot | None = None
     name: str = ""
     key: Key | None = None
@@ -65,6 +67,8 @@ class Call:
         writes: the type of what it is given and changes: a cache.
         owner: the outermost call that was given this, or whose module keeps it, else the call.
         put: the nodes of tensors that it has put there.
+        apart: reentrant checkpointing makes it.
+        precision: of the call.
     """
 
     name: str
@@ -81,6 +85,8 @@ class Call:
     writes: str = ""
     owner: int = -1
     put: set[int | None] = field(default_factory=set)
+    apart: bool = False
+    precision: Precision | None = None
 
 
 @dataclass

@@ -2,15 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .plan import Form
+from .plan import Form, Precision
 
-__all__ = ["form_of"]
+__all__ = ["form_of", "precision_of"]
 
 
 def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """The types of the arguments, and the values of None, bool and str."""
+    """The types of the arguments, how many dimensions they have, and values of None, bool, str."""
     form = tuple([_kind(x) for x in args])
     if kwargs:
         form += tuple([(name, _kind(x)) for name, x in kwargs.items()])
@@ -20,5 +21,26 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
 def _kind(x: Any) -> Any:
     kind = type(x)
     if kind is Tensor or kind is nn.Parameter:
-        return Tensor
+        return Tensor, x.dim()
+    if kind is tuple or kind is list or kind is dict:
+        values = x.values() if kind is dict else x
+        return kind, tuple([(type(v), v.dim() if isinstance(v, Tensor) else 0) for v in values])
     return x if x is None or kind is bool or kind is str else kind
+
+
+def precision_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Precision | None:
+    """The dtype of the first tensor, and what autocast computes in; None without a tensor."""
+    for x in args:
+        if isinstance(x, Tensor):
+            return _precision(x)
+    for x in kwargs.values():
+        if isinstance(x, Tensor):
+            return _precision(x)
+    return None
+
+
+def _precision(x: Tensor) -> Precision:
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x.dtype, None
+    return x.dtype, torch.get_autocast_dtype(kind)

@@ -24,6 +24,7 @@ __all__ = [
     "Merge",
     "Place",
     "Plan",
+    "Precision",
     "Refused",
     "Spot",
     "only",
@@ -67,6 +68,9 @@ class Gate:
     drops: bool = False
 
 
+Precision = tuple[torch.dtype, torch.dtype | None]  # of a tensor, and of autocast where that is on
+
+
 @dataclass
 class Plan:
     """What the calls of one block's forward have to do with its branches.
@@ -78,6 +82,7 @@ class Plan:
             a part of the block's.
         dead: the leaves of what the block returns that belong to a branch and that nobody read.
         dtypes: by branch, the dtype of its sum where it is not that of its shortcut.
+        precision: of the call in which that was so.
     """
 
     branches: list[Branch] = field(default_factory=list)
@@ -85,6 +90,7 @@ class Plan:
     opened: frozenset[str] = frozenset()
     dead: frozenset[int] = frozenset()
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
+    precision: Precision | None = None
 
 
 Form = tuple[Any, ...]  # of a call: the types of its arguments, and the values of flags

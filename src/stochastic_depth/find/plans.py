@@ -126,6 +126,7 @@ class _Planner:
             if n is not None and not self.is_read_after(n, frame.call)
         )
         plan = Plan([], {name: tuple(g) for name, g in gates.items()}, opened, dead)
+        plan.precision = block.precision
         for k, member in enumerate(frame.members):
             total, shortcut = (flow.nodes[n] for n in (member.region.sum, member.region.shortcut))
             if total.dtype != shortcut.dtype and total.dtype is not None:

@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_flatten, tree_unflatten
 from .flow import Call, Flow, Key, Node
-from .form import form_of
+from .form import form_of, precision_of
 from .functions import FROM_PYTHON, LOOKS, MAY_ADD, OVERWRITES, RANDOM
 from .ranks import held, is_between_ranks, is_sharded
 from .spot import spot
 from .state import attributes
 from .tensors import (
-    is_in_function,
+    CHECKPOINT,
+    function_around,
     kind_of,
     leaves_of,
     memory_of,
@@ -76,7 +77,10 @@ class Recorder(TorchFunctionMode):
         start = len(self.flow.nodes)
         key = hash(self.key(f".{name}", parent, count=True))
         form = form_of(args, kwargs)
-        self.flow.calls.append(Call(name, module, parent, start, form, given, key=key))
+        apart = function_around(sys._getframe(2)) == CHECKPOINT
+        call = Call(name, module, parent, start, form, given, key=key, apart=apart)
+        call.precision = precision_of(args, kwargs)
+        self.flow.calls.append(call)
         self.written.enter(number, args, kwargs)
         self.stack.append(number)
         return number
@@ -297,7 +301,9 @@ class Recorder(TorchFunctionMode):
             node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0
         # An input that a custom Function returns is handed on as a view of itself, by its apply().
         handed_on = name == "view_as" and len(args) == 2 and args[0] is args[1]
-        node.function = handed_on or is_in_function(sys._getframe(2))
+        function = function_around(sys._getframe(2))
+        node.apart = function == CHECKPOINT
+        node.function = handed_on or (function is not None and not node.apart)
         for t in outputs:
             self._name(t, self._add(Node("item", call, (index,)), t) if several else index)
         for t in changed:

@@ -13,8 +13,9 @@ from .._torch import tree_leaves
 
 __all__ = [
     "CALL",
+    "CHECKPOINT",
+    "function_around",
     "held_by",
-    "is_in_function",
     "kind_of",
     "leaves_of",
     "may_hold",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 CALL = nn.Module._call_impl.__code__
-_CHECKPOINT = checkpoint.__file__
+CHECKPOINT = checkpoint.__file__
 
 
 def tensors_in(x: Any, found: list[Tensor], depth: int = 3) -> list[Tensor]:
@@ -109,16 +110,14 @@ def memory_of(t: Tensor) -> int:
         return -id(t)
 
 
-def is_in_function(frame: FrameType | None) -> bool:
-    """Whether it is in the forward of a custom Function, which is none of checkpoint's."""
-    while frame is not None:
+def function_around(frame: FrameType | None) -> str | None:
+    """The file of the custom Function that runs ``frame`` within the innermost call of a module."""
+    while frame is not None and frame.f_code is not CALL:
         code = frame.f_code
-        if code is CALL:
-            return False
         if _is_forward(code, code.co_filename):
-            return code.co_filename != _CHECKPOINT
+            return code.co_filename
         frame = frame.f_back
-    return False
+    return None
 
 
 @lru_cache(4096)
