@@ -26,9 +26,6 @@ step, which the bound does not count, so less is possible.) Memory is that besid
 and batch. torchvision's and timm's ways compute the branch and multiply it by zero; torchtune's and
 DINOv2's compute the kept samples, and need the model rewritten, which the benchmark did where a
 block's branches are functions of one tensor.
-
-The step times of resnet18-channels-last, those of convnext-atto and the plot, which were measured
-beside another job, are of older code.
 """
 
 
