@@ -2,7 +2,6 @@
 
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from . import install as _install
 from ._torch import is_flat_parameter
 from .applied import branches, is_applied
-from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p
+from .branch import Branch, DroppedGrad, Mode, Scale, block_of, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
@@ -121,14 +120,14 @@ def apply(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for value, choices, name in (
+    for value, allowed, name in (
         (mode, Mode, "mode"),
         (scale, Scale, "scale"),
         (draw, Draw, "draw"),
         (ranks, Ranks, "ranks"),
         (dropped_grad, DroppedGrad, "dropped_grad"),
     ):
-        check_choice(value, choices, name)
+        check_choice(value, allowed, name)
     if isinstance(p, str) and p == "model":
         if schedule != "linear":
             raise ValueError(f"p='model' takes the model's own rates: drop schedule={schedule!r}")
@@ -240,14 +239,14 @@ def _outermost(found: list[Branch]) -> list[str]:
 
     A block that does nothing but add a stack of blocks to its input is not counted as one.
     """
-    names = list(dict.fromkeys(map(_install.block_of, found)))
+    names = list(dict.fromkeys(map(block_of, found)))
     stacks = {
         name
         for name in names
         if all(
             any(_is_below(other, m) for m in branch.modules for other in names if other != name)
             for branch in found
-            if _install.block_of(branch) == name
+            if block_of(branch) == name
         )
     }
     layers = [name for name in names if name not in stacks]
@@ -295,26 +294,19 @@ def complete(model: nn.Module, findings: Findings, settings: Settings, tell: boo
 
 
 @few_collections()
-def settle(
-    model: nn.Module,
-    part: nn.Module,
-    settings: Settings,
-    given: Mapping[Branch, Mapping[str, Any]],
-    blocks: Iterable[nn.Module],
-    args: Any,
-    kwargs: dict[str, Any],
-) -> None:
+def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     """Find on a real batch what was found on inputs that were made up, or not at all.
 
-    A branch that is found again keeps its identity, and what was set of it since ``apply`` gave it
-    what is ``given``. All keep the share of their target that a RateSchedule has given them. What
-    was applied to a part of it since stays as it is, and so does what was removed of ``blocks``.
+    A branch that is found again keeps its identity, and what was set of it since ``apply``. All
+    keep the share of their target that a RateSchedule has given them. What was applied to a part
+    since stays as it is, and so does what was removed.
     """
+    model, part, settings, given = pending.model, pending.part, pending.settings, pending.given
     others = _install.others_in(part, settings)
     foreign = {b for module in others for b in branches(module)}
-    gone = [b for b in blocks if not is_applied(b)]
+    gone = [block for block in pending.blocks if not is_applied(block)]
     before = {branch.name: branch for branch in branches(part) if branch not in foreign}
-    changed = {b: _install.choices(b) for b in before.values()}
+    changed = {b: choices(b) for b in before.values()}
     changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
     factor = next((b.p / b.target for b in before.values() if b.target > 0.0), 1.0)
     name = next(name for name, module in model.named_modules() if module is part)

@@ -1,7 +1,7 @@
 """One residual branch of a model: where it is, how it is dropped, what happened so far."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -13,8 +13,10 @@ __all__ = [
     "Place",
     "Scale",
     "Spot",
+    "block_of",
     "check_choice",
     "check_p",
+    "choices",
 ]
 
 Kind = Literal["identity", "projection", "block"]
@@ -130,6 +132,16 @@ class Branch:
 
     def __repr__(self) -> str:
         return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"
+
+
+def block_of(branch: Branch) -> str:
+    """The qualified name of the block of a branch."""
+    return branch.name.partition(":")[0]
+
+
+def choices(branch: Branch) -> dict[str, Any]:
+    """What a user may set of a branch."""
+    return {name: getattr(branch, name) for name in ("target", "mode", "scale", "dropped_grad")}
 
 
 def check_p(p: float, name: str = "p") -> float:

@@ -22,7 +22,8 @@ from .find.meet import uncompiled
 from .find.plan import Findings, Refused, only
 from .find.state import Kept, copied, in_mode, untouched
 from .find.weighed import Weight
-from .install import by_block, watch_block
+from .install import by_block
+from .new_forms import watch_block
 
 __all__ = ["refuse_what_fails"]
 

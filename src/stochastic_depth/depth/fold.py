@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import tree_leaves
-from ..branch import Branch
-from ..install import block_of
+from ..branch import Branch, block_of
 from .compare import output_of
 from .looks import Look
 from .surgery import Undo

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import tree_leaves
-from ..branch import Branch
+from ..branch import Branch, block_of
 from ..find.flow import Key
 from ..find.functions import ADD, SUBTRACT
 from ..find.meet import record
 from ..find.record import Recorder
 from ..find.state import copied, in_mode, untouched
-from ..install import block_of
 from .looks import Inputs, Look
 
 __all__ = ["Influences", "influence_of_blocks", "influence_of_branches"]

@@ -13,14 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from .._torch import is_flat_parameter, tree_leaves
 from ..applied import branches as applied_branches
 from ..applied import sites
-from ..branch import Branch
+from ..branch import Branch, block_of
 from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.over import Aside, Over, WholeAside, skipped_in
 from ..drop.slot import keep_slots
 from ..find import WHOLE, find, find_blocks, guess_inputs
 from ..find.plan import Findings, Plan
-from ..install import block_of, remove, watch_block
+from ..install import remove
+from ..new_forms import watch_block
 from ..trial import refuse_what_fails
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..applied import branches as applied_branches
-from ..branch import Branch
+from ..branch import Branch, block_of
 from ..drop.slot import keep_slots
 from ..find import WHOLE
-from ..install import block_of, remove
+from ..install import remove
 from .choose import Keep, Ranking, to_remove
 from .compare import difference, is_handed_on, output_of
 from .configs import configured, follow, rebuilt

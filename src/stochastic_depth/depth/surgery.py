@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch import Branch
+from ..branch import Branch, block_of
 from ..find.plan import Findings, Gate
-from ..install import block_of
 from .removed import Removed
 
 __all__ = ["Cuts", "Undo", "cut_blocks", "cut_branches", "cut_parameters", "held_by"]
