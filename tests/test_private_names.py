@@ -185,6 +185,15 @@ def test_the_arguments_of_a_custom_function_are_looked_through() -> None:
     assert seen == [False]
 
 
+def test_autocast_is_seen() -> None:
+    assert not _torch.is_any_autocast_on()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _torch.is_any_autocast_on()
+        with torch.autocast("cpu", enabled=False):
+            assert not _torch.is_any_autocast_on()
+    assert not _torch.is_any_autocast_on()
+
+
 def test_transforms_forward_mode_and_compiling_are_told_from_ordinary_autograd() -> None:
     torch._dynamo.reset()
     x, seen = torch.ones(2), []

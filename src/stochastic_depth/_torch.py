@@ -33,6 +33,7 @@ __all__ = [
     "default_store",
     "graph_task",
     "has_hooks",
+    "is_any_autocast_on",
     "is_compiled_around",
     "is_compiler_loaded",
     "is_flat_parameter",
@@ -137,6 +138,10 @@ def is_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+# Whether autocast is on for any device: to ask for that of a tensor takes three times as long.
+is_any_autocast_on = torch._C._is_any_autocast_enabled
 
 
 # ``torch.compiler.disable``, which imports the compiler only when the function is called.

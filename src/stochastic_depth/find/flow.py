@@ -86,7 +86,7 @@ class Call:
     owner: int = -1
     put: set[int | None] = field(default_factory=set)
     apart: bool = False
-    precision: Precision | None = None
+    precision: Precision = None
 
 
 @dataclass

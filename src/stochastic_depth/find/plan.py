@@ -68,7 +68,8 @@ class Gate:
     drops: bool = False
 
 
-Precision = tuple[torch.dtype, torch.dtype | None]  # of a tensor, and of autocast where that is on
+# Of a call: the dtype of its first tensor, or this and autocast's; None where it has no tensor.
+Precision = torch.dtype | tuple[torch.dtype, torch.dtype] | None
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Plan:
     opened: frozenset[str] = frozenset()
     dead: frozenset[int] = frozenset()
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
-    precision: Precision | None = None
+    precision: Precision = None
 
 
 Form = tuple[Any, ...]  # of a call: the types of its arguments, and the values of flags
