@@ -70,6 +70,13 @@ class Written(nn.Module):
         return x + y
 
 
+def assert_weighed_at_half(ours: nn.Module, plain: nn.Module, mode: str) -> None:
+    (branch,) = sd.branches(ours)
+    branch.p = 0.5
+    if mode != "subset":
+        assert_weighed(ours, plain, data())
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["called", "activated", "last"])
 @pytest.mark.parametrize("write", WRITES)
@@ -78,10 +85,7 @@ def test_what_is_done_to_a_value_is_done(write: str, where: str, mode: str) -> N
     assert_same(ours, plain, data())
     if (write, where) == ("a function that writes", "last"):
         return  # kept, it is zero
-    (branch,) = sd.branches(ours)
-    branch.p = 0.5
-    if mode != "subset":
-        assert_weighed(ours, plain, data())
+    assert_weighed_at_half(ours, plain, mode)
 
 
 class Padded(nn.Module):
@@ -154,10 +158,7 @@ class Checkpointed(nn.Module):
 def test_reentrant_checkpointing_may_be_given_a_value_of_the_branch(way: str, mode: str) -> None:
     ours, plain = twins(net(Checkpointed, way), data(), mode=mode)
     assert_same(ours, plain, data())
-    (branch,) = sd.branches(ours)
-    branch.p = 0.5
-    if mode != "subset":
-        assert_weighed(ours, plain, data())
+    assert_weighed_at_half(ours, plain, mode)
 
 
 class InTraining(nn.Module):

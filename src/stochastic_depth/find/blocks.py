@@ -12,7 +12,7 @@ from .frames import Frame, Member
 from .meet import record
 from .parts import WRITES
 from .plan import Findings, Gate, Leaf, Plan, Refused
-from .plans import Planned
+from .plans import Planned, dtypes_of
 from .regions import Region
 from .samples import place_samples
 
@@ -72,10 +72,9 @@ def find_blocks(
         planned.regions.setdefault(branch, []).append(region)
         plans = findings.plans.setdefault(call.name, {})
         if call.form not in plans:
-            plan = plans[call.form] = Plan([branch], {"": (gate,)}, precision=call.precision)
-            before, after = (flow.nodes[n].dtype for n in (region.shortcut, region.sum))
-            if after is not None and after != before:
-                plan.dtypes[0] = after
+            dtypes = dtypes_of(flow, [region])
+            plan = Plan([branch], {"": (gate,)}, dtypes=dtypes, precision=call.precision)
+            plans[call.form] = plan
             frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
             planned.frames.append((frame, plan))
     for name in names:

@@ -31,10 +31,7 @@ def _kind(x: Any) -> Any:
 
 def precision_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Precision:
     """The dtype of the first tensor, and with it what autocast computes in, where that is on."""
-    for x in args:
-        if isinstance(x, Tensor):
-            return _precision(x) if is_any_autocast_on() else x.dtype
-    for x in kwargs.values():
+    for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             return _precision(x) if is_any_autocast_on() else x.dtype
     return None

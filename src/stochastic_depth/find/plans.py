@@ -1,5 +1,6 @@
 """From the regions of a run to plans: what every call of a block has to do with its branches."""
 
+import torch
 from torch import nn
 
 from ..branch import Branch, Spot
@@ -9,7 +10,7 @@ from .frames import Frame, Member, frames_of
 from .plan import Findings, Form, Gate, Leaf, Plan, Refused
 from .regions import Finder, Region, Rejected
 
-__all__ = ["Planned", "plan"]
+__all__ = ["Planned", "dtypes_of", "plan"]
 
 Key = tuple[str, tuple[str, ...], frozenset[Spot]]
 
@@ -125,13 +126,9 @@ class _Planner:
             for i, n in enumerate(block.made)
             if n is not None and not self.is_read_after(n, frame.call)
         )
-        plan = Plan([], {name: tuple(g) for name, g in gates.items()}, opened, dead)
-        plan.precision = block.precision
-        for k, member in enumerate(frame.members):
-            total, shortcut = (flow.nodes[n] for n in (member.region.sum, member.region.shortcut))
-            if total.dtype != shortcut.dtype and total.dtype is not None:
-                plan.dtypes[k] = total.dtype
-        return plan
+        named = {name: tuple(g) for name, g in gates.items()}
+        dtypes = dtypes_of(flow, [member.region for member in frame.members])
+        return Plan([], named, opened, dead, dtypes, block.precision)
 
     def is_read_after(self, n: int, c: int) -> bool:
         flow = self.flow
@@ -284,6 +281,16 @@ class _Planner:
             label = _below(max(names, key=self.size, default=""), block) or "branch"
             told[f"{block}:{label}", r.reason] = None
         self.planned.findings.refused = [Refused(*what) for what in told]
+
+
+def dtypes_of(flow: Flow, regions: list[Region]) -> dict[int, torch.dtype]:
+    """The dtypes of the sums of ``regions``, by number, that are not those of their shortcuts."""
+    found: dict[int, torch.dtype] = {}
+    for k, region in enumerate(regions):
+        total, shortcut = (flow.nodes[n].dtype for n in (region.sum, region.shortcut))
+        if total is not None and total != shortcut:
+            found[k] = total
+    return found
 
 
 def _below(name: str, block: str) -> str:
