@@ -15,7 +15,7 @@ from .drop.draws import Draws
 from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
 from .drop.whole import WholeSite
-from .find import Samples
+from .find import Samples, rate_of
 from .find.plan import Findings, Refused, only
 from .new_forms import watch_block
 from .patterns import Filter, choose
@@ -113,22 +113,13 @@ def set_rates(model: nn.Module, chosen: list[Branch], settings: Settings) -> Non
 
 
 def _own_rates(model: nn.Module, chosen: list[Branch]) -> list[float]:
-    own = [[own_rate(model.get_submodule(name)) for name in branch.existing] for branch in chosen]
+    own = [[rate_of(model.get_submodule(name)) for name in branch.existing] for branch in chosen]
     if all(rate is None for rates in own for rate in rates):
         raise ValueError(
             "p='model' keeps the rates of a model's DropPath modules, but "
             f"{type(model).__name__} has none in its residual branches; give p as a number"
         )
     return [max((rate or 0.0 for rate in rates), default=0.0) for rates in own]
-
-
-def own_rate(module: nn.Module) -> float | None:
-    """The drop probability of a DropPath module."""
-    for name in ("p", "drop_prob", "drop_path_prob", "prob", "drop_rate", "drop_path"):
-        rate: Any = getattr(module, name, None)
-        if isinstance(rate, int | float) and not isinstance(rate, bool):
-            return float(rate)
-    return None
 
 
 def nothing_found(model: nn.Module, findings: Findings, blocks: Filter) -> str:

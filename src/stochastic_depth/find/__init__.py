@@ -7,10 +7,10 @@ from torch import nn
 from .batch import Samples, first_samples
 from .blocks import WHOLE, find_blocks
 from .costs import flop_shares
-from .drops import find_drops, settle_drops
+from .drops import find_drops, rate_of, settle_drops
 from .form import form_of
 from .inputs import guess_inputs
-from .meet import record
+from .meet import record_examples
 from .plan import Findings
 from .plans import plan
 from .regions import find_regions
@@ -27,6 +27,7 @@ __all__ = [
     "flop_shares",
     "form_of",
     "guess_inputs",
+    "rate_of",
     "run_weighed",
     "spot",
 ]
@@ -53,13 +54,7 @@ def find(
     Raises:
         ValueError: the model fails on these arguments.
     """
-    try:
-        flow = record(model, args, kwargs, training)
-    except Exception as error:
-        raise ValueError(
-            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
-            f"or a dict of keywords), but calling it failed: {error}"
-        ) from error
+    flow = record_examples(model, args, kwargs, training)
     flow.result = None
     drops = find_drops(model, args, kwargs, flow.constants)
     is_drop = [call.name in drops.modules for call in flow.calls]

@@ -9,7 +9,7 @@ from .batch import Samples
 from .drops import find_drops, tell_drops
 from .flow import Call, Flow
 from .frames import Frame, Member
-from .meet import record
+from .meet import record_examples
 from .parts import WRITES
 from .plan import Findings, Gate, Leaf, Plan, Refused
 from .plans import Planned, dtypes_of
@@ -45,13 +45,7 @@ def find_blocks(
     Raises:
         ValueError: the model fails on these arguments.
     """
-    try:
-        flow = record(model, args, kwargs, False)
-    except Exception as error:
-        raise ValueError(
-            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
-            f"or a dict of keywords), but calling it failed: {error}"
-        ) from error
+    flow = record_examples(model, args, kwargs)
     planned, wanted = Planned(), set(names)
     findings, known = planned.findings, {}
     for c, call in enumerate(flow.calls):

@@ -14,7 +14,7 @@ from .flow import Flow
 from .record import Recorder
 from .state import Kept, copied, in_mode, untouched
 
-__all__ = ["record", "uncompiled"]
+__all__ = ["record", "record_examples", "uncompiled"]
 
 _one_at_a_time = threading.RLock()
 
@@ -116,6 +116,23 @@ def record(
     if flow.unknown and constants is None:  # what a second run reads again was there before
         return record(model, args, kwargs, training, recorder, flow.unknown, kept, frozen)
     return flow
+
+
+def record_examples(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+) -> Flow:
+    """The same, of what a user says that the model is called with.
+
+    Raises:
+        ValueError: the model fails on it.
+    """
+    try:
+        return record(model, args, kwargs, training)
+    except Exception as error:
+        raise ValueError(
+            "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
+            f"or a dict of keywords), but calling it failed: {error}"
+        ) from error
 
 
 def _recorded(
