@@ -15,12 +15,14 @@ from .drop.decide import choose_samples
 from .drop.draws import Draws
 from .drop.force import forced, plain
 from .drop.merging import slots
+from .drop.part import parts_in
 from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
+from .find.checks import kept_in
 from .find.meet import uncompiled
 from .find.plan import Findings, Refused, only
-from .find.state import Kept, copied, in_mode, untouched
+from .find.state import Kept, attributes, copied, in_mode, untouched
 from .find.weighed import Weight
 from .install import by_block
 from .new_forms import watch_block
@@ -125,6 +127,8 @@ class _Trial:
         for training in (True, False):
             try:
                 self.run(dropped, self.inputs, training)
+            except _Kept as error:
+                return str(error)
             except Exception as error:  # of any kind: the model cannot do without the branch
                 if training and self.fails_anyway():
                     continue  # BatchNorm on a single sample, say
@@ -205,7 +209,15 @@ class _Trial:
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
             args, kwargs = copied(inputs)
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
+            for name, module in self.model.named_modules():
+                if parts_in((*attributes(module), *module._buffers.values())):
+                    raise _Kept(kept_in(name))
+            return output
+
+
+class _Kept(RuntimeError):
+    """A module has a value of a branch."""
 
 
 @contextmanager

@@ -197,7 +197,7 @@ class Frame:
                     )
             out = tree_unflatten(leaves, structure)
         for run in self.runs:
-            run.split = None  # a frame on record keeps no tensors
+            run.split, run.closed = None, True  # a frame on record keeps no tensors
         if self.site.is_repeated:
             self._watch_backward(out)
         return out

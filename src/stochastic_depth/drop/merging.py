@@ -57,6 +57,7 @@ class Merging:
     sums = 0  # that its values have met
     counts = True  # in training, where nobody decided by hand
     apart = False  # reentrant checkpointing makes the call of now
+    closed = False  # the call of its block has returned
     is_late = False  # it had been computed when its samples were chosen, and will be again
     slot: Tensor | None = None  # of each sample, that of a computed one
     split: tuple[Tensor, Tensor, int] | None = None  # a shortcut, what goes on of it, its version
@@ -105,6 +106,10 @@ class Merging:
         if self.counts and not (self.compiling or is_recomputing()):
             self.branch.decided += size
             self.branch.dropped += size * self.dropped if dropped is None else dropped
+
+    def is_over(self) -> bool:
+        """Whether the call is, and this is no repetition of a part of it by checkpointing."""
+        return self.closed and not self.compiling and not is_recomputing()
 
     def error(self, what: str) -> RuntimeError:
         return RuntimeError(f"stochastic depth: the branch {self.branch.name} {what}")

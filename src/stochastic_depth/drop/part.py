@@ -74,12 +74,17 @@ class Part:
                 return sides[1]._run.merge(*sides)
         parts = parts_in((*args, *kwargs.values()))
         run, last = parts[0]._run, any([part._last for part in parts])
+        if run.is_over():
+            args, kwargs = tree_map(_outlived, (tuple(args), kwargs))
+            return func(*args, **kwargs)
         if run.branch.joins and run.is_join():
             # What is stacked has one shape: nobody need be asked for the branch's.
             like = first_tensor(args) if name == "stack" else None
             args, kwargs = tree_map(partial(_joining, like), (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.dropped:
+            if _writes(name) and type(args[0]) is not Part:
+                raise run.error(f"is dropped, and {_WRITTEN}")
             return Part(
                 run,
                 None,
@@ -215,6 +220,11 @@ Part.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 SUMS = _ADD | {"sub", "__sub__", "sub_", "__isub__", "subtract", "__rsub__", "rsub"}
+_WRITTEN = (
+    "a value of it is written into a tensor that is not its own: do that in a module that the "
+    "branch calls"
+)
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 _IN_PLACE = {"add_", "__iadd__", "sub_", "__isub__"}
 _ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",
@@ -264,6 +274,15 @@ def whole(x: Any) -> Any:
     if x._place is not None:
         x._value, x._place = x._run.spread(x._value, x._place), None
     return x._value
+
+
+def _outlived(x: Any) -> Any:
+    """A part that somebody kept until after the call of its block, as a tensor."""
+    return x._number() if type(x) is Part else x
+
+
+def _writes(name: str) -> bool:
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _value(x: Any) -> Any:

@@ -8,6 +8,7 @@ from .parts import OUTSIDE, WRITES
 __all__ = [
     "is_absent",
     "is_linear",
+    "kept_in",
     "objection",
     "read_parameters",
     "sums_before",
@@ -53,10 +54,7 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
         within = any(flow.calls[c].start <= i < flow.calls[c].end for c in gates)
         if f"{flow.held[i]}.".startswith(inside) or (within and not handed_on):
             continue
-        return (
-            f"a value of it is kept in an attribute of {flow.held[i] or 'the model'}, and there is "
-            "none where it is dropped: keep it in a module that the branch calls"
-        )
+        return kept_in(flow.held[i])
     absent = _absent(flow, member)
     for i in member.free:
         for x in nodes[i].sources:
@@ -95,6 +93,14 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
                 "and there is none where it is dropped: do that in a module of its own"
             )
     return ""
+
+
+def kept_in(name: str) -> str:
+    """The reason where a module keeps a value of the branch."""
+    return (
+        f"a value of it is kept in an attribute of {name or 'the model'}, and there is none where "
+        "it is dropped: keep it in a module that the branch calls"
+    )
 
 
 def _absent(flow: Flow, member: Member) -> set[int]:
