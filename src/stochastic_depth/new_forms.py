@@ -1,7 +1,7 @@
 """Calls in a form or a precision that has not been seen: the block is watched when they come."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from .branch import Branch, block_of, choices
 from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import Samples, find, find_blocks
-from .find.plan import Findings, Plan, only
+from .find.plan import Findings, Plan, Refused, only
 
 __all__ = ["watch_block"]
 
@@ -41,12 +41,12 @@ def watch_block(
         return None
     plan = next(iter(findings.plans.get("", {}).values()), Plan())
     if known_plan is not None:
-        own = {_same(branch, site): plan.dtypes.get(i) for i, branch in enumerate(plan.branches)}
+        own = {b: plan.dtypes.get(i) for i, b in enumerate(_known(plan.branches, site))}
         dtypes = [(i, own.get(branch)) for i, branch in enumerate(known_plan.branches)]
         return replace(known_plan, dtypes={i: dtype for i, dtype in dtypes if dtype is not None})
     if site.takes_new:
         _take_new(site, plan)
-    known: list[Branch | None] = [_same(branch, site) for branch in plan.branches]
+    known = _known(plan.branches, site)
     _tell_refused(site, [b for b in site.branches if b not in known], findings)
     _tell_new(site, plan)
     for branch, found in zip(known, plan.branches, strict=True):
@@ -63,9 +63,9 @@ def _take_new(site: Site, plan: Plan) -> None:
     """Drop branches that only this form of call has, at the rate of their block."""
     like = site.branches[0]
     block = block_of(like)
-    known = {b.name.partition(":")[2] for b in site.findings.branches if block_of(b) == block}
-    for found in plan.branches:
-        if _same(found, site) is None and found.name.partition(":")[2] not in known:
+    before = _labels(site, site.findings.branches)
+    for found, known in zip(plan.branches, _known(plan.branches, site), strict=True):
+        if known is None and _label(found) not in before:
             found.name = f"{block}{found.name}"
             prefix = f"{block}." if block else ""
             found.modules = tuple(prefix + name for name in found.modules)
@@ -78,9 +78,9 @@ def _take_new(site: Site, plan: Plan) -> None:
 
 def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None:
     """Warn of branches that this call has, too, and that cannot be dropped in it."""
-    reasons = {refused.name.partition(":")[2]: refused.reason for refused in findings.refused}
+    reasons = {_label(refused): refused.reason for refused in findings.refused}
     for branch in missing:
-        reason = reasons.get(branch.name.partition(":")[2])
+        reason = reasons.get(_label(branch))
         if reason is not None:
             warnings.warn(
                 f"stochastic depth: {branch.name} is not dropped where "
@@ -91,10 +91,14 @@ def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None
 
 def _tell_new(site: Site, plan: Plan) -> None:
     """Warn of branches that only this call has, which are not dropped."""
-    before = {branch.name.partition(":")[2] for branch in site.findings.branches}
-    before |= {branch.name.partition(":")[2] for branch in site.branches}
-    new = [b.name for b in plan.branches if b.name.partition(":")[2] not in before]
-    if new and not any(_same(branch, site) for branch in plan.branches if branch.name in new):
+    before = _labels(site, site.findings.branches)
+    known = _known(plan.branches, site)
+    new = [
+        b.name
+        for b, k in zip(plan.branches, known, strict=True)
+        if k is None and _label(b) not in before
+    ]
+    if new:
         warnings.warn(
             f"stochastic depth: {type(site.block).__name__} has branches in this call that apply() "
             f"did not see, and they are not dropped: {', '.join(new)}; give it example_inputs like "
@@ -103,12 +107,29 @@ def _tell_new(site: Site, plan: Plan) -> None:
         )
 
 
-def _same(found: Branch, site: Site) -> Branch | None:
-    """The branch of the site that ``found``, with names below the block, is."""
-    label = found.name.partition(":")[2]
-    same = [b for b in site.branches if b.name.partition(":")[2] == label]
-    return (
-        same[0]
-        if same
-        else next((b for b in site.branches if b.sums.keys() & found.sums.keys()), None)
-    )
+def _known(found: list[Branch], site: Site) -> list[Branch | None]:
+    """The branches of the site that those found, with names below the block, are.
+
+    They go by their labels, or, where other modules are called, by the expression of their sum, if
+    no other branch is added there.
+    """
+    by_label = {_label(branch): branch for branch in site.branches}
+    seen = _labels(site, [*site.findings.branches, *site.findings.refused])
+    known = [by_label.get(_label(branch)) for branch in found]
+    for i, branch in enumerate(found):
+        if known[i] is None and _label(branch) not in seen:
+            at = [b for b in site.branches if b.sums.keys() & branch.sums.keys()]
+            here = [b for b in found if b.sums.keys() & branch.sums.keys()]
+            if len(at) == len(here) == 1 and at[0] not in known:
+                known[i] = at[0]
+    return known
+
+
+def _labels(site: Site, found: Iterable[Branch | Refused]) -> set[str]:
+    """The labels of those found in the site's block."""
+    block = block_of(site.branches[0])
+    return {_label(b) for b in (*found, *site.branches) if b.name.partition(":")[0] == block}
+
+
+def _label(branch: Branch | Refused) -> str:
+    return branch.name.partition(":")[2]
