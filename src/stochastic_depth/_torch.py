@@ -94,7 +94,7 @@ def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> 
 REPLICATE = "_replicate_for_data_parallel"
 
 
-def class_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def class_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """The call of ``module`` as its class makes it: hooks and forward."""
     return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
 

@@ -250,11 +250,10 @@ def remove(model: nn.Module) -> None:
     """Take out all slots of ``model``."""
     for module in model.modules():
         slot = outer_slot(module) or slot_of(module)
-        if slot is not None:
-            if isinstance(slot.site, Site):
-                slot.site.uninstall()
-                take_out(module)
-            elif isinstance(slot.site, Pending):
-                if slot.site.under is not None:
-                    slot.site.under.uninstall()
-                take_out(module)
+        if slot is None:
+            continue
+        site = slot.site.under if isinstance(slot.site, Pending) else slot.site
+        if isinstance(site, Site):
+            site.uninstall()
+        if site is None or isinstance(site, Site):
+            take_out(module)

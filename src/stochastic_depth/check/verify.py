@@ -139,7 +139,8 @@ class _Verifier:
 
     def _evaluation(self) -> str | None:
         with torch.no_grad():
-            got = self._call(self.model)
+            with untouched(self.model):
+                got = self._call(self.model)
             with plain():
                 expected = self._call(self.model)
         if any(branch.scale == "eval" and branch.is_active for branch in self.branches):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..branch import Place
 from ..find.plan import Gate
 
-__all__ = ["fits", "hand_on", "has_samples"]
+__all__ = ["each_once", "fits", "hand_on", "has_samples"]
 
 
 def fits(gate: Gate, leaves: Sequence[Any], size: int) -> bool:
@@ -38,6 +38,19 @@ def has_samples(x: Any, place: Place, size: int) -> bool:
     if not isinstance(x, Tensor) or x.dim() <= place.dim or place.dim < 0:
         return False
     return x.shape[place.dim] != 1 or size * place.fold == 1
+
+
+def each_once(
+    change: Callable[[Any, Place | None], Any],
+    leaves: Sequence[Any],
+    places: Sequence[Place | None],
+) -> list[Any]:
+    """``change(leaf, place)`` of all; what is given twice, as to an attention, stays the same."""
+    made: dict[Any, Any] = {}
+    for x, place in zip(leaves, places, strict=True):
+        if (id(x), place) not in made:
+            made[id(x), place] = change(x, place)
+    return [made[id(x), place] for x, place in zip(leaves, places, strict=True)]
 
 
 def hand_on(

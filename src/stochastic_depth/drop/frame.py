@@ -1,5 +1,6 @@
 """One call of a block: its decisions, and what becomes of the calls that its forward makes."""
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from .._torch import (
 )
 from ..branch import Branch
 from ..find.plan import Gate, Plan
+from ..find.tensors import function_around
 from .decide import kept_weight
 from .part import Part, first_part, form, parts_in, whole
 from .repeats import Repeat
@@ -133,7 +135,7 @@ class Frame:
             self.site.is_repeated = True
         drops = self.site.replaces and not self.is_plain
         if run is not None and gate.drops and (run.dropped or drops):
-            return args[0]
+            return next(iter((*args, *kwargs.values())))
         if run is not None and not self.outer:
             run.apart = apart
         before, here.frame = here.frame, INSIDE
@@ -153,7 +155,9 @@ class Frame:
 
     def _is_apart(self) -> bool:
         """Whether a custom autograd.Function makes this call, as reentrant checkpointing does."""
-        return torch.is_grad_enabled() is not self.gradients
+        if torch.is_grad_enabled() is self.gradients:
+            return False
+        return torch.compiler.is_compiling() or function_around(sys._getframe(1)) is not None
 
     def _may_be_repeated(self, apart: bool) -> bool:
         """Whether a backward pass may repeat what is called now, without this frame."""

@@ -213,7 +213,15 @@ class Merging:
                 f"{self.size} samples, which is not as it was watched"
             )
         chosen = slots(at, self.kept)
-        v = take_rows(v, chosen, at.dim) if place is None else self._counted(v, at)
+        if place is not None:
+            shape = list(shortcut.shape)
+            shape[at.dim] = len(chosen)
+            v = self._counted(v, at).expand(shape)
+        else:
+            if shortcut.shape != v.shape:
+                self.check_shape(shortcut, v)
+                v = v.expand(shortcut.shape)
+            v = take_rows(v, chosen, at.dim)
         if in_place:
             return shortcut.index_add_(at.dim, chosen, v.to(shortcut.dtype), alpha=alpha)
         if self.split is not None and self.split[0] is shortcut:
@@ -221,9 +229,7 @@ class Merging:
             if version == version_of(shortcut):  # else it was written to since
                 shortcut = whole_shortcut
         dtype = torch.promote_types(shortcut.dtype, v.dtype)
-        shape = list(shortcut.shape)
-        shape[at.dim] = len(chosen)
-        return add_rows(shortcut.to(dtype), chosen, v.to(dtype).expand(shape), alpha, at.dim)
+        return add_rows(shortcut.to(dtype), chosen, v.to(dtype), alpha, at.dim)
 
     def interpolate(self, shortcut: Tensor, part: Part, weight: Any) -> Tensor:
         """``shortcut.lerp(part, weight)``, as decided."""

@@ -1,13 +1,15 @@
 """What only a look at every operation of a block's forward can tell: parameters, and some sums."""
 
+import sys
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_leaves, tree_map
-from ..find.spot import spot
-from .part import SUMS, Part
+from ..branch import Spot
+from ..find.spot import is_of_library, spot
+from .part import SUMS, Part, first_part
 from .slot import here
 
 __all__ = ["Reads"]
@@ -32,11 +34,8 @@ class Reads(TorchFunctionMode):
             )
             if name in run.branch.parameters
         }
-        self.sums = [
-            run
-            for run in frame.runs
-            if run.branch.in_function and run.is_weighed and not run.dropped
-        ]
+        self.has_sums = any(run.branch.in_function for run in frame.runs)
+        self.added: set[tuple[int, Spot]] = set()  # whose sums have been met, by expression
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -44,20 +43,33 @@ class Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         if here.frame is not self.frame:
             return func(*args, **kwargs)
-        if self.sums and func.__name__ in SUMS:
+        if self.has_sums and func.__name__ in SUMS and first_part(args) is None:
             at = spot()
-            for run in self.sums:
-                if at in run.branch.sums and len(args) > 1:
-                    terms = list(args)
-                    position = run.branch.sums[at]
-                    if isinstance(terms[position], Tensor):
-                        terms[position] = Part(run, terms[position], True)
-                        return Part.__torch_function__(func, (), tuple(terms), kwargs)
+            run = None if is_of_library(sys._getframe(1)) else self._added_at(at)
+            if run is not None and run.is_weighed and len(args) > 1:
+                terms = list(args)
+                position = run.branch.sums[at]
+                if isinstance(terms[position], Tensor):
+                    terms[position] = Part(run, terms[position], True)
+                    return Part.__torch_function__(func, (), tuple(terms), kwargs)
         if self.runs and self._reads((*args, *kwargs.values())):
             swapped = tree_map(self._stand_in, (tuple(args), kwargs))
             if any([type(x) is Part for x in tree_leaves(swapped)]):
                 return _call(func, *swapped)
         return func(*args, **kwargs)
+
+    def _added_at(self, at: Spot) -> Any:
+        """The branch that is added here: in a loop several are, one after the other.
+
+        What is dropped, or is weighed as a part, comes as one.
+        """
+        for i, run in enumerate(self.frame.runs):
+            branch = run.branch
+            comes = not run.dropped and (branch.in_function or not run.is_weighed)
+            if comes and at in branch.sums and (i, at) not in self.added:
+                self.added.add((i, at))
+                return run
+        return None
 
     def _reads(self, values: Any) -> bool:
         for x in values:

@@ -11,7 +11,7 @@ from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_un
 from ..branch import Place
 from ..find.plan import Gate, Leaf
 from ..find.tensors import version_of
-from .arguments import fits, hand_on, has_samples
+from .arguments import each_once, fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, whole
 from .replay import may_be_recomputed
@@ -117,8 +117,7 @@ class Run(Merging):
         for x, place in zip(leaves, gate.given, strict=True):
             if type(x) is Part and x._place != place:
                 return None
-        taken = [self._taken(x, place) for x, place in zip(leaves, gate.given, strict=True)]
-        return tree_unflatten(taken, structure)
+        return tree_unflatten(each_once(self._taken, leaves, gate.given), structure)
 
     def _taken(self, x: Any, place: Place | None) -> Any:
         if type(x) is Part:

@@ -326,7 +326,7 @@ class PassOn:
         return self.module.training and here.forced != {}
 
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
-        return args[0] if args else next(iter(kwargs.values()))
+        return next(iter((*args, *kwargs.values())))
 
 
 def _above(name: str) -> list[str]:

@@ -121,7 +121,8 @@ class Slot:
 
     def decide_outside(self) -> None:
         """Have the module's decisions made outside of what ``module.compile()`` compiles."""
-        self.module.__dict__[_COMPILE] = self.compile
+        if type(self.module).compile is nn.Module.compile:  # else it means something else
+            self.module.__dict__[_COMPILE] = self.compile
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``module.compile()`` for a block."""

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._torch import tree_flatten, tree_map, tree_unflatten
-from ..branch import Branch
+from ..branch import Branch, Place
 from ..find.plan import Plan
-from .arguments import fits, hand_on, has_samples
+from .arguments import each_once, fits, hand_on, has_samples
 from .around import Take, around
 from .frame import Frame
 from .site import Site
@@ -41,10 +41,11 @@ class WholeSite(Site):
         def call(take: Take) -> Tensor:
             nonlocal taken
             if take is not None:
-                taken = [
-                    take(x, at) if at is not None and has_samples(x, at, size) else x
-                    for x, at in zip(given, gate.given, strict=True)
-                ]
+
+                def computed(x: Any, at: Place | None) -> Any:
+                    return take(x, at) if at is not None and has_samples(x, at, size) else x
+
+                taken = each_once(computed, given, gate.given)
             inner_args, inner_kwargs = tree_unflatten(taken, structure)
             out = slot.through(*inner_args, **inner_kwargs)
             run.check_returned(gate, out)

@@ -12,7 +12,7 @@ import torch
 
 from .plan import Spot
 
-__all__ = ["by_instruction", "spot"]
+__all__ = ["by_instruction", "is_of_library", "spot"]
 
 T = TypeVar("T")
 
@@ -49,6 +49,11 @@ def by_instruction(look: Callable[[CodeType, int], T]) -> Callable[[FrameType], 
         return found[1]
 
     return at
+
+
+def is_of_library(frame: FrameType) -> bool:
+    """Whether this library's code runs in ``frame``."""
+    return frame.f_code.co_filename.startswith(_OURS)
 
 
 def spot(depth: int = 1) -> Spot:
