@@ -205,13 +205,6 @@ class Merging:
             # As the plain sum does, keeps the layout of what comes first.
             return torch.add(v * alpha, shortcut) if first else torch.add(shortcut, v * alpha)
         assert self.kept is not None
-        rows = shortcut.shape[at.dim]  # a symbol, in a graph for any size
-        fold, rest = rows // self.size, rows % self.size
-        if rest or fold != at.fold:
-            raise self.error(
-                f"has a sum of {shortcut.shape[at.dim]} entries in dimension {at.dim} for "
-                f"{self.size} samples, which is not as it was watched"
-            )
         chosen = slots(at, self.kept)
         if place is not None:
             shape = list(shortcut.shape)
@@ -247,6 +240,13 @@ class Merging:
             self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
         if not self.decided:
             self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
+        elif (self.kept is not None or self.seed is not None) and (
+            shortcut.dim() <= at.dim or shortcut.shape[at.dim] != self.size * at.fold
+        ):
+            raise self.error(
+                f"has a sum of shape {tuple(shortcut.shape)} for {self.size} samples in dimension "
+                f"{at.dim}, which is not as it was watched"
+            )
 
     def leave_out(self, shortcut: Tensor, in_place: bool = False) -> Tensor:
         """The sum where the branch is dropped."""

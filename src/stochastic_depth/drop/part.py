@@ -106,6 +106,8 @@ class Part:
         if callable(kind):
             if name in _ASKS:
                 return getattr(form(self), name)
+            if name.startswith("new_"):
+                return partial(getattr(form(self), name), device=self._run.device)
             return lambda *args, **kwargs: Part.__torch_function__(kind, (), (self, *args), kwargs)
         if self._value is None:
             if name == "device":
@@ -160,6 +162,11 @@ class Part:
     def __int__(self) -> int:
         return int(self._number())
 
+    def type(self, *args: Any, **kwargs: Any) -> Any:
+        if not (args or kwargs):
+            return form(self).type()
+        return Part.__torch_function__(Tensor.type, (), (self, *args), kwargs)
+
     def item(self) -> Any:
         return self._number().item()
 
@@ -206,6 +213,7 @@ for _name in [
             setattr(Part, _form, _operator(_form))
 for _form in [
     "__neg__",
+    "__pos__",
     "__abs__",
     "__invert__",
     "__lt__",
@@ -219,13 +227,15 @@ for _form in [
 Part.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 _ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
-SUMS = _ADD | {"sub", "__sub__", "sub_", "__isub__", "subtract", "__rsub__", "rsub"}
+SUMS = _ADD | {
+    "sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "__rsub__", "rsub",
+}  # fmt: skip
 _WRITTEN = (
     "a value of it is written into a tensor that is not its own: do that in a module that the "
     "branch calls"
 )
 _WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
-_IN_PLACE = {"add_", "__iadd__", "sub_", "__isub__"}
+_IN_PLACE = {"add_", "__iadd__", "sub_", "subtract_", "__isub__"}
 _ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",
     "relu6", "relu_", "selu", "sigmoid", "silu", "softplus", "tanh",
@@ -234,7 +244,7 @@ _SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
 _VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data"}
 _ASKS = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device",
-    "is_floating_point", "is_complex", "element_size", "type", "new_zeros", "new_ones",
+    "is_floating_point", "is_complex", "element_size",
 }  # fmt: skip
 
 

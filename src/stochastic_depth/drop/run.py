@@ -90,12 +90,14 @@ class Run(Merging):
 
     def _choose_by(self, gate: Gate, args: Any, kwargs: Any) -> None:
         """Choose by the first tensor that enters with samples."""
-        for x, place in _entries(gate, args, kwargs):
-            if place is not None and isinstance(x, Tensor) and x.dim() > place.dim:
-                self.choose(x.shape[place.dim] // place.fold)
-                break
-        else:
+        sizes = [
+            x.shape[place.dim] // place.fold
+            for x, place in _entries(gate, args, kwargs)
+            if place is not None and isinstance(x, Tensor) and x.dim() > place.dim
+        ]
+        if not sizes:
             return  # decided at the sum
+        self.choose(next((size for size in sizes if size != 1), 1))  # one may be for all of them
         if self.kept is None or self.dropped or self.mask is not None:
             return
         self.computed = self.kept
