@@ -11,7 +11,7 @@ from .drop.site import Site
 from .drop.slot import outer_slot, slot_of
 from .tables import table_html
 
-__all__ = ["branches", "is_applied", "sites"]
+__all__ = ["awaited", "branches", "is_applied", "sites"]
 
 
 def branches(model: nn.Module) -> list[Branch]:
@@ -67,6 +67,14 @@ def sites(model: nn.Module) -> Iterator[Site]:
         site = _site(module)
         if isinstance(site, Site) and site.block is module:
             yield site
+
+
+def awaited(model: nn.Module) -> Iterator[Any]:
+    """What stands in the slots of modules whose first training call settles their branches."""
+    for module in model.modules():
+        slot = outer_slot(module) or slot_of(module)
+        if slot is not None and hasattr(slot.site, "factor"):
+            yield slot.site
 
 
 def _site(module: nn.Module) -> object:

@@ -2,13 +2,14 @@
 
 import operator
 import warnings
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .applied import branches, is_applied
+from .applied import awaited, branches, is_applied, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, block_of, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
@@ -267,9 +268,15 @@ def _tell_unused(findings: Findings) -> None:
         )
 
 
-def complete(model: nn.Module, findings: Findings, settings: Settings, tell: bool = True) -> None:
+def complete(
+    model: nn.Module,
+    findings: Findings,
+    settings: Settings,
+    tell: bool = True,
+    beside: Sequence[Branch] | None = None,
+) -> None:
     """Set up what was found on real inputs, and say what users should know of it."""
-    chosen = _install.install(model, findings, settings)
+    chosen = _install.install(model, findings, settings, beside)
     if tell:
         _tell_unused(findings)
     if findings.batched and 0 not in findings.batched and settings.samples.dim is None:
@@ -308,14 +315,15 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     before = {branch.name: branch for branch in branches(part) if branch not in foreign}
     changed = {b: choices(b) for b in before.values()}
     changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
-    factor = next((b.p / b.target for b in before.values() if b.target > 0.0), 1.0)
+    factor = next((b.p / b.target for b in before.values() if b.target > 0.0), pending.factor)
     name = next(name for name, module in model.named_modules() if module is part)
+    beside = None if part is model else _beside(pending, before.values())
     put_back, slot = keep_slots(part), slot_of(part)
     _install.remove(part)
     try:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
         tell = not before  # else it was said of the inputs that were made up
-        complete(model, keep_identity(prefixed(findings, name), before), settings, tell)
+        complete(model, keep_identity(prefixed(findings, name), before), settings, tell, beside)
     except BaseException:
         put_back()
         raise
@@ -325,6 +333,15 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
         vars(branch).update(changed.get(branch, {}))
         branch.set_rate(factor * branch.target)
     _install.put_others(others, gone)
+
+
+def _beside(pending: Pending, own: Collection[Branch]) -> list[Branch] | None:
+    """The branches of other parts of the model; None where nothing is left to be found there."""
+    draws = pending.settings.draws
+    found = [b for s in sites(pending.model) if s.draws is draws for b in s.branches]
+    beside = sorted((b for b in found if b not in own), key=lambda b: b.order)
+    waits = any(other is not pending for other in awaited(pending.model))
+    return beside if beside or waits else None
 
 
 def remove(model: M) -> M:

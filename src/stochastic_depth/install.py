@@ -1,6 +1,6 @@
 """From what was found to slots in the model, and from the first real batch to what was found."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,18 +58,36 @@ def by_block(branches: Iterable[Branch]) -> dict[str, list[Branch]]:
     return found
 
 
-def install(model: nn.Module, findings: Findings, settings: Settings) -> list[Branch]:
+def install(
+    model: nn.Module,
+    findings: Findings,
+    settings: Settings,
+    beside: Sequence[Branch] | None = None,
+) -> list[Branch]:
     """Set up the branches of ``findings`` that are chosen, and put slots into their blocks.
+
+    Args:
+        model: the model.
+        findings: what was found in it, or in a child of it that is called by itself.
+        settings: the arguments of ``apply``.
+        beside: of a child, the branches of the others, which count for depth and stay as they are.
 
     Raises:
         ValueError: nothing was found, a pattern matches nothing, rates that do not fit.
     """
-    if not findings.branches:
+    if beside is None and not findings.branches:
         raise ValueError(nothing_found(model, findings, settings.blocks))
-    chosen = choose(model, findings.branches, settings.include, settings.exclude)
-    set_rates(model, chosen, settings)
-    for order, branch in enumerate(chosen):
+    children = [name for name, _ in model.named_children()]
+    found = [*(beside or ()), *findings.branches]
+    if beside:
+        found.sort(key=lambda b: children.index(block_of(b).partition(".")[0]))
+    every = choose(model, found, settings.include, settings.exclude, strict=beside is None)
+    chosen = [branch for branch in every if branch not in (beside or ())]
+    rates = rates_of(model, every, settings) if chosen else {}
+    for order, branch in enumerate(every):
         branch.order = order
+    for branch in chosen:
+        branch.p = rates[branch]
         branch.mode, branch.scale = settings.mode, settings.scale
         branch.dropped_grad = settings.dropped_grad
     about = replace(findings, plans={}, nodes={}, merges={}, constants=[])
@@ -98,18 +116,14 @@ def compiled_around(model: nn.Module, name: str) -> list[nn.Module]:
     return [model.get_submodule(parent)] if last == "_orig_mod" else []
 
 
-def set_rates(model: nn.Module, chosen: list[Branch], settings: Settings) -> None:
+def rates_of(model: nn.Module, chosen: list[Branch], settings: Settings) -> dict[Branch, float]:
     """The rates of the branches, by the depth of their blocks or from their DropPath modules."""
     if settings.p == "model":
-        rates = _own_rates(model, chosen)
-    else:
-        blocks = list(dict.fromkeys(map(block_of, chosen)))
-        by_block = dict(
-            zip(blocks, depth_rates(settings.schedule, settings.p, len(blocks)), strict=True)
-        )
-        rates = [by_block[block_of(branch)] for branch in chosen]
-    for branch, rate in zip(chosen, rates, strict=True):
-        branch.p = rate
+        return dict(zip(chosen, _own_rates(model, chosen), strict=True))
+    blocks = list(dict.fromkeys(map(block_of, chosen)))
+    rates = depth_rates(settings.schedule, settings.p, len(blocks))
+    by_block = dict(zip(blocks, rates, strict=True))
+    return {branch: by_block[block_of(branch)] for branch in chosen}
 
 
 def _own_rates(model: nn.Module, chosen: list[Branch]) -> list[float]:
@@ -173,6 +187,7 @@ class Pending:
     def __init__(self, model: nn.Module, part: nn.Module, settings: Settings) -> None:
         self.model, self.part, self.settings = model, part, settings
         self.under = put(part).site  # the part's own site, if it is a block
+        self.factor = 1.0  # what a RateSchedule multiplies targets with
         self.given = {branch: choices(branch) for branch in branches(part)}
         self.blocks = [site.block for site in sites(part)]
 

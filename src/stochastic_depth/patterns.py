@@ -14,32 +14,41 @@ Pattern = str | type[nn.Module] | Callable[..., bool]
 Filter = Pattern | Iterable[Pattern] | None
 
 
-def choose(model: nn.Module, found: list[Branch], include: Filter, exclude: Filter) -> list[Branch]:
+def choose(
+    model: nn.Module, found: list[Branch], include: Filter, exclude: Filter, strict: bool = True
+) -> list[Branch]:
     """The branches that ``include`` selects and ``exclude`` does not.
+
+    Args:
+        model: the model.
+        found: its branches.
+        include: patterns.
+        exclude: the same.
+        strict: every pattern has to match a branch, and one has to be left.
 
     Raises:
         TypeError, ValueError: a pattern of another kind; one that matches no branch.
     """
     chosen = found
     if include is not None:
-        chosen = _matching(model, chosen, include, "include")
+        chosen = _matching(model, chosen, include, "include", strict)
     if exclude is not None:
-        excluded = _matching(model, chosen, exclude, "exclude")
+        excluded = _matching(model, chosen, exclude, "exclude", strict)
         chosen = [branch for branch in chosen if branch not in excluded]
-        if not chosen:
+        if strict and not chosen:
             raise ValueError(f"exclude={exclude!r} leaves no branch")
     return chosen
 
 
 def _matching(
-    model: nn.Module, found: list[Branch], patterns: Filter, argument: str
+    model: nn.Module, found: list[Branch], patterns: Filter, argument: str, strict: bool
 ) -> list[Branch]:
-    """The branches that a pattern matches; every pattern must match one."""
+    """The branches that a pattern matches; where ``strict``, every pattern must match one."""
     modules = dict(model.named_modules())
     matched: set[Branch] = set()
     for pattern in _patterns(patterns):
         hits = {branch for branch in found if _selects(pattern, branch, modules, argument)}
-        if not hits:
+        if strict and not hits:
             known = ", ".join(branch.name for branch in found[:8])
             more = ", ..." if len(found) > 8 else ""
             raise ValueError(f"{argument}={pattern!r} matches no branch; there are {known}{more}")

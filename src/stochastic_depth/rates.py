@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from .applied import branches, is_applied
+from .applied import awaited, branches, is_applied
 from .branch import Branch, check_p
 
 __all__ = [
@@ -236,6 +236,8 @@ class RateSchedule:
         factor = self.factor
         for branch in self._branches:
             branch.set_rate(factor * branch.target)
+        for first_call in awaited(self.model):
+            first_call.factor = factor
 
     def _refresh(self) -> None:
         """Take in the branches that were only found in the first call."""

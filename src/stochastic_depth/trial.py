@@ -1,6 +1,6 @@
 """``apply`` tries what was found: each branch, dropped and at another weight, on the examples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
             trial.mask_what_fails(found)
         elif not trial.is_right_at_once(found):
             if trial.failure(found) is not None:
-                reasons = {b: trial.failure([b]) for b in found}
+                reasons = _reasons(found, trial.failure)
             trial.mask_what_fails([b for b in found if not reasons.get(b)])
     finally:
         for site in sites:
@@ -85,6 +85,17 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
         for name, plans in findings.plans.items()
     }
     return findings
+
+
+def _reasons(
+    branches: Sequence[Branch], failure: Callable[[Sequence[Branch]], str | None]
+) -> dict[Branch, str | None]:
+    """What is wrong with each of them alone, or where nothing is, with those of a block."""
+    reasons = {b: failure([b]) for b in branches}
+    if not any(reasons.values()):
+        for together in by_block(branches).values():
+            reasons |= dict.fromkeys(together, failure(together))
+    return reasons
 
 
 class _Trial:
@@ -168,8 +179,8 @@ class _Trial:
         selected = [b for b in branches if b.place is not None]
         if not selected or self.selecting_differs(selected) is None:
             return
-        for branch in selected:
-            if (reason := self.selecting_differs([branch])) is not None:
+        for branch, reason in _reasons(selected, self.selecting_differs).items():
+            if reason is not None:
                 branch.place, branch.mask = None, branch.place or branch.mask
                 branch.reason = reason
 
