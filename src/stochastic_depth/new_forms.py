@@ -37,7 +37,13 @@ def watch_block(
             findings = find_blocks(site.block, args, dict(kwargs), [""], samples=samples)
         else:
             findings = find(site.block, args, dict(kwargs), samples=samples)
-    except Exception:  # of any kind: the call itself will raise it
+    except Exception as error:  # of any kind: the call itself may raise it, too
+        told = (str(error) or type(error).__name__).splitlines()[0][:200]
+        warnings.warn(
+            f"stochastic depth: nothing is dropped where {type(site.block).__name__} is called in "
+            f"this way, as it could not be watched: {told}",
+            stacklevel=2,
+        )
         return None
     plan = next(iter(findings.plans.get("", {}).values()), Plan())
     if known_plan is not None:

@@ -133,6 +133,8 @@ class Frame:
         if again is None and run is not None and self._may_be_repeated(apart):
             slot.may_be_repeated(Repeat(self, path, index, apart))
             self.site.is_repeated = True
+        if run is not None:
+            run.called = True
         drops = self.site.replaces and not self.is_plain
         if run is not None and gate.drops and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
@@ -202,6 +204,8 @@ class Frame:
             out = tree_unflatten(leaves, structure)
         for run in self.runs:
             run.split, run.closed = None, True  # a frame on record keeps no tensors
+            if not run.called and run.branch.modules and not (self.compiling or self.outer):
+                self.site.tell_not_called(run.branch)
         if self.site.is_repeated:
             self._watch_backward(out)
         return out

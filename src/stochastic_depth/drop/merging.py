@@ -57,6 +57,7 @@ class Merging:
     sums = 0  # that its values have met
     counts = True  # in training, where nobody decided by hand
     apart = False  # reentrant checkpointing makes the call of now
+    called = False  # a call of it has come
     closed = False  # the call of its block has returned
     is_late = False  # it had been computed when its samples were chosen, and will be again
     slot: Tensor | None = None  # of each sample, that of a computed one

@@ -1,6 +1,7 @@
 """A block with branches: what is known of its calls, and the slots of the modules that it calls."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any
@@ -54,6 +55,7 @@ class Site:
         self.draws, self.watch, self.findings = draws, watch, findings
         self.is_repeated = False  # checkpointing in the block has repeated calls of its children
         self.is_root = any(branch.name.startswith(":") for branch in branches)
+        self.has_told = False  # of a call that went another way
         self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
         self.others: dict[Any, Plan] = {}  # of calls in another precision, by form and precision
@@ -234,6 +236,17 @@ class Site:
                     "this form, in which something else reads what it computes or keeps, as a "
                     "cache; call the model without one (use_cache=False), or prune it"
                 )
+
+    def tell_not_called(self, branch: Branch) -> None:
+        """Warn, once, of a call that went another way than when it was watched."""
+        if not self.has_told:
+            self.has_told = True
+            warnings.warn(
+                f"stochastic depth: {branch.name} was not called in a call of its block, as it was "
+                "when that was watched, and what was called instead is not dropped; give apply() "
+                "example_inputs like those of training",
+                stacklevel=2,
+            )
 
     def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
         before = here.frame
