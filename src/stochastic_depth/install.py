@@ -12,6 +12,8 @@ from .applied import branches, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, block_of, choices
 from .drop.collectives import own_parameters
 from .drop.draws import Draws
+from .drop.over import Over
+from .drop.pass_on import Unfused
 from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
 from .drop.whole import WholeSite
@@ -106,6 +108,10 @@ def install(
             sizes |= {b: sum(p.numel() for p in own_parameters(b, site)) for b in mine}
             for wrapper in compiled_around(model, name):
                 put(wrapper).site = site
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            slot = put(module)
+            slot.site = slot.site or Unfused(module)
     settings.draws.deal(chosen, findings.nodes, [sizes[branch] for branch in chosen])
     return chosen
 
@@ -238,7 +244,7 @@ def put_others(others: Mapping[nn.Module, Any], gone: Iterable[nn.Module]) -> No
         if isinstance(site, Site):
             site.install()
             continue
-        if site.under is not None:
+        if isinstance(site.under, Site):
             site.under.install()
         put(module).site = site
 
@@ -270,5 +276,5 @@ def remove(model: nn.Module) -> None:
         site = slot.site.under if isinstance(slot.site, Pending) else slot.site
         if isinstance(site, Site):
             site.uninstall()
-        if site is None or isinstance(site, Site):
+        if not isinstance(site, Over):
             take_out(module)

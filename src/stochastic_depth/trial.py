@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode
 
 from ._torch import tree_leaves
 from .branch import Branch
@@ -217,7 +216,6 @@ class _Trial:
             uncompiled(),
             torch.no_grad(),
             nullcontext() if decisions is None else forced(decisions),
-            BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
             args, kwargs = copied(inputs)
             output = self.model(*args, **kwargs)

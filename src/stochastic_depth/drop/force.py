@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from torch.overrides import BaseTorchFunctionMode
+
 from ..branch import Branch
 from .slot import here
 
@@ -21,7 +23,8 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
     before = here.forced
     here.forced = {**(before or {}), **decisions}
     try:
-        yield
+        with BaseTorchFunctionMode():  # torch's fused kernels, which call no child, stay out
+            yield
     finally:
         here.forced = before
 
@@ -42,6 +45,7 @@ def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     before = here.sampled
     here.sampled = before | frozenset(branches)
     try:
-        yield
+        with BaseTorchFunctionMode():  # as above
+            yield
     finally:
         here.sampled = before

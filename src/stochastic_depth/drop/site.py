@@ -19,6 +19,7 @@ from .draws import Draws
 from .forms import output_form
 from .frame import Frame
 from .part import Part, form
+from .pass_on import PassOn
 from .reads import Reads
 from .slot import INSIDE, Slot, here, outer_slot, put, slot_of, take_out
 
@@ -325,21 +326,6 @@ class Site:
         site = copy.copy(self)
         site.block, site.slots, site.seen = replica, {}, []
         return site
-
-
-class PassOn:
-    """Stands in the slot of a DropPath whose branch we decide on: it hands on what it is given."""
-
-    is_root = False
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def is_active(self) -> bool:
-        return self.module.training and here.forced != {}
-
-    def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
-        return next(iter((*args, *kwargs.values())))
 
 
 def _above(name: str) -> list[str]:

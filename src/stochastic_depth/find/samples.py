@@ -231,7 +231,7 @@ def _moved(t: Tensor, dim: int, rows: int) -> Tensor:
 def _watched(flow: Flow, planned: Planned) -> Iterator[int]:
     for regions in planned.regions.values():
         for region in regions:
-            yield from (region.sum, region.shortcut, *_values(flow, region))
+            yield from (region.sum, region.shortcut, *_values(flow, region), *_held(flow, region))
     for frame, _ in planned.frames:
         for c in frame.gate_of:
             yield from (n for n in (*flow.calls[c].given, *flow.calls[c].made) if n is not None)
@@ -249,6 +249,12 @@ def _values(flow: Flow, region: Region) -> set[int]:
     calls = [flow.calls[c] for c in region.calls]
     between = {n for call in calls for n in (*call.given, *call.made) if n is not None}
     return _entries(flow, region) | between | {region.output}
+
+
+def _held(flow: Flow, region: Region) -> set[int]:
+    """What modules of a branch keep from call to call."""
+    spans = [(flow.calls[c].start, flow.calls[c].end) for c in region.calls]
+    return {n for n in flow.held if any(start <= n < end for start, end in spans)}
 
 
 def _judge(flow: Flow, regions: list[Region], seen: _Evidence) -> tuple[Place | None, str]:
@@ -271,6 +277,12 @@ def _judge(flow: Flow, regions: list[Region], seen: _Evidence) -> tuple[Place | 
             return None, "samples have mixed before it, or are not next to each other"
         if not seen.changed.isdisjoint((*values, region.sum)):
             return None, "its samples depend on each other (statistics over the batch, neighbours)"
+        for n in _held(flow, region):
+            if n in seen.unclear or seen.places.get(n) is not None:
+                return None, (
+                    f"{flow.held[n]} keeps a value of the samples in an attribute, where those of "
+                    "the next call, which may be others, would find it"
+                )
         if all(n in seen.alike for n in entries if seen.places.get(n)):
             return None, "the samples of example_inputs are alike: give some that differ"
     return place, ""

@@ -1,0 +1,53 @@
+"""What stands in the slots of modules that are no blocks with branches."""
+
+from typing import Any
+
+from torch import nn
+from torch.overrides import BaseTorchFunctionMode
+
+from .slot import Slot, here, outer_slot
+
+__all__ = ["PassOn", "Unfused"]
+
+
+class PassOn:
+    """Stands in the slot of a DropPath whose branch we decide on: it hands on what it is given."""
+
+    is_root = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def is_active(self) -> bool:
+        return self.module.training and here.forced != {}
+
+    def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
+        return next(iter((*args, *kwargs.values())))
+
+    def of_replica(self, replica: nn.Module) -> "PassOn":
+        return PassOn(replica)
+
+
+class Unfused:
+    """Stands in the slot of an ``nn.TransformerEncoder`` whose layers weigh their branches.
+
+    Given a padding mask in evaluation, it would give them nested tensors, for torch's fused kernel.
+    """
+
+    is_root = False
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder = encoder
+
+    def is_active(self) -> bool:
+        if self.encoder.training:
+            return False
+        slots = [outer_slot(layer) for layer in self.encoder.layers]
+        return any([s is not None and s.site is not None and s.site.is_active() for s in slots])
+
+    def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
+        with BaseTorchFunctionMode():
+            return slot.through(*args, **kwargs)
+
+    def of_replica(self, replica: nn.TransformerEncoder) -> "Unfused":
+        return Unfused(replica)
