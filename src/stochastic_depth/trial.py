@@ -21,7 +21,7 @@ from .find import first_samples, run_weighed
 from .find.checks import kept_in
 from .find.meet import uncompiled
 from .find.plan import Findings, Refused, only
-from .find.state import Kept, attributes, copied, in_mode, untouched
+from .find.state import Kept, attributes, copied, in_mode, untouched, unwritten
 from .find.weighed import Weight
 from .install import by_block
 from .new_forms import watch_block
@@ -216,6 +216,7 @@ class _Trial:
             uncompiled(),
             torch.no_grad(),
             nullcontext() if decisions is None else forced(decisions),
+            unwritten(self.model) if training else nullcontext(),
         ):
             args, kwargs = copied(inputs)
             output = self.model(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._torch import is_compiler_loaded
 from .flow import Flow
 from .record import Recorder
-from .state import Kept, copied, in_mode, untouched
+from .state import Kept, copied, in_mode, untouched, unwritten
 
 __all__ = ["record", "record_examples", "uncompiled"]
 
@@ -145,6 +145,8 @@ def _recorded(
     with _one_at_a_time, ExitStack() as stack:
         stack.enter_context(untouched(model, kept))
         stack.enter_context(in_mode(model, training, frozen))
+        if training:
+            stack.enter_context(unwritten(model))
         stack.enter_context(_plainly())
         stack.enter_context(_met(watch, model))
         watch.inputs(args, kwargs)

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm as layers
+from torch.overrides import TorchFunctionMode
 
+from .._torch import is_flat_parameter, is_view_of_flat_parameter
 from .ranks import is_sharded
-from .tensors import tensors_within
+from .tensors import memory_of, tensors_in, tensors_within
 
-__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched"]
+__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched", "unwritten"]
 
 NORMS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 _DEPTH = 4  # of containers and plain objects within what a module keeps
@@ -46,6 +48,50 @@ def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
                 reshard: Any = module.reshard
                 stack.callback(reshard)  # FSDP2 keeps what it is doing to itself
         yield
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Put the parameters back that a forward writes to in training, as to a momentum encoder's.
+
+    Those of FSDP come and go, and are let alone.
+    """
+    parameters = list(model.parameters())
+    if any(map(is_sharded, model.modules())) or any(map(_is_of_fsdp, parameters)):
+        yield
+        return
+    writes = _Writes(parameters)
+    try:
+        with writes:
+            yield
+    finally:
+        for parameter, data, value in writes.before:
+            parameter.data = data.copy_(value)
+
+
+def _is_of_fsdp(parameter: Tensor) -> bool:
+    return is_flat_parameter(parameter) or is_view_of_flat_parameter(parameter)
+
+
+class _Writes(TorchFunctionMode):
+    """Copies parameters when they are about to be written to."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.own = {memory_of(p): p for p in parameters}
+        self.before: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # and the data, and its value
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _SETS or (name.endswith("_") and not name.endswith("__")):
+            for t in tensors_in(args[:1], []):
+                parameter = self.own.pop(memory_of(t), None)
+                if parameter is not None:
+                    self.before.append((parameter, parameter.data, parameter.detach().clone()))
+        return func(*args, **(kwargs or {}))
+
+
+_SETS = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
 class Kept:
