@@ -116,3 +116,25 @@ def test_p_model_needs_rates_and_takes_no_schedule():
         sd.apply(timm.create_model("test_vit"), "model", example_inputs=torch.randn(2, 3, 160, 160))
     with pytest.raises(ValueError, match="drop schedule='uniform'"):
         sd.apply(nn.Sequential(Inside()), "model", schedule="uniform")
+
+
+class Named(Inside):
+    """Calls its drop module with a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path = DropPath(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(x=self.mlp.linear(x))
+
+
+def test_a_drop_module_may_be_called_with_a_keyword() -> None:
+    x, model = torch.randn(3, 4), Named()
+    sd.apply(model, "model", example_inputs=x)
+    (branch,) = sd.branches(model)
+    assert branch.p == 0.5
+    outputs = [model(x) for _ in range(20)]
+    expected = x + 2 * model.mlp.linear(x)
+    assert all(torch.equal(y, x) or torch.allclose(y, expected) for y in outputs)
+    assert 0 < branch.dropped < 20

@@ -154,3 +154,54 @@ def test_a_block_that_was_replaced_before_the_first_batch_is_found() -> None:
     model.a[0] = Block()
     model(torch.randn(4, WIDTH))
     assert told(model) == before
+
+
+def test_the_factor_of_a_schedule_holds_from_the_first_batch_on(batch: Any) -> None:
+    model = sd.apply(Told(), 0.9, schedule="uniform")
+    schedule = sd.RateSchedule(model, "late", steps=2)
+    model(*batch)
+    assert [(branch.p, branch.target) for branch in sd.branches(model)] == [(0.0, 0.9)] * 3
+    schedule.step()
+    schedule.step()
+    assert [branch.p for branch in sd.branches(model)] == [0.9] * 3
+
+
+class Rivals(nn.Module):
+    """Two networks that are called by themselves, in any order."""
+
+    def __init__(self, judges: bool = True) -> None:
+        super().__init__()
+        self.maker = nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(), Block())
+        self.judge = nn.Sequential(nn.Linear(WIDTH, WIDTH), *[Block() for _ in range(2 * judges)])
+
+    def forward(self, *_: Any) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("order", [("maker", "judge"), ("judge", "maker")])
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"p": 0.4}, [0.1, 0.2, 0.3, 0.4]),
+        ({"p": None, "schedule": [0.4, 0.1, 0.3, 0.2]}, [0.4, 0.1, 0.3, 0.2]),
+        ({"p": 0.2, "include": "maker"}, [0.1, 0.2]),
+        ({"p": 0.2, "exclude": "maker"}, [0.1, 0.2]),
+    ],
+)
+def test_networks_that_are_called_by_themselves_share_one_depth(
+    options: dict[str, Any], rates: list[float], order: tuple[str, str]
+) -> None:
+    model = sd.apply(Rivals(), **options)
+    before = sd.branches(model)
+    for name in order:
+        getattr(model, name)(torch.randn(4, WIDTH))
+    assert sd.branches(model) == before
+    assert [branch.order for branch in before] == list(range(len(rates)))
+    assert [branch.p for branch in before] == pytest.approx(rates)
+
+
+def test_one_of_them_may_have_no_branches() -> None:
+    model = sd.apply(Rivals(judges=False), 1.0)
+    for part in (model.judge, model.maker):
+        part(torch.randn(4, WIDTH))
+    assert [branch.dropped for branch in sd.branches(model)] == [1, 1]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.drop.decide import choose_samples
+from stochastic_depth.drop.force import forced
 
 from .twins import MODES, assert_same, assert_weighed, data, net, twins
 
@@ -191,3 +193,48 @@ def test_gradients_of_gradients_go_through(mode: str) -> None:
             torch.testing.assert_close(x.grad, expected.grad, rtol=1e-10, atol=1e-10)
         assert x.grad.isfinite().all()
     assert branch.dropped > 0
+
+
+class InALoop(nn.Module):
+    """Several branches are added at one expression, not all of them through a custom Function."""
+
+    def __init__(self, functions: list[Callable[[Tensor], Tensor]], first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in functions])
+        self.functions, self.first = functions, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, function in zip(self.layers, self.functions, strict=True):
+            h = function(layer(x))
+            x = h + x if self.first else x + h
+        return x
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("kinds", ["ff", "f-", "-f", "ff-f"])
+def test_each_of_several_branches_in_a_loop_has_its_own_decision(
+    kinds: str, mode: str, first: bool
+) -> None:
+    functions = [Reversed.apply if kind == "f" else torch.tanh for kind in kinds]
+    ours, plain = twins(net(InALoop, functions, first), data(), p=0.5, mode=mode)
+    for step in range(8):
+        decisions, weights = {}, []
+        for i, branch in enumerate(sd.branches(ours)):
+            branch.p = (0.2, 0.8, 0.0, 0.5)[(i + step) % 4]
+            weight = torch.ones(6, 1, dtype=torch.float64)
+            if branch.p and mode == "row":
+                decisions[branch] = 10 * step + i, 1.0
+                kept, factor = choose_samples(branch, 10 * step + i, 6, "cpu")
+                weight = torch.zeros_like(weight).index_fill(0, kept, factor)
+            elif branch.p:
+                decisions[branch] = (step + i) % 3 == 0, 1.0 + i
+                weight *= 0 if decisions[branch][0] else 1.0 + i
+            weights.append(weight)
+        x = data(seed=step)
+        with forced(decisions):
+            got = ours(x)
+        expected = x
+        for layer, function, weight in zip(plain.layers, functions, weights, strict=True):
+            expected = expected + weight * function(layer(expected))
+        torch.testing.assert_close(got, expected)

@@ -349,6 +349,18 @@ def test_remove_keeps_what_others_have_changed_meanwhile() -> None:
     torch.testing.assert_close(model(data()), 2 * (data() + model.g(model.f(data()).tanh())))
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_remove_leaves_nothing_in_a_child_that_was_wrapped(stepped: bool) -> None:
+    model = net(Block)
+    before = set(vars(model.f))
+    sd.apply(model, 1.0, schedule="uniform", example_inputs=data())
+    model.f = net(Lora, model.f, 1)
+    if stepped:
+        model(data())
+    sd.remove(model)
+    assert set(vars(model.f.base)) == before
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_last_apply_counts(mode: str) -> None:
     ours, plain = twins(net(Block), data(), p=1.0, mode=mode)

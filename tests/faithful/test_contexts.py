@@ -84,6 +84,25 @@ def test_a_context_manager_of_the_forward_is_entered(context: str, mode: str) ->
     assert same == (context not in different)  # else this test could not fail
 
 
+class FrozenPart(nn.Module):
+    """A call without gradients, and then something that is not linear in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.f(x)
+        return x + torch.tanh(self.scale * h)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_child_may_run_without_gradients(mode: str) -> None:
+    ours, plain = twins(net(FrozenPart), data(), mode=mode, p=0.5)
+    assert_weighed(ours, plain, data())
+
+
 class Around(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -443,3 +443,133 @@ def test_a_first_step_under_autocast_leaves_ordinary_tensors(
     kinds = {type(s["momentum_buffer"]) for s in optimizer.state.values()}
     kinds |= {type(p.grad) for p in model.parameters() if p.grad is not None}
     assert kinds == {Tensor}
+
+
+class Broadcast(nn.Module):
+    """A branch that is broadcast into its shortcut, or has a dimension less."""
+
+    def __init__(self, dim: int, keepdim: bool, in_place: bool = False) -> None:
+        super().__init__()
+        self.f, self.dim, self.keepdim, self.in_place = nn.Linear(4, 4), dim, keepdim, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x.mean(self.dim, keepdim=self.keepdim))
+        if self.in_place:
+            y = x.clone()
+            y += h
+            return y
+        return x + h
+
+
+@pytest.mark.filterwarnings("ignore:.*samples:UserWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "keepdim", "samples"),
+    [(1, True, 0), (0, False, 1), (0, True, 1), (0, True, 0), (0, False, 0)],
+)
+def test_a_branch_may_be_broadcast(dim: int, keepdim: bool, samples: int, in_place: bool) -> None:
+    x = data(6, 5, 4)
+    ours, plain = twins(
+        net(Broadcast, dim, keepdim, in_place), x, p=0.5, mode="row", samples=samples
+    )
+    assert_weighed(ours, plain, x, dim=samples)
+
+
+class GivenFirst(nn.Module):
+    """The first tensor of the call may be one for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scored()
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return x + self.inner(bias, x)
+
+
+class Scored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, bias: Tensor, x: Tensor) -> Tensor:
+        return self.f(x) + bias
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_each_sample_is_decided_where_the_first_tensor_is_one_for_all(mode: str) -> None:
+    ours, plain = twins(net(GivenFirst), data(), data(seed=2), p=0.5, mode=mode)
+    rows = count_rows(ours.inner.f)
+    if mode == "row":
+        assert_weighed(ours, plain, data(), data(1, 4, seed=2))
+        assert len(set(rows)) > 2
+    else:
+        for _ in range(4):
+            ours(data(), data(1, 4, seed=2))
+        (branch,) = sd.branches(ours)
+        assert (branch.decided, branch.dropped) == (24, 12)
+
+
+class Spiking(nn.Module):
+    """Keeps something of each sample until the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.potential: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.potential = 0.5 * self.potential + x
+        return torch.sigmoid(self.potential)
+
+
+class Neurons(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.spikes = nn.Linear(4, 4), Spiking()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.spikes(self.f(x))
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_what_a_module_keeps_of_a_sample_meets_no_other(mode: str) -> None:
+    model = net(Neurons)
+    with pytest.warns(UserWarning, match="spikes keeps a value of the samples"):
+        sd.apply(model, 0.5, mode=mode, schedule="uniform", example_inputs=data())
+    expected: Tensor | float = 0.0
+    for step in range(6):
+        x = data(seed=step)
+        model(x)
+        expected = 0.5 * expected + model.f(x)
+        torch.testing.assert_close(model.spikes.potential, expected)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_given_twice_is_given_twice(whole: bool, mode: str) -> None:
+    options = {"blocks": "0.attention"} if whole else {}
+    model = nn.Sequential(net(SelfAttention))
+    sd.apply(model, 0.5, mode=mode, schedule="uniform", example_inputs=data(6, 3, 4), **options)
+    seen: list[tuple[bool, int]] = []
+    model[0].attention.in_proj_weight.requires_grad_(False)
+    model[0].attention.forward = recording(model[0].attention.forward, seen)
+    for _ in range(6):
+        model(data(6, 3, 4))
+    assert all(same for same, _ in seen)
+    assert min(size for _, size in seen) < 6
+
+
+def recording(forward: Any, seen: list[tuple[bool, int]]) -> Any:
+    def record(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        seen.append((q is k is v, len(q)))
+        return forward(q, k, v, **options)
+
+    return record

@@ -292,3 +292,51 @@ def test_weighing_and_dropping_leave_side_effects_alone() -> None:
     ours.log.clear()
     assert_weighed(ours, plain, data(), steps=12)
     assert ours.log == [data().mean()] * 12
+
+
+class Momentum(nn.Module):
+    """Writes to parameters that an optimizer does not see: by their data, in place, all at once."""
+
+    def __init__(self, write: Callable[[list[nn.Parameter], list[nn.Parameter]], object]) -> None:
+        super().__init__()
+        self.fast, self.slow, self.write = Residual(), Residual(), write
+        self.slow.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.write(list(self.slow.parameters()), list(self.fast.parameters()))
+        return self.fast(x) * self.slow(x)
+
+
+def by_data(slow: list[nn.Parameter], fast: list[nn.Parameter]) -> None:
+    for a, b in zip(slow, fast, strict=True):
+        a.data = 0.9 * a.data + 0.1 * b.data
+
+
+def in_the_data(slow: list[nn.Parameter], fast: list[nn.Parameter]) -> None:
+    for a, b in zip(slow, fast, strict=True):
+        a.data.mul_(0.9).add_(b.data, alpha=0.1)
+
+
+def in_place(slow: list[nn.Parameter], fast: list[nn.Parameter]) -> None:
+    for a, b in zip(slow, fast, strict=True):
+        a.lerp_(b, 0.1)
+
+
+def at_once(slow: list[nn.Parameter], fast: list[nn.Parameter]) -> None:
+    torch._foreach_lerp_(slow, fast, 0.1)
+
+
+@pytest.mark.parametrize("write", [by_data, in_the_data, in_place, at_once])
+def test_parameters_that_a_forward_writes_to_are_left_as_they_were(write: Callable) -> None:
+    model = net(Momentum, write)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    memory = {name: p.data_ptr() for name, p in model.named_parameters()}
+    sd.apply(model, 0.5, include="fast", example_inputs=data())
+    sd.verify(model, data())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.data_ptr() == memory[name]
+    model(data())
+    assert not torch.equal(model.slow.f.weight, before["slow.f.weight"])

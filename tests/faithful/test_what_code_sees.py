@@ -351,3 +351,69 @@ def test_code_in_c_is_not_told_that_a_value_of_a_branch_is_a_tensor() -> None:
     seen.clear()
     assert torch.equal(model(x), x)
     assert seen == [True] * 4
+
+
+class Choosing(nn.Module):
+    """Takes a keyword by the name of which the library calls a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Chosen()
+
+    def forward(self, x: Tensor, module: float = 1.0) -> Tensor:
+        return x + self.f(x, module=module)
+
+
+class Chosen(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor, module: float) -> Tensor:
+        return super().forward(x) * module
+
+
+@pytest.mark.parametrize("blocks", [None, Choosing])
+def test_a_keyword_may_have_any_name(blocks: Any) -> None:
+    model, x = net(Choosing), data()
+    sd.apply(model, 0.5, example_inputs={"x": x, "module": 2.0}, blocks=blocks)
+    plain = x + 2.0 * nn.functional.linear(x, model.f.weight, model.f.bias)
+    kept = x + 2 * (plain - x)
+    outputs = [model(x, module=2.0) for _ in range(20)]
+    assert all(torch.equal(y, x) or torch.allclose(y, kept) for y in outputs)
+
+
+class Keras(Choosing):
+    def compile(self, optimizer: str) -> str:
+        return f"compiled with {optimizer}"
+
+
+def test_a_method_called_compile_may_mean_something_else() -> None:
+    model = net(Keras)
+    sd.apply(model, 0.5, example_inputs=data())
+    assert model.compile("sgd") == "compiled with sgd"
+
+
+QUESTIONS_OF_A_VALUE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cast by type()": lambda x, h: x + (0.5 * h).type(x.dtype),
+    "cast by a name": lambda x, h: x + h.type("torch.DoubleTensor"),
+    "plus": lambda x, h: x + +h,
+    "subtract_": lambda x, h: x.clone().subtract_(h),
+    "new entries beside it": lambda x, h: x + torch.cat([h, h.new_zeros(1, 4)])[:-1],
+    "its type in words": lambda x, h: x + h * (h.type() == "torch.DoubleTensor"),
+}
+
+
+class Asked(nn.Module):
+    def __init__(self, way: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.way = nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(x, self.f(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", QUESTIONS_OF_A_VALUE)
+def test_a_value_can_be_cast_and_asked_for_others_like_it(way: str, mode: str) -> None:
+    ours, plain = twins(net(Asked, QUESTIONS_OF_A_VALUE[way]), data(), mode=mode, p=0.5)
+    assert_weighed(ours, plain, data())

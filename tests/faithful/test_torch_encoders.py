@@ -1,0 +1,69 @@
+"""nn.TransformerEncoder in evaluation, where torch has a way of its own for padded batches."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+
+
+@pytest.fixture
+def encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    padded = torch.zeros(3, 5, dtype=torch.bool)
+    padded[0, 3:] = True
+    return {"src": torch.randn(3, 5, 8), "src_key_padding_mask": padded}
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch)[~batch["src_key_padding_mask"]]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_papers_scaling_weighs_there_too(
+    encoder: nn.Module, batch: dict[str, Tensor], given: bool
+) -> None:
+    inputs = batch if given else None
+    sd.apply(encoder, 0.5, scale="eval", schedule="uniform", example_inputs=inputs)
+    expected = outputs(encoder.eval(), batch).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(encoder, batch), expected)
+    with torch.no_grad():
+        assert not torch.allclose(outputs(sd.remove(encoder), batch), expected, atol=1e-2)
+
+
+def test_a_pretrained_encoder_keeps_torchs_way(
+    encoder: nn.Module, batch: dict[str, Tensor]
+) -> None:
+    plain = copy.deepcopy(encoder)
+    sd.apply(encoder, 0.5, example_inputs=batch)
+    with torch.no_grad():
+        assert torch.equal(outputs(encoder.eval(), batch), outputs(plain, batch))
+
+
+@torch.no_grad()
+def test_samples_of_depth_and_skipped_layers(encoder: nn.Module, batch: dict[str, Tensor]) -> None:
+    sd.apply(encoder, 0.5, schedule="uniform", example_inputs=batch).eval()
+    whole = outputs(encoder, batch)
+    with sd.sampling(encoder):
+        passes = torch.stack([outputs(encoder, batch) for _ in range(8)])
+    assert passes.std(0).max() > 0.1
+    with sd.skip(encoder, ["layers.0"], batch):
+        skipped = outputs(encoder, batch)
+    expected = outputs(encoder.layers[1], {"src": batch["src"], **_mask(batch)})
+    torch.testing.assert_close(skipped, expected)
+    torch.testing.assert_close(outputs(encoder, batch), whole)
+
+
+def _mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"src_key_padding_mask": batch["src_key_padding_mask"]}
