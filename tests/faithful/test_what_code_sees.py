@@ -417,3 +417,35 @@ class Asked(nn.Module):
 def test_a_value_can_be_cast_and_asked_for_others_like_it(way: str, mode: str) -> None:
     ours, plain = twins(net(Asked, QUESTIONS_OF_A_VALUE[way]), data(), mode=mode, p=0.5)
     assert_weighed(ours, plain, data())
+
+
+class Shaped(nn.Module):
+    """Asks for the shape of a value, and calls something that does not run on the meta device."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.f = nn.Sequential(Looking() if looks else nn.Identity(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        rows, columns = h.shape
+        return x + h.reshape(rows, 2, columns // 2).flatten(1)
+
+
+class Looking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + float(x.sum() > 0)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_hooks_of_what_is_dropped_do_not_run_where_its_shape_is_asked(looks: bool) -> None:
+    model = net(Shaped, looks)
+    sd.apply(model, 1.0, example_inputs=data())
+    seen: list[Any] = []
+    for module in model.f.modules():
+        module.register_forward_hook(lambda *call: seen.append(call))
+    model(data())
+    assert seen == []
+    sd.branches(model)[0].p = 0.0
+    model(data())
+    assert len(seen) == 3
