@@ -10,7 +10,7 @@ from torch import nn
 from . import install as _install
 from ._torch import is_flat_parameter
 from .applied import awaited, branches, is_applied, sites
-from .branch import Branch, DroppedGrad, Mode, Scale, block_of, check_choice, check_p, choices
+from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
@@ -18,7 +18,7 @@ from .find import Samples, find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
-from .patterns import Filter, matching_modules
+from .patterns import Filter, matching_modules, outermost
 from .rates import DepthSchedule
 from .trial import refuse_what_fails
 
@@ -229,33 +229,10 @@ def _find(model: nn.Module, args: Any, kwargs: Any, settings: Settings) -> Findi
     if settings.blocks is None:
         return find(model, args, kwargs, samples=samples)
     if settings.blocks == "all":
-        names = _outermost(find(model, args, kwargs, samples=None).branches)
+        names = outermost(find(model, args, kwargs, samples=None).branches)
     else:
         names = matching_modules(model, settings.blocks)
     return find_blocks(model, args, kwargs, names, samples=samples)
-
-
-def _outermost(found: list[Branch]) -> list[str]:
-    """The blocks of these branches that are in no other block.
-
-    A block that does nothing but add a stack of blocks to its input is not counted as one.
-    """
-    names = list(dict.fromkeys(map(block_of, found)))
-    stacks = {
-        name
-        for name in names
-        if all(
-            any(_is_below(other, m) for m in branch.modules for other in names if other != name)
-            for branch in found
-            if block_of(branch) == name
-        )
-    }
-    layers = [name for name in names if name not in stacks]
-    return [n for n in layers if not any(n != other and _is_below(n, other) for other in layers)]
-
-
-def _is_below(name: str, other: str) -> bool:
-    return not other or name == other or name.startswith(f"{other}.")
 
 
 def _tell_unused(findings: Findings) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .branch import Branch
+from .branch import Branch, block_of
 
-__all__ = ["Filter", "choose", "matching_modules"]
+__all__ = ["Filter", "choose", "matching_modules", "outermost"]
 
 Pattern = str | type[nn.Module] | Callable[..., bool]
 Filter = Pattern | Iterable[Pattern] | None
@@ -101,3 +101,26 @@ def _patterns(given: Filter) -> Iterable[Any]:
     if isinstance(given, str | type) or not isinstance(given, Iterable):
         return [given]
     return given
+
+
+def outermost(found: list[Branch]) -> list[str]:
+    """The blocks of these branches that are in no other block.
+
+    A block that does nothing but add a stack of blocks to its input is not counted as one.
+    """
+    names = list(dict.fromkeys(map(block_of, found)))
+    stacks = {
+        name
+        for name in names
+        if all(
+            any(_is_below(other, m) for m in branch.modules for other in names if other != name)
+            for branch in found
+            if block_of(branch) == name
+        )
+    }
+    layers = [name for name in names if name not in stacks]
+    return [n for n in layers if not any(n != other and _is_below(n, other) for other in layers)]
+
+
+def _is_below(name: str, other: str) -> bool:
+    return not other or name == other or name.startswith(f"{other}.")

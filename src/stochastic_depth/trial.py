@@ -74,6 +74,8 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     finally:
         for site in sites:
             site.uninstall()
+        for branch in found:
+            branch.decided = branch.dropped = 0
     if not any(reasons.values()):
         return findings
     right = [b for b in findings.branches if reasons.get(b) is None]

@@ -241,6 +241,7 @@ class Merging:
             self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
         if not self.decided:
             self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
+            self.is_late = True
         elif (self.kept is not None or self.seed is not None) and (
             shortcut.dim() <= at.dim or shortcut.shape[at.dim] != self.size * at.fold
         ):

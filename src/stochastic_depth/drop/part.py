@@ -21,8 +21,15 @@ from torch import Tensor, nn
 
 from .._torch import is_given_to_function, tree_leaves, tree_map
 from .instruction import is_asked, unpacked
+from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS, writes
 
-__all__ = ["SUMS", "Part", "Unmade", "first_part", "form", "parts_in", "whole"]
+__all__ = ["Part", "Unmade", "first_part", "form", "parts_in", "whole"]
+
+
+_WRITTEN = (
+    "a value of it is written into a tensor that is not its own: do that in a module that the "
+    "branch calls"
+)
 
 
 class Part:
@@ -83,7 +90,7 @@ class Part:
             args, kwargs = tree_map(partial(_joining, like), (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.dropped:
-            if _writes(name) and type(args[0]) is not Part:
+            if writes(name) and type(args[0]) is not Part:
                 raise run.error(f"is dropped, and {_WRITTEN}")
             return Part(
                 run,
@@ -104,7 +111,7 @@ class Part:
     def __getattr__(self, name: str) -> Any:
         kind = getattr(Tensor, name)  # an AttributeError names the attribute
         if callable(kind):
-            if name in _ASKS:
+            if name in ASKS:
                 return getattr(form(self), name)
             if name.startswith("new_"):
                 return partial(getattr(form(self), name), device=self._run.device)
@@ -112,9 +119,9 @@ class Part:
         if self._value is None:
             if name == "device":
                 return self._run.device
-            if name in _VIEWS:
+            if name in VIEWS:
                 return self._derived(lambda: getattr(form(self), name))
-        known = getattr(whole(self) if name in _VIEWS else form(self), name)
+        known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
 
     def _check_gradients(self) -> None:
@@ -195,57 +202,10 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda self, *args: Part.__torch_function__(kind, (), (self, *args))
 
 
-for _name in [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-]:
-    for _form in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
-        if hasattr(Tensor, _form):
-            setattr(Part, _form, _operator(_form))
-for _form in [
-    "__neg__",
-    "__pos__",
-    "__abs__",
-    "__invert__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__eq__",
-    "__ne__",
-]:
-    setattr(Part, _form, _operator(_form))
+for _name in OPERATORS:
+    if hasattr(Tensor, _name):
+        setattr(Part, _name, _operator(_name))
 Part.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-_ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
-SUMS = _ADD | {
-    "sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "__rsub__", "rsub",
-}  # fmt: skip
-_WRITTEN = (
-    "a value of it is written into a tensor that is not its own: do that in a module that the "
-    "branch calls"
-)
-_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
-_IN_PLACE = {"add_", "__iadd__", "sub_", "subtract_", "__isub__"}
-_ACTIVATIONS = {
-    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",
-    "relu6", "relu_", "selu", "sigmoid", "silu", "softplus", "tanh",
-}  # fmt: skip
-_SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
-_VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data"}
-_ASKS = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device",
-    "is_floating_point", "is_complex", "element_size",
-}  # fmt: skip
 
 
 def parts_in(values: Iterable[Any]) -> list[Part]:
@@ -291,10 +251,6 @@ def _outlived(x: Any) -> Any:
     return x._number() if type(x) is Part else x
 
 
-def _writes(name: str) -> bool:
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-
-
 def _value(x: Any) -> Any:
     return x._value if type(x) is Part else x
 
@@ -307,7 +263,7 @@ def _works_on_elements(
     Other tensors may not have samples.
     """
     first = parts[0]
-    if first._place is None or not (name in _ACTIVATIONS or name in _SCALINGS):
+    if first._place is None or not (name in ACTIVATIONS or name in SCALINGS):
         return False
     dims = first._value.dim()  # type: ignore[union-attr]
     for x in (*args, *kwargs.values()):
@@ -316,7 +272,7 @@ def _works_on_elements(
             if not same or x._value.dim() != dims:  # type: ignore[union-attr]
                 return False
         elif isinstance(x, Tensor):
-            if name in _ACTIVATIONS or x.dim() >= dims - first._place.dim:
+            if name in ACTIVATIONS or x.dim() >= dims - first._place.dim:
                 return False
         elif isinstance(x, tuple | list | dict):
             return False
@@ -359,8 +315,8 @@ def _sides(
     a, b = args[:2] if name not in ("__rsub__", "rsub") else args[1::-1]
     factor = kwargs.get("alpha", 1)
     if _is_outside(a) and type(b) is Part:
-        return a, b, factor if name in _ADD else -factor, name in _IN_PLACE, False
-    if _is_outside(b) and type(a) is Part and name in _ADD and factor == 1:
+        return a, b, factor if name in ADD else -factor, name in IN_PLACE, False
+    if _is_outside(b) and type(a) is Part and name in ADD and factor == 1:
         return b, a, 1, False, name != "__radd__"
     return None
 

@@ -9,7 +9,8 @@ from torch.overrides import TorchFunctionMode
 from .._torch import tree_leaves, tree_map
 from ..branch import Spot
 from ..find.spot import is_of_library, spot
-from .part import SUMS, Part, first_part
+from .names import SUMS
+from .part import Part, first_part
 from .slot import here
 
 __all__ = ["Reads"]

@@ -21,9 +21,7 @@ __all__ = ["add_rows", "put_rows", "split_rows", "take_rows"]
 def take_rows(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     """The rows ``rows`` (1-d, int64) of ``x`` along ``dim``."""
     if is_transformed():
-        order = _stride_order(x)
-        taken = x.permute(order).index_select(order.index(dim), rows)
-        return taken.permute(_inverse(order))
+        return _plainly_taken(x, rows, dim)
     return split_rows(x, rows, dim)[0] if _is_recorded(x) else _taken(x, rows, dim)
 
 
@@ -42,10 +40,7 @@ def split_rows(x: Tensor, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 def add_rows(x: Tensor, rows: Tensor, values: Tensor, weight: float, dim: int = 0) -> Tensor:
     """A new tensor: ``x`` with ``weight * values`` added to its rows ``rows`` along ``dim``."""
     if is_transformed():
-        order = _stride_order(x)
-        index, given = order.index(dim), values.permute(order)
-        added = x.permute(order).index_add(index, rows, given, alpha=weight)
-        return added.permute(_inverse(order))
+        return _plainly_added(x, rows, values, weight, dim)
     if _is_recorded(x) or _is_recorded(values):
         recorded: Tensor = _Add.apply(x, rows, values, weight, dim)  # type: ignore[no-untyped-call]
         return recorded
@@ -88,6 +83,19 @@ def _empty(x: Tensor, shape: list[int], order: list[int]) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
 
 
+# In operations that all kinds of vmap have rules for, that of ``is_grads_batched`` included.
+def _plainly_taken(x: Tensor, rows: Tensor, dim: int) -> Tensor:
+    order = _stride_order(x)
+    return x.permute(order).index_select(order.index(dim), rows).permute(_inverse(order))
+
+
+def _plainly_added(x: Tensor, rows: Tensor, values: Tensor, weight: float, dim: int) -> Tensor:
+    order = _stride_order(x)
+    index, given = order.index(dim), values.permute(order)
+    added = x.permute(order).index_add(index, rows, given, alpha=weight)
+    return added.permute(_inverse(order))
+
+
 def _taken(x: Tensor, rows: Tensor, dim: int) -> Tensor:
     order, shape = _stride_order(x), list(x.shape)
     shape[dim] = len(rows)
@@ -121,7 +129,7 @@ class _Split(torch.autograd.Function):
             return whole, None, None
         if whole is None:
             whole = _empty(taken, list(ctx.shape), ctx.order).zero_()
-        return add_rows(whole, rows, taken, 1.0, ctx.dim), None, None
+        return _plainly_added(whole, rows, taken, 1.0, ctx.dim), None, None
 
 
 class _Add(torch.autograd.Function):
@@ -140,7 +148,7 @@ class _Add(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         of_values = None
         if ctx.needs_input_grad[2]:
-            of_values = take_rows(grad, rows, ctx.dim)
+            of_values = _plainly_taken(grad, rows, ctx.dim)
             of_values = of_values * ctx.weight if grad.requires_grad else of_values.mul_(ctx.weight)
             if _stride_order(of_values) != ctx.order:
                 # In the layout of the values: torch's instance_norm makes a wrong gradient of one

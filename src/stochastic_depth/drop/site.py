@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
-from .._torch import has_hooks, is_compiled_around, tree_flatten, tree_map_only
+from .._torch import graph_task, has_hooks, is_compiled_around, tree_flatten, tree_map_only
 from ..branch import Branch
 from ..find.form import form_of, precision_of
 from ..find.plan import Findings, Form, Plan
@@ -21,7 +21,7 @@ from .frame import Frame
 from .part import Part, form
 from .pass_on import PassOn
 from .reads import Reads
-from .slot import INSIDE, Slot, here, outer_slot, put, slot_of, take_out
+from .slot import INSIDE, Inside, Slot, here, outer_slot, put, slot_of, take_out
 
 __all__ = ["Site"]
 
@@ -198,8 +198,11 @@ class Site:
         if key not in self.plans:
             if torch.compiler.is_compiling():
                 return next(iter(self.plans.values()), None)
-            self.plans[key] = self.watch(self, args, kwargs, None) or Plan()
+            plan = self.watch(self, args, kwargs, None)
             self.seen = []
+            if plan is None:
+                return None
+            self.plans[key] = plan
         plan = self.plans[key]
         if not plan.branches or torch.compiler.is_compiling():
             return plan
@@ -218,7 +221,12 @@ class Site:
         plan = self.plan_of(args, kwargs)
         if plan is not None and here.forced:
             self._check_forced(plan)
-        if plan is None or not plan.branches:
+        if plan is None:
+            out = slot.through(*args, **kwargs)
+            if not torch.compiler.is_compiling():  # it works, and could not be watched
+                self.plans.setdefault(form_of(args, kwargs), Plan())
+            return out
+        if not plan.branches:
             return slot.through(*args, **kwargs)
         return self.run_plan(plan, slot, args, kwargs)
 
@@ -312,7 +320,7 @@ class Site:
                 (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else x for x in leaves
             ),
         )
-        before, here.frame = here.frame, INSIDE
+        before, here.frame = here.frame, Inside(graph_task())
         try:
             if key not in self.forms:
                 self.forms[key] = output_form(module, *given)

@@ -31,15 +31,29 @@ from .._torch import (
 )
 from .repeats import Repeat, Repeats
 
-__all__ = ["INSIDE", "Slot", "here", "keep_slots", "outer_slot", "put", "slot_of", "take_out"]
+__all__ = [
+    "INSIDE",
+    "Inside",
+    "Slot",
+    "here",
+    "keep_slots",
+    "outer_slot",
+    "put",
+    "slot_of",
+    "take_out",
+]
 
 
-class _Inside:
-    """Stands for the frame while a child runs."""
+class Inside:
+    """Stands for the frame while a child runs.
 
-    def __init__(self) -> None:
+    Args:
+        task: a backward pass in which nothing is repeated.
+    """
+
+    def __init__(self, task: int = -2) -> None:  # of no backward pass
         self.slots: dict[str, Slot] = {}
-        self.task = -2  # of no backward pass
+        self.task = task
         self.site = None
 
 
@@ -52,7 +66,7 @@ class _Here(threading.local):
         self.sampled: frozenset[Any] = frozenset()
 
 
-here, INSIDE = _Here(), _Inside()
+here, INSIDE = _Here(), Inside()
 _GETSTATE = "__getstate__"
 _COMPILE = "compile"
 

@@ -11,9 +11,9 @@ from .drops import find_drops, rate_of, settle_drops
 from .form import form_of
 from .inputs import guess_inputs
 from .meet import record_examples
+from .nesting import find_regions
 from .plan import Findings
 from .plans import plan
-from .regions import find_regions
 from .samples import place_samples
 from .spot import spot
 from .weighed import run_weighed

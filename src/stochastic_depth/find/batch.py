@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Batch", "Samples", "first_samples", "inputs_in", "mapped", "ways_to_batch"]
@@ -52,7 +53,7 @@ def inputs_in(x: Any) -> Iterator[Tensor]:
 
 def ways_to_batch(x: Any, known: Samples = ANYWHERE) -> Iterator[Batch]:
     """The ways to take a dimension for the samples', the likeliest first."""
-    shaped = [t for t in inputs_in(x) if t.dim()]
+    shaped = [t for t in inputs_in(x) if t.layout == torch.strided and not t.is_nested and t.dim()]
     tried: list[dict[int, int]] = []
     for dim in range(max((t.dim() for t in shaped), default=0)):
         if known.dim not in (None, dim):

@@ -46,6 +46,11 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
         made_in_frame = call.owner > frame.call  # a list that it makes, and gives to a child
         if call.writes and not made_in_frame and not call.start <= region.sum < call.end:
             return WRITES.format(call.writes)
+    if _is_added_in_function(flow, member):
+        return (
+            "its sum is in a custom autograd.Function, which passes on the gradients of tensors "
+            "only: add it outside of that"
+        )
     derived = _derived(flow, member) if flow.held or flow.looks else set()
     gates = set(member.gates)
     inside = tuple(f"{flow.calls[c].name}." for c in gates)
@@ -93,6 +98,15 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
                 "and there is none where it is dropped: do that in a module of its own"
             )
     return ""
+
+
+def _is_added_in_function(flow: Flow, member: Member) -> bool:
+    """Whether a custom autograd.Function is given the branch, and adds it."""
+    nodes, output = flow.nodes, member.region.output
+    if not nodes[member.region.sum].function:
+        return False
+    made_by = [flow.calls[c] for c in member.gates if output in flow.calls[c].made]
+    return not (made_by[-1].in_function if made_by else nodes[output].function)
 
 
 def kept_in(name: str) -> str:

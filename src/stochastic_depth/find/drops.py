@@ -18,9 +18,10 @@ from .batch import first_samples
 from .flow import Flow
 from .functions import ADD, SUBTRACT
 from .meet import record
+from .nesting import find_regions
 from .plan import Findings, Refused, only
 from .record import Recorder
-from .regions import find_regions, is_ours
+from .regions import is_ours
 from .spot import spot
 from .state import NORMS
 

@@ -68,6 +68,7 @@ class Call:
         owner: the outermost call that was given this, or whose module keeps it, else the call.
         put: the nodes of tensors that it has put there.
         apart: reentrant checkpointing makes it.
+        in_function: another custom autograd.Function makes it.
         precision: of the call.
     """
 
@@ -86,6 +87,7 @@ class Call:
     owner: int = -1
     put: set[int | None] = field(default_factory=set)
     apart: bool = False
+    in_function: bool = False
     precision: Precision = None
 
 

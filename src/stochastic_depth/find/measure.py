@@ -1,5 +1,7 @@
 """How much there is to a set of values: weights, layers one after the other, modules."""
 
+from collections.abc import Collection
+
 from .flow import Flow
 from .functions import ADD, VIEWS
 
@@ -25,6 +27,17 @@ class Measures:
                 small = self.nodes[i].op.startswith("conv") and len(shape) > 2 and shape[1] == 1
                 matrices, depthwise = matrices + (not small), depthwise + small
         return matrices, depthwise
+
+    def size_of(self, values: Collection[int]) -> int:
+        """How many weights there are in the matrices that ``values`` are made with."""
+        read = {x for i in values for x in self.nodes[i].sources if self.nodes[x].weights}
+        shapes = [self.nodes[x].shape for x in read]
+        return sum(_numel(shape) for shape in shapes if shape and _numel(shape) > max(shape))
+
+    def corrects(self, branch: Collection[int], s: int, block: int) -> bool:
+        """Whether a branch corrects what a layer has just made in its block, with fewer weights."""
+        made_here = s >= self.calls[block].start and any(self.weights(s))
+        return made_here and self.size_of({s}) > self.size_of(branch)
 
     def depth(self, values: set[int]) -> tuple[int, int]:
         """The weight matrices, and the depthwise filters, one after the other in ``values``."""

@@ -77,8 +77,9 @@ class Recorder(TorchFunctionMode):
         start = len(self.flow.nodes)
         key = hash(self.key(f".{name}", parent, count=True))
         form = form_of(args, kwargs)
-        apart = function_around(sys._getframe(2)) == CHECKPOINT
-        call = Call(name, module, parent, start, form, given, key=key, apart=apart)
+        function = function_around(sys._getframe(2))
+        call = Call(name, module, parent, start, form, given, key=key)
+        call.apart, call.in_function = function == CHECKPOINT, function not in (None, CHECKPOINT)
         call.precision = precision_of(args, kwargs)
         self.flow.calls.append(call)
         self.written.enter(number, args, kwargs)
@@ -98,7 +99,10 @@ class Recorder(TorchFunctionMode):
             leaves: list[Any] = [result]
         else:
             leaves, spec = tree_flatten(result)
-            call.structure = tree_unflatten(list(range(len(leaves))), spec)
+            try:
+                call.structure = tree_unflatten(list(range(len(leaves))), spec)
+            except Exception:  # of any kind: one that checks what it is made of, a PackedSequence
+                leaves = [object()]
         call.kinds = [kind_of(x) for x in leaves]
         unseen = [t for t in tensors_within(result, 2) if self.node(t) is None]
         for t in unseen:

@@ -20,7 +20,7 @@ from .functions import ADD, SUBTRACT, VIEWS
 from .parts import OUTSIDE, Parts
 from .plan import Merge
 
-__all__ = ["Finder", "Region", "Rejected", "find_regions", "is_ours"]
+__all__ = ["Finder", "Region", "Rejected", "is_ours"]
 
 _SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
 _COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
@@ -66,45 +66,6 @@ class Rejected:
     calls: tuple[int, ...]
     reason: str
     sum: int = -1
-
-
-def find_regions(
-    flow: Flow, is_drop: Callable[[int], bool] = lambda call: False
-) -> tuple["Finder", list[Region], list[Rejected]]:
-    """The branches in the order of their sums, the outermost of nested ones, and what was refused.
-
-    Args:
-        flow: the recorded run.
-        is_drop: whether a call is of a module that drops a branch by itself.
-    """
-    finder = Finder(flow, is_drop)
-    finder.run()
-    return finder, *_settle_nesting(list(finder.found.values()), finder.rejected)
-
-
-def _settle_nesting(
-    found: list[Region], rejected: list[Rejected]
-) -> tuple[list[Region], list[Rejected]]:
-    """Keep the outermost of nested branches, but not one around several, unless it is dropped.
-
-    x + f(x) inside of a branch is a part of that branch; but a sum around a stack of residual
-    blocks is a long skip, and the blocks are the branches. Where the model drops the outer one by
-    itself, its author has decided: that is the branch.
-    """
-    chosen: dict[int, Region] = {}
-    for outer in sorted(found, key=lambda r: len(r.nodes)):
-        within = outer.nodes if len(outer.nodes) < len(chosen) else chosen
-        inner = [chosen[i] for i in within if i in chosen and i in outer.nodes]
-        drops = set(outer.drops).difference(*(r.drops for r in inner))
-        several = sum(r.kind == "identity" for r in inner) >= 2
-        if several and not drops:
-            reason = f"a long skip around {len(inner)} residual branches, which are dropped instead"
-            rejected.append(Rejected(outer.block, outer.calls, reason, outer.sum))
-            continue
-        for r in inner:
-            del chosen[r.sum]
-        chosen[outer.sum] = outer
-    return [chosen[i] for i in sorted(chosen)], rejected
 
 
 def is_ours(module: nn.Module) -> bool:

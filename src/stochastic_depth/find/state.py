@@ -1,5 +1,6 @@
 """Everything that a run may change, put back afterwards: state, random numbers, arguments."""
 
+import contextvars
 import copy
 import operator
 import random
@@ -8,7 +9,8 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,11 +101,15 @@ class Kept:
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: set[int] = set()
+        self.contained: set[int] = set()  # seen by the containers alone
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # and what is in them
         self.undo: list[Callable[[], None]] = []
         self.alive: list[Any] = []  # so that no id is used again
         for module in model.modules():
             self._keep_module(vars(module))
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                self._keep_containers(_known_to(hook), _DEPTH)
+        self._keep_containers(list(contextvars.copy_context().values()), _DEPTH)
 
     def _keep_module(self, state: dict[str, Any]) -> None:
         before = dict(state)
@@ -153,6 +159,30 @@ class Kept:
         elif depth and not callable(x) and isinstance(getattr(x, "__dict__", None), dict):
             self._keep_dict(vars(x), depth)
 
+    def _keep_containers(self, x: Any, depth: int) -> None:
+        """Keep what is in lists, dicts and objects that hooks fill, and no values of tensors."""
+        if type(x) in _PLAIN or id(x) in self.contained or not depth:
+            return
+        if isinstance(x, Tensor | nn.Module | type | types.ModuleType):
+            return
+        items: Any
+        if isinstance(x, dict):
+            self.dicts.append((x, before := dict(x)))
+            items = before.values()
+        elif isinstance(x, list | deque | set):
+            items = list(x)
+            self.undo.append(partial(_refill, x, items))
+        elif isinstance(x, tuple):
+            items = x
+        elif callable(x) or not isinstance(getattr(x, "__dict__", None), dict):
+            return
+        else:
+            items = [vars(x)]
+        self.contained.add(id(x))
+        self.alive.append(x)
+        for item in items:
+            self._keep_containers(item, depth - 1)
+
     def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
         before = dict(x)
         self.dicts.append((x, before))
@@ -165,8 +195,8 @@ class Kept:
                     self.keep(item, depth - 1)
 
     def _keep_tensor(self, t: Tensor) -> None:
-        if t.is_inference() or t.is_meta:
-            return
+        if t.is_inference() or t.is_meta or t.is_nested or t.layout != torch.strided:
+            return  # in some of which nothing can be written
         version, value = t._version, t.detach().clone()
 
         def put_back() -> None:
@@ -197,6 +227,23 @@ class Kept:
 _EMPTY: dict[Any, Any] = {}
 _OF_ALL = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(x, dict))
 _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, types.FunctionType}
+
+
+def _known_to(hook: Any) -> list[Any]:
+    """What a hook can put something into: what it is bound to or closes over, and globals."""
+    found: list[Any] = []
+    while isinstance(hook, partial):
+        found += [*hook.args, *hook.keywords.values()]
+        hook = hook.func
+    if not isinstance(hook, types.FunctionType | types.MethodType):
+        return [*found, vars(hook)] if hasattr(hook, "__dict__") else found
+    found.append(getattr(hook, "__self__", None))
+    function: Any = getattr(hook, "__func__", hook)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            found.append(cell.cell_contents)
+    known = function.__globals__
+    return found + [known[name] for name in function.__code__.co_names if name in known]
 
 
 def void(_: Any) -> None:
