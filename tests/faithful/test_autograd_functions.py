@@ -238,3 +238,107 @@ def test_each_of_several_branches_in_a_loop_has_its_own_decision(
         for layer, function, weight in zip(plain.layers, functions, weights, strict=True):
             expected = expected + weight * function(layer(expected))
         torch.testing.assert_close(got, expected)
+
+
+class Adding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient
+
+
+class AddedInFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Adding.apply(x, self.f(x))
+
+
+def test_a_branch_that_a_function_adds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"its sum is in a custom autograd\.Function"):
+        sd.apply(AddedInFunction(), 0.5, example_inputs=torch.randn(6, 4))
+
+
+class Coupling(torch.autograd.Function):
+    """A reversible block: its backward computes its inputs and its branches once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, f: nn.Module, g: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        ctx.f, ctx.g = f, g
+        y = a + f(b)
+        z = b + g(y)
+        ctx.save_for_backward(y.detach(), z.detach())
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_z: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y, z = ctx.saved_tensors
+        with torch.enable_grad():
+            y.requires_grad_()
+            gy = ctx.g(y)
+        b = z - gy.detach()
+        if gy.requires_grad:
+            gy.backward(grad_z)
+            grad_y = grad_y + y.grad
+        with torch.enable_grad():
+            b.requires_grad_()
+            fb = ctx.f(b)
+        if fb.requires_grad:
+            fb.backward(grad_y)
+            grad_z = grad_z + b.grad
+        return grad_y, grad_z, None, None
+
+
+class Coupled(nn.Module):
+    """A block of two streams; plainly, with its branches at a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, a: Tensor, b: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor]:
+        if weights is None:
+            return Coupling.apply(a, b, self.f, self.g)
+        y = a + weights[0] * self.f(b)
+        return y, b + weights[1] * self.g(y)
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Coupled(), Coupled()
+
+    def forward(self, x: Tensor, weights: list[float] | None = None) -> Tensor:
+        a, b = self.first(x[:, :2].clone(), x[:, 2:].clone(), weights and weights[:2])
+        a, b = self.second(a, b, weights and weights[2:])
+        return torch.tanh(a) * b
+
+
+def test_reversible_blocks_repeat_what_was_decided() -> None:
+    ours, _ = twins(net(Reversible), data(), p=0.5)
+    plain = net(Reversible)
+    seen = set()
+    for step in range(40):
+        before = [branch.dropped for branch in sd.branches(ours)]
+        x, z = data(seed=step).requires_grad_(), data(seed=step).requires_grad_()
+        out = ours(x)
+        dropped = [b.dropped - n for b, n in zip(sd.branches(ours), before, strict=True)]
+        expected = plain(z, [2.0 * (not d) for d in dropped])
+        for model, y in ((ours, out), (plain, expected)):
+            model.zero_grad()
+            y.square().sum().backward()
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(x.grad, z.grad)
+        for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(
+                mine.grad if mine.grad is not None else torch.zeros_like(theirs), theirs.grad
+            )
+        seen.add(tuple(dropped))
+    assert len(seen) > 8

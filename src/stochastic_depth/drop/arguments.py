@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..branch import Place
@@ -46,6 +47,8 @@ def each_once(
     places: Sequence[Place | None],
 ) -> list[Any]:
     """``change(leaf, place)`` of all; what is given twice, as to an attention, stays the same."""
+    if torch.compiler.is_compiling():  # where an id is a guard, and the graph knows
+        return list(map(change, leaves, places))
     made: dict[Any, Any] = {}
     for x, place in zip(leaves, places, strict=True):
         if (id(x), place) not in made:

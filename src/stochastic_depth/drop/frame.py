@@ -17,7 +17,7 @@ from .._torch import (
 )
 from ..branch import Branch
 from ..find.plan import Gate, Plan
-from ..find.tensors import function_around
+from ..find.tensors import CHECKPOINT, function_around
 from .decide import kept_weight
 from .part import Part, first_part, form, parts_in, whole
 from .repeats import Repeat
@@ -42,6 +42,7 @@ class Frame:
         self.slots = site.reach()
         self.counts: dict[str, int] = {}
         self.gradients = torch.is_grad_enabled()
+        self.is_elsewhere = False  # something was called that had not been watched
         self.hooks: Any = None
         self.task = -1
         self.graph: Callable[[], Any] = _gone  # what lives as long as the graph behind it
@@ -116,6 +117,7 @@ class Frame:
             gate = gates[min(index, len(gates) - 1)]
         else:
             gate = gates[0] if gates else _OTHER
+            self.is_elsewhere |= not gates and path not in self.plan.others
         part = first_part(args)
         if part is None and kwargs:
             part = first_part(kwargs.values())
@@ -129,9 +131,9 @@ class Frame:
                 gate = Gate(self.runs.index(run) if run in self.runs else None, last)
         elif gate.branch is not None:
             run = self.runs[gate.branch]
-        apart = self._is_apart() if again is None else again.apart
-        if again is None and run is not None and self._may_be_repeated(apart):
-            slot.may_be_repeated(Repeat(self, path, index, apart))
+        function = self._function() if again is None else again.function
+        if again is None and run is not None and self._may_be_repeated(function):
+            slot.may_be_repeated(Repeat(self, path, index, function))
             self.site.is_repeated = True
         if run is not None:
             run.called = True
@@ -139,7 +141,7 @@ class Frame:
         if run is not None and gate.drops and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
         if run is not None and not self.outer:
-            run.apart = apart
+            run.apart, run.in_checkpoint = function is not None, function in (None, CHECKPOINT)
         before, here.frame = here.frame, INSIDE
         try:
             if run is None:
@@ -155,17 +157,17 @@ class Frame:
         finally:
             here.frame = before
 
-    def _is_apart(self) -> bool:
-        """Whether a custom autograd.Function makes this call, as reentrant checkpointing does."""
+    def _function(self) -> str | None:
+        """The file of the custom autograd.Function that makes this call, if one does."""
         if torch.is_grad_enabled() is self.gradients:
-            return False
-        return torch.compiler.is_compiling() or function_around(sys._getframe(1)) is not None
+            return None
+        return CHECKPOINT if torch.compiler.is_compiling() else function_around(sys._getframe(1))
 
-    def _may_be_repeated(self, apart: bool) -> bool:
+    def _may_be_repeated(self, function: str | None) -> bool:
         """Whether a backward pass may repeat what is called now, without this frame."""
         if self.compiling or self.outer or torch.compiler.is_compiling():
             return False
-        return apart or saved_tensors_hooks() is not self.hooks
+        return function is not None or saved_tensors_hooks() is not self.hooks
 
     def decisions(self) -> Any:
         return [(run.dropped, run.seed) for run in self.runs]
@@ -204,7 +206,7 @@ class Frame:
             out = tree_unflatten(leaves, structure)
         for run in self.runs:
             run.split, run.closed = None, True  # a frame on record keeps no tensors
-            if not run.called and run.branch.modules and not (self.compiling or self.outer):
+            if self.is_elsewhere and not run.called and run.branch.modules:
                 self.site.tell_not_called(run.branch)
         if self.site.is_repeated:
             self._watch_backward(out)

@@ -56,7 +56,8 @@ class Merging:
     size = 0
     sums = 0  # that its values have met
     counts = True  # in training, where nobody decided by hand
-    apart = False  # reentrant checkpointing makes the call of now
+    apart = False  # a custom autograd.Function makes the call of now
+    in_checkpoint = True  # if one does, reentrant checkpointing's
     called = False  # a call of it has come
     closed = False  # the call of its block has returned
     is_late = False  # it had been computed when its samples were chosen, and will be again

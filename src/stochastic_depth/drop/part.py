@@ -90,7 +90,8 @@ class Part:
             args, kwargs = tree_map(partial(_joining, like), (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.dropped:
-            if writes(name) and type(args[0]) is not Part:
+            writes_it = not torch.compiler.is_compiling() and writes(name)
+            if writes_it and type(args[0]) is not Part:
                 raise run.error(f"is dropped, and {_WRITTEN}")
             return Part(
                 run,

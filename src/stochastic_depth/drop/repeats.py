@@ -16,12 +16,12 @@ _MOST = 1 << 10  # for one child; forwards between a forward and its backward
 
 
 class Repeat(NamedTuple):
-    """A call: of which frame, by which path, which call of this child, and whether apart."""
+    """A call: of which frame, by which path, which call of this child, and in which Function."""
 
     frame: Any
     path: str
     turn: int
-    apart: bool
+    function: str | None
 
 
 class Repeats:

@@ -13,7 +13,7 @@ from ..find.plan import Gate, Leaf
 from ..find.tensors import version_of
 from .arguments import each_once, fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
-from .part import Part, Unmade, whole
+from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
 from .rows import put_rows, split_rows, take_rows
 
@@ -65,7 +65,7 @@ class Run(Merging):
 
     def _absent(self, gate: Gate, args: Any, kwargs: Any, make: Callable[[], Any]) -> Any:
         if gate.structure is None:
-            return Part(self, None, gate.last, None, make)
+            return self._stand_in(gate, make)
         given, _ = tree_flatten((args, kwargs)) if _hands_on(gate) else ([], None)
         made: list[Any] = []
 
@@ -85,8 +85,14 @@ class Run(Merging):
             elif returned.kind == "object":
                 leaves.append(Unmade(partial(leaf, i)))
             else:
-                leaves.append(Part(self, None, gate.last, None, partial(leaf, i)))
+                leaves.append(self._stand_in(gate, partial(leaf, i)))
         return tree_map(lambda i: leaves[i], gate.structure)
+
+    def _stand_in(self, gate: Gate, make: Callable[[], Any]) -> Any:
+        part = Part(self, None, gate.last, None, make)
+        if self.in_checkpoint:
+            return part
+        return self.nothing(form(part))  # to be worked on in the Function's own backward, too
 
     def _choose_by(self, gate: Gate, args: Any, kwargs: Any) -> None:
         """Choose by the first tensor that enters with samples."""

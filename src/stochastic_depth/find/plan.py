@@ -79,6 +79,7 @@ class Plan:
     Attributes:
         branches: of the block, in the order of execution.
         gates: by the name of a module below the block, its calls in their order.
+        others: the names of the modules whose calls are met and belong to no branch.
         opened: the names of modules between the block and its gates or sums, whose forwards run as
             a part of the block's.
         dead: the leaves of what the block returns that belong to a branch and that nobody read.
@@ -88,6 +89,7 @@ class Plan:
 
     branches: list[Branch] = field(default_factory=list)
     gates: dict[str, tuple[Gate, ...]] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()
     opened: frozenset[str] = frozenset()
     dead: frozenset[int] = frozenset()
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)

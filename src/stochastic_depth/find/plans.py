@@ -115,9 +115,12 @@ class _Planner:
         gates: dict[str, list[Gate]] = {}
         wanted = {id(flow.calls[c].module) for c in frame.gate_of}
         last = {c for member in frame.members for c in self.last(member)}
+        others = set()
         for c in frame.met:
             call = flow.calls[c]
-            if id(call.module) in wanted:
+            if id(call.module) not in wanted:
+                others.add(_below(call.name, block.name))
+            else:
                 name = names.setdefault(id(call.module), _below(call.name, block.name))
                 gates.setdefault(name, []).append(self.gate(frame, c, c in last))
         opened = frozenset(_below(flow.calls[c].name, block.name) for c in frame.opened)
@@ -128,7 +131,7 @@ class _Planner:
         )
         named = {name: tuple(g) for name, g in gates.items()}
         dtypes = dtypes_of(flow, [member.region for member in frame.members])
-        return Plan([], named, opened, dead, dtypes, block.precision)
+        return Plan([], named, frozenset(others), opened, dead, dtypes, block.precision)
 
     def is_read_after(self, n: int, c: int) -> bool:
         flow = self.flow

@@ -230,8 +230,10 @@ _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, t
 
 
 def _known_to(hook: Any) -> list[Any]:
-    """What a hook can put something into: what it is bound to or closes over, and globals."""
+    """What a user's hook can put something into: what it is bound to or closes over, globals."""
     found: list[Any] = []
+    if getattr(hook, "__module__", "").startswith(__name__.partition(".")[0] + "."):
+        return found  # it is asked what it has seen
     while isinstance(hook, partial):
         found += [*hook.args, *hook.keywords.values()]
         hook = hook.func
