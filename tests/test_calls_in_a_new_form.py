@@ -118,3 +118,11 @@ def test_a_call_that_cannot_be_watched_is_told() -> None:
     model = sd.apply(Model(Forces()), 1.0, example_inputs=x.detach())
     with pytest.warns(UserWarning, match="nothing is dropped where Forces is called in this way"):
         assert not torch.equal(model(x, x), x)
+
+
+def test_a_first_call_that_fails_is_no_reason_not_to_drop_in_later_ones() -> None:
+    x = torch.randn(4, WIDTH)
+    model = sd.apply(Model(Layers()), 1.0, schedule="uniform", example_inputs=x)
+    with pytest.warns(UserWarning, match="could not be watched"), pytest.raises(RuntimeError):
+        model(x, torch.ones(4, 3))
+    assert torch.equal(model(x, torch.ones(4, 1)), x)

@@ -201,3 +201,35 @@ def test_two_forwards_may_wait_for_their_backwards_in_any_order() -> None:
         gradients.append([x.grad for x in inputs])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+class Centred(nn.Module):
+    """Mixes the samples, so that all are computed and the dropped ones masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return self.g(torch.tanh(h - h.mean(0)))
+
+
+class CheckpointedBody(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.f, self.reentrant = Centred(), reentrant
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:.*samples cannot be selected:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_all_samples_may_be_dropped_at_the_sum(size: int, reentrant: bool) -> None:
+    ours, plain = twins(net(CheckpointedBody, reentrant), data(), mode="row", p=0.5)
+    assert_weighed(ours, plain, data(size, 4), steps=24)

@@ -1,6 +1,8 @@
 """Hooks of a block and of its children run where they would, with what they would see."""
 
+import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -198,3 +200,92 @@ def test_keywords_of_a_call_reach_the_forward() -> None:
     for extra in (2.0, 0.0):
         torch.testing.assert_close(ours(data(), extra=extra), plain(data(), extra=extra))
     assert not torch.equal(plain(data(), extra=2.0), plain(data(), extra=0.0))
+
+
+# --- what hooks collect in the step in which a block is watched
+
+GLOBAL: dict[str, list[Tensor]] = {"features": []}
+COLLECTED: ContextVar[dict[str, list[Tensor]] | None] = ContextVar("collected", default=None)
+
+
+class Masking(Block):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.g(self.act(self.f(x)))
+        return x + (h if mask is None else h * mask)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([Masking() for _ in range(3)])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class Collector:
+    def __init__(self) -> None:
+        self.features: list[Tensor] = []
+        self.calls = 0
+
+    def collect(self, *call: Any) -> None:
+        self.calls += 1
+        self.features.append(call[2])
+
+    def __call__(self, *call: Any) -> None:
+        self.collect(*call)
+
+
+def closing_over() -> tuple[Any, list[Tensor]]:
+    features: list[Tensor] = []
+    return lambda module, args, out: features.append(out), features
+
+
+def bound() -> tuple[Any, list[Tensor]]:
+    collector = Collector()
+    return collector.collect, collector.features
+
+
+def an_object() -> tuple[Any, list[Tensor]]:
+    collector = Collector()
+    return collector, collector.features
+
+
+def of_the_module() -> tuple[Any, list[Tensor]]:
+    GLOBAL["features"] = []
+    return lambda module, args, out: GLOBAL["features"].append(out), GLOBAL["features"]
+
+
+def partly_given() -> tuple[Any, list[Tensor]]:
+    features: list[Tensor] = []
+    return functools.partial(lambda to, module, args, out: to.append(out), features), features
+
+
+def of_the_context() -> tuple[Any, list[Tensor]]:
+    COLLECTED.set({"features": []})
+    return lambda module, args, out: COLLECTED.get()["features"].append(out), COLLECTED.get()[
+        "features"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+@pytest.mark.parametrize("when", ["apply", "first batch", "new form"])
+@pytest.mark.parametrize(
+    "make", [closing_over, bound, an_object, of_the_module, partly_given, of_the_context]
+)
+def test_hooks_collect_each_call_once(make: Callable, when: str) -> None:
+    model, x = net(Stack), data()
+    hook, features = make()
+    model.blocks[1].register_forward_hook(hook)
+    sd.apply(model, 0.5, example_inputs=None if when == "first batch" else x)
+    assert features == []
+    inputs = (x, torch.ones(6, 1).double()) if when == "new form" else (x,)
+    for step in range(2):
+        model(*inputs)
+        assert len(features) == step + 1
+        assert all(feature.grad_fn is not None for feature in features)
+    COLLECTED.set(None)

@@ -1109,3 +1109,33 @@ def test_a_shortcut_may_rearrange_what_the_branch_starts_from() -> None:
 def test_a_shortcut_that_mixes_values_is_none() -> None:
     with pytest.raises(ValueError, match="no residual branch"):
         applied(Rearranging(gate=True), example_inputs=torch.randn(3, 4))
+
+
+class Corrected(nn.Module):
+    """DoRA: a layer, and a correction that reads what the layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 8)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.magnitude = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        scale = self.magnitude / (self.base.weight + self.up.weight @ self.down.weight).norm(dim=1)
+        return y + (scale - 1) * y + scale * self.up(self.down(x))
+
+
+class WithCorrections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = Corrected(), Corrected()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.g(torch.tanh(self.f(x)))
+
+
+def test_corrections_of_layers_are_no_blocks() -> None:
+    model = nn.Sequential(WithCorrections(), WithCorrections())
+    sd.apply(model, 0.5, example_inputs=torch.randn(3, 8))
+    assert [branch.name for branch in sd.branches(model)] == ["0:f", "1:f"]

@@ -163,7 +163,7 @@ class Kept:
         """Keep what is in lists, dicts and objects that hooks fill, and no values of tensors."""
         if type(x) in _PLAIN or id(x) in self.contained or not depth:
             return
-        if isinstance(x, Tensor | nn.Module | type | types.ModuleType):
+        if isinstance(x, Tensor | nn.Module | type | types.ModuleType | types.MethodType):
             return
         items: Any
         if isinstance(x, dict):
@@ -174,10 +174,10 @@ class Kept:
             self.undo.append(partial(_refill, x, items))
         elif isinstance(x, tuple):
             items = x
-        elif callable(x) or not isinstance(getattr(x, "__dict__", None), dict):
-            return
-        else:
+        elif isinstance(getattr(x, "__dict__", None), dict):
             items = [vars(x)]
+        else:
+            return
         self.contained.add(id(x))
         self.alive.append(x)
         for item in items:
