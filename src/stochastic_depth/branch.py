@@ -1,7 +1,7 @@
 """One residual branch of a model: where it is, how it is dropped, what happened so far."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_choice",
     "check_p",
     "choices",
+    "is_below",
 ]
 
 Kind = Literal["identity", "projection", "block"]
@@ -134,9 +135,20 @@ class Branch:
         return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"
 
 
-def block_of(branch: Branch) -> str:
-    """The qualified name of the block of a branch."""
+class _Named(Protocol):
+    @property
+    def name(self) -> str:
+        """A block, a colon, and a label."""
+
+
+def block_of(branch: _Named) -> str:
+    """The qualified name of the block of a branch, or of what was refused."""
     return branch.name.partition(":")[0]
+
+
+def is_below(name: str, other: str) -> bool:
+    """Whether a module is another one, or in it, by their qualified names."""
+    return not other or name == other or name.startswith(f"{other}.")
 
 
 def choices(branch: Branch) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _known(found: list[Branch], site: Site) -> list[Branch | None]:
 def _labels(site: Site, found: Iterable[Branch | Refused]) -> set[str]:
     """The labels of those found in the site's block."""
     block = block_of(site.branches[0])
-    return {_label(b) for b in (*found, *site.branches) if b.name.partition(":")[0] == block}
+    return {_label(b) for b in (*found, *site.branches) if block_of(b) == block}
 
 
 def _label(branch: Branch | Refused) -> str:

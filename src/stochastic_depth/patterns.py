@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .branch import Branch, block_of
+from .branch import Branch, block_of, is_below
 
 __all__ = ["Filter", "choose", "matching_modules", "outermost"]
 
@@ -57,7 +57,7 @@ def _matching(
 
 
 def _selects(pattern: Any, branch: Branch, modules: Mapping[str, nn.Module], argument: str) -> bool:
-    block = branch.name.partition(":")[0]
+    block = block_of(branch)
     if isinstance(pattern, str):
         below = pattern in modules and (block == pattern or block.startswith(f"{pattern}."))
         return below or fnmatchcase(branch.name, pattern)
@@ -113,14 +113,10 @@ def outermost(found: list[Branch]) -> list[str]:
         name
         for name in names
         if all(
-            any(_is_below(other, m) for m in branch.modules for other in names if other != name)
+            any(is_below(other, m) for m in branch.modules for other in names if other != name)
             for branch in found
             if block_of(branch) == name
         )
     }
     layers = [name for name in names if name not in stacks]
-    return [n for n in layers if not any(n != other and _is_below(n, other) for other in layers)]
-
-
-def _is_below(name: str, other: str) -> bool:
-    return not other or name == other or name.startswith(f"{other}.")
+    return [n for n in layers if not any(n != other and is_below(n, other) for other in layers)]

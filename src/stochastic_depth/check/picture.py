@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..branch import block_of
+
 if TYPE_CHECKING:  # which itself imports this
     from .summary import Row
 
@@ -57,9 +59,9 @@ def picture_of(rows: Sequence["Row"], title: str) -> Any:
 
 def _draw_bands(axes: Any, rows: Sequence["Row"]) -> None:
     """A band behind every second block."""
-    blocks = list(dict.fromkeys(row.name.partition(":")[0] for row in rows))
+    blocks = list(dict.fromkeys(block_of(row) for row in rows))
     for y, row in enumerate(rows):
-        if blocks.index(row.name.partition(":")[0]) % 2:
+        if blocks.index(block_of(row)) % 2:
             axes.axhspan(y - 0.5, y + 0.5, color=_BAND, zorder=0, linewidth=0)
 
 

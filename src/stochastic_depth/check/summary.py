@@ -7,7 +7,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ..applied import branches, sites
-from ..branch import Branch
+from ..branch import Branch, block_of, is_below
 from ..calls import call_of
 from ..drop.balance import Way, cost_classes, slowest
 from ..drop.collectives import own_parameters
@@ -16,7 +16,7 @@ from ..drop.layer import StochasticDepth
 from ..drop.merging import Owner
 from ..find import find, find_blocks, flop_shares, guess_inputs
 from ..find.blocks import WHOLE
-from ..find.plan import Findings
+from ..find.plan import Findings, Refused
 from ..tables import table_html
 from .picture import picture_of
 
@@ -197,9 +197,9 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
         counts = branch.decided, branch.dropped
         rows.append(Row(branch.name, branch.kind, p, share, flops, *counts))
     names = {branch.name for branch in applied}
-    blocks = [b.name.partition(":")[0] for b in applied if b.kind == "block"]
-    free = [b.name for b in findings.branches if b.name not in names and not _in(b.name, blocks)]
-    refused = [r for r in (*findings.refused, *findings.unused) if not _in(r.name, blocks)]
+    blocks = [block_of(b) for b in applied if b.kind == "block"]
+    free = [b.name for b in findings.branches if b.name not in names and not _is_in(b, blocks)]
+    refused = [r for r in (*findings.refused, *findings.unused) if not _is_in(r, blocks)]
     in_batch = all(branch.mode == "batch" for branch in applied)
     return Summary(
         tuple(rows),
@@ -218,15 +218,14 @@ def _slowest(rows: list[Row], ranks: int) -> dict[str, float]:
     return {way: 1.0 - sum(costs) * (1.0 - share) for way, share in executed.items()}
 
 
-def _in(name: str, blocks: list[str]) -> bool:
-    """Whether a branch is in one of the blocks that are dropped as a whole."""
-    block = name.partition(":")[0]
-    return any(block == b or block.startswith(f"{b}." if b else "") for b in blocks)
+def _is_in(found: Branch | Refused, blocks: list[str]) -> bool:
+    """Whether it is in one of the blocks that are dropped as a whole."""
+    return any(is_below(block_of(found), block) for block in blocks)
 
 
 def _look(model: nn.Module, args: Any, kwargs: Any, applied: list[Branch]) -> Findings:
     findings = find(model, args, kwargs, samples=None)
-    whole = [b.name.partition(":")[0] for b in applied if b.kind == "block" and b.modules]
+    whole = [block_of(b) for b in applied if b.kind == "block" and b.modules]
     if whole:
         extra = find_blocks(model, args, kwargs, whole, samples=None)
         findings.nodes |= extra.nodes

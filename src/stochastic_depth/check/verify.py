@@ -14,6 +14,7 @@ from .._torch import tree_leaves, tree_map_only
 from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
+from ..drop.collectives import existing_of
 from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import NORMS, copied, in_mode, untouched
@@ -315,13 +316,8 @@ def _seeded() -> Iterator[None]:
 
 def _own_drops(model: nn.Module) -> list[nn.Module]:
     """The DropPath modules of the branches, which drop in the plain model alone."""
-    drops = []
-    for site in sites(model):
-        for branch in site.branches:
-            block = branch.name.partition(":")[0]
-            below = f"{block}." if block else ""
-            drops += [site.block.get_submodule(n.removeprefix(below)) for n in branch.existing]
-    return drops
+    found = [existing_of(branch, site.block) for site in sites(model) for branch in site.branches]
+    return [module for existing in found for _, module in existing]
 
 
 def _double(x: Tensor) -> Tensor:

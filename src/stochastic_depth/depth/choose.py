@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..branch import block_of
 from .looks import Look
 from .surgery import held_by
 from .table import Importance
@@ -85,6 +86,4 @@ def _others(look: Look, keep: list[Any], reasons: dict[str, str]) -> list[str]:
 def _reason(model: nn.Module, look: Look, name: str) -> str:
     if name in look.wholes:
         return "it is in no ModuleList or Sequential"
-    return next(
-        (r.reason for r in look.whole.refused if r.name.partition(":")[0] == name), "not found"
-    )
+    return next((r.reason for r in look.whole.refused if block_of(r) == name), "not found")

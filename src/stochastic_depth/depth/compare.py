@@ -13,7 +13,7 @@ from ..drop.force import forced
 from ..find.state import copied, in_mode, untouched
 from .looks import Look, opened
 
-__all__ = ["difference", "is_handed_on", "output_of"]
+__all__ = ["difference", "first_float", "is_handed_on", "output_of"]
 
 
 def output_of(
@@ -41,7 +41,7 @@ def output_of(
     for key, name in (blocks or {name: name for name in look.blocks}).items():
 
         def keep(_: Any, args: Any, out: Any, key: str = key) -> None:
-            value = _first(out)  # which may be overwritten
+            value = first_float(out)  # which may be overwritten
             seen.setdefault(key, []).append(None if value is None else value.clone())
 
         hooks.append(model.get_submodule(name).register_forward_hook(keep))
@@ -72,7 +72,7 @@ def is_handed_on(
     for name in blocks:
 
         def watch(_: Any, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-            given, made = _first((args, kwargs)), _first(out)
+            given, made = first_float((args, kwargs)), first_float(out)
             is_same = given is not None and made is not None and not difference(given, made)
             same[name] = is_same and same.get(name, True)
 
@@ -85,7 +85,8 @@ def is_handed_on(
     return {name for name, is_same in same.items() if is_same}
 
 
-def _first(x: Any) -> Tensor | None:
+def first_float(x: Any) -> Tensor | None:
+    """The first tensor of floating-point numbers in it."""
     return next(
         (t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()), None
     )

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves
 from ..branch import Branch, block_of
 from ..find.flow import Key
 from ..find.functions import ADD, SUBTRACT
 from ..find.meet import record
 from ..find.record import Recorder
 from ..find.state import copied, in_mode, untouched
+from .compare import first_float
 from .looks import Inputs, Look
 
 __all__ = ["Influences", "influence_of_blocks", "influence_of_branches"]
@@ -121,11 +121,11 @@ def influence_of_blocks(
         block = model.get_submodule(block_of(branch))
 
         def before(_: nn.Module, args: Any, kwargs: Any, branch: Branch = branch) -> None:
-            if (x := _first((args, kwargs))) is not None:
+            if (x := first_float((args, kwargs))) is not None:
                 kept[branch] = x.clone()  # the block may overwrite it
 
         def after(m: nn.Module, args: Any, kwargs: Any, out: Any, branch: Branch = branch) -> None:
-            x, y = kept.pop(branch, None), _first(out)
+            x, y = kept.pop(branch, None), first_float(out)
             if x is None or y is None:
                 result.failed[branch] = "it is not given, or does not return, a tensor of floats"
             else:
@@ -144,9 +144,3 @@ def influence_of_blocks(
         for hook in hooks:
             hook.remove()
     return result
-
-
-def _first(x: Any) -> Tensor | None:
-    return next(
-        (t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()), None
-    )

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .._torch import is_flat_parameter, tree_leaves
 from ..applied import branches as applied_branches
 from ..applied import sites
-from ..branch import Branch, block_of
+from ..branch import Branch, block_of, is_below
 from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.over import Aside, Over, WholeAside, skipped_in
@@ -30,7 +30,6 @@ __all__ = [
     "Target",
     "check_model",
     "inputs_of",
-    "is_below",
     "items_of",
     "look_at",
     "opened",
@@ -66,7 +65,7 @@ class Look:
 
     def refused_below(self, block: str) -> list[str]:
         """Why something in a block cannot be left out, by branch."""
-        refused = [r for r in self.found.refused if is_below(r.name.partition(":")[0], block)]
+        refused = [r for r in self.found.refused if is_below(block_of(r), block)]
         return [f"{r.name}: {r.reason}" for r in refused]
 
     def select(self, what: Any) -> list[Branch]:
@@ -121,11 +120,6 @@ def items_of(what: Any) -> list[Any]:
     if not isinstance(what, Iterable):
         raise TypeError(f"what to leave out must be names, globs or Branches, got {what!r}")
     return list(what)
-
-
-def is_below(name: str, block: str) -> bool:
-    """Whether a module is a block, or in it."""
-    return name == block or name.startswith(f"{block}." if block else "")
 
 
 def check_model(model: nn.Module) -> None:
@@ -193,7 +187,7 @@ def look_at(
         found = refuse_what_fails(model, found, args, kwargs)
         blocks = blocks_of(model, found)
         modules = dict(model.named_modules())
-        homes = [r.name.partition(":")[0] for r in found.refused]
+        homes = [block_of(r) for r in found.refused]
         homes += [block_of(b) for b in found.branches]
         more = [n for n in names if n in modules and any(is_below(h, n) for h in homes)]
         wanted = list(dict.fromkeys([*blocks, *[n for n in more if n]]))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..applied import branches as applied_branches
-from ..branch import Branch, block_of
+from ..branch import Branch, block_of, is_below
 from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..install import remove
@@ -15,7 +15,7 @@ from .choose import Keep, Ranking, to_remove
 from .compare import difference, is_handed_on, output_of
 from .configs import configured, follow, rebuilt
 from .fold import fold
-from .looks import Look, Target, check_model, is_below, items_of, look_at
+from .looks import Look, Target, check_model, items_of, look_at
 from .record import CONFIG_KEY, KEY, Pruned, pruned
 from .surgery import Cuts, Undo, cut_blocks, cut_branches, cut_parameters, held_by
 

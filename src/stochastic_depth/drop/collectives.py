@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 
 from .._torch import is_view_of_flat_parameter
-from ..branch import Branch
+from ..branch import Branch, block_of
 from ..find.ranks import is_sharded
 
 __all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "own_parameters"]
@@ -27,7 +27,7 @@ def existing_of(branch: Branch, block: nn.Module) -> list[tuple[str, nn.Module]]
 
 
 def _relative(branch: Branch, names: tuple[str, ...]) -> list[str]:
-    prefix = branch.name.partition(":")[0]
+    prefix = block_of(branch)
     prefix = f"{prefix}." if prefix else ""
     return [name.removeprefix(prefix) for name in names]
 

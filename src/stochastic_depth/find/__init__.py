@@ -39,7 +39,6 @@ def find(
     kwargs: dict[str, Any],
     *,
     samples: Samples | None,
-    training: bool = False,
 ) -> Findings:
     """What one real run of ``model`` says about its residual branches.
 
@@ -49,12 +48,11 @@ def find(
         kwargs: the same.
         samples: what is known of where ``args`` and ``kwargs`` have the samples of the batch, to
             find out where all values have them; None is not to.
-        training: whether the run is one of training.
 
     Raises:
         ValueError: the model fails on these arguments.
     """
-    flow = record_examples(model, args, kwargs, training)
+    flow = record_examples(model, args, kwargs)
     flow.result = None
     drops = find_drops(model, args, kwargs, flow.constants)
     is_drop = [call.name in drops.modules for call in flow.calls]
@@ -64,7 +62,7 @@ def find(
     for branch, found in planned.regions.items():
         findings.merges[branch] = tuple(merge for region in found for merge in region.merges)
         findings.nodes[branch] = frozenset().union(*(region.nodes for region in found))
-    findings.constants, findings.training = flow.constants, training
+    findings.constants = flow.constants
     settle_drops(model, findings, drops, flow)
     if samples is not None:
         place_samples(model, args, kwargs, flow, planned, samples)

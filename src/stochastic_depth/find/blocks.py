@@ -112,7 +112,7 @@ def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:
             leaves.append(Leaf("argument", call.given.index(n)))
         elif kind == "none":
             leaves.append(Leaf("none"))
-        elif n is not None and not _is_read(flow, n, c):
+        elif n is not None and not flow.is_read_after(n, c):
             leaves.append(Leaf("unread"))
         else:
             what = "a tensor" if kind == "tensor" else "a value"
@@ -128,7 +128,3 @@ def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:
 def _is_float(flow: Flow, n: int) -> bool:
     dtype = flow.nodes[n].dtype
     return dtype is not None and dtype.is_floating_point
-
-
-def _is_read(flow: Flow, n: int, c: int) -> bool:
-    return n in flow.kept or any(r >= flow.calls[c].end for r in flow.readers[n])

@@ -123,6 +123,10 @@ class Flow:
             yield call
             call = self.calls[call].parent
 
+    def is_read_after(self, n: int, call: int) -> bool:
+        """Whether anybody needs a value once a call is over."""
+        return n in self.kept or any(r >= self.calls[call].end for r in self.readers[n])
+
     def index(self) -> None:
         """Work out who reads what, once the run is over."""
         nodes = self.nodes

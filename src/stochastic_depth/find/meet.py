@@ -118,16 +118,14 @@ def record(
     return flow
 
 
-def record_examples(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
-) -> Flow:
+def record_examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
     """The same, of what a user says that the model is called with.
 
     Raises:
         ValueError: the model fails on it.
     """
     try:
-        return record(model, args, kwargs, training)
+        return record(model, args, kwargs)
     except Exception as error:
         raise ValueError(
             "example_inputs must be what the model is called with (a tensor, a tuple of arguments "

@@ -155,7 +155,6 @@ class Findings:
         nodes: by branch, what the run computed for it, for :func:`flop_shares`.
         merges: by branch, where it enters what goes on, for :func:`run_weighed`.
         constants: tensors that the run read and that were there before it, for the same.
-        training: whether the run was one of training, for the same.
         samples: what was known of where the inputs have their samples, if that was asked for.
         batched: the dimensions of the inputs that were taken for the samples'.
     """
@@ -167,6 +166,5 @@ class Findings:
     nodes: dict[Branch, frozenset[int]] = field(default_factory=dict)
     merges: dict[Branch, tuple[Merge, ...]] = field(default_factory=dict)
     constants: list[torch.Tensor] = field(default_factory=list)
-    training: bool = False
     samples: Samples | None = None
     batched: frozenset[int] = frozenset()

@@ -127,15 +127,11 @@ class _Planner:
         dead = frozenset(
             i
             for i, n in enumerate(block.made)
-            if n is not None and not self.is_read_after(n, frame.call)
+            if n is not None and not flow.is_read_after(n, frame.call)
         )
         named = {name: tuple(g) for name, g in gates.items()}
         dtypes = dtypes_of(flow, [member.region for member in frame.members])
         return Plan([], named, frozenset(others), opened, dead, dtypes, block.precision)
-
-    def is_read_after(self, n: int, c: int) -> bool:
-        flow = self.flow
-        return n in flow.kept or any(r >= flow.calls[c].end for r in flow.readers[n])
 
     def gate(self, frame: Frame, c: int, last: bool) -> Gate:
         k = frame.gate_of.get(c)

@@ -102,5 +102,5 @@ def run_weighed(
         for merge in findings.merges[branch]:
             at.setdefault(merge.key, []).append((merge.position, weight))
     recorder = partial(_Weighing, at)
-    flow = record(model, args, kwargs, findings.training, recorder, findings.constants, kept)
+    flow = record(model, args, kwargs, False, recorder, findings.constants, kept)
     return flow.result
