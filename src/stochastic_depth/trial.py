@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 from ._torch import tree_leaves
 from .branch import Branch
@@ -219,6 +220,7 @@ class _Trial:
             torch.no_grad(),
             nullcontext() if decisions is None else forced(decisions),
             unwritten(self.model) if training else nullcontext(),
+            BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
             args, kwargs = copied(inputs)
             output = self.model(*args, **kwargs)

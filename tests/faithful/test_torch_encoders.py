@@ -58,11 +58,24 @@ def test_samples_of_depth_and_skipped_layers(encoder: nn.Module, batch: dict[str
     with sd.sampling(encoder):
         passes = torch.stack([outputs(encoder, batch) for _ in range(8)])
     assert passes.std(0).max() > 0.1
-    with sd.skip(encoder, ["layers.0"], batch):
-        skipped = outputs(encoder, batch)
     expected = outputs(encoder.layers[1], {"src": batch["src"], **_mask(batch)})
-    torch.testing.assert_close(skipped, expected)
-    torch.testing.assert_close(outputs(encoder, batch), whole)
+    for model in (encoder, sd.remove(copy.deepcopy(encoder))):
+        with sd.skip(model, ["layers.0"], batch):
+            torch.testing.assert_close(outputs(model, batch), expected)
+        torch.testing.assert_close(outputs(model, batch), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [False, True])
+def test_it_weighs_where_it_is_compiled(
+    encoder: nn.Module, batch: dict[str, Tensor], layer: bool
+) -> None:
+    sd.apply(encoder, 0.5, scale="eval", schedule="uniform", example_inputs=batch).eval()
+    model = encoder.layers[0] if layer else encoder
+    expected = outputs(model, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(outputs(compiled, batch), expected)
 
 
 def _mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:

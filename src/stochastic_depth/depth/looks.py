@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import BaseTorchFunctionMode
 
 from .._torch import is_flat_parameter, tree_leaves
 from ..applied import branches as applied_branches
@@ -245,6 +246,8 @@ def opened(
         else:
             wanted.setdefault((block_of(branch), branch.kind == "block"), []).append(branch)
     with ExitStack() as stack:
+        if wanted and any(isinstance(m, nn.TransformerEncoder) for m in model.modules()):
+            stack.enter_context(BaseTorchFunctionMode())  # else it gives its layers nested tensors
         for (name, is_whole), fresh in wanted.items():
             findings = look.whole if is_whole else look.found
             block = model.get_submodule(name)

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch.overrides import BaseTorchFunctionMode
-
 from ..branch import Branch
 from .slot import here
 
@@ -23,8 +21,7 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
     before = here.forced
     here.forced = {**(before or {}), **decisions}
     try:
-        with BaseTorchFunctionMode():  # torch's fused kernels, which call no child, stay out
-            yield
+        yield
     finally:
         here.forced = before
 
@@ -45,7 +42,6 @@ def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     before = here.sampled
     here.sampled = before | frozenset(branches)
     try:
-        with BaseTorchFunctionMode():  # as above
-            yield
+        yield
     finally:
         here.sampled = before

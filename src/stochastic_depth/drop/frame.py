@@ -1,6 +1,7 @@
 """One call of a block: its decisions, and what becomes of the calls that its forward makes."""
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -115,9 +116,12 @@ class Frame:
             else:
                 index = again.turn
             gate = gates[min(index, len(gates) - 1)]
+        elif len(gates) == 1:
+            gate = gates[0]
         else:
-            gate = gates[0] if gates else _OTHER
-            self.is_elsewhere |= not gates and path not in self.plan.others
+            gate = _OTHER
+            if path not in self.plan.others:
+                self.is_elsewhere = True
         part = first_part(args)
         if part is None and kwargs:
             part = first_part(kwargs.values())
@@ -207,10 +211,22 @@ class Frame:
         for run in self.runs:
             run.split, run.closed = None, True  # a frame on record keeps no tensors
             if self.is_elsewhere and not run.called and run.branch.modules:
-                self.site.tell_not_called(run.branch)
+                _tell_not_called(run.branch, self.site)
         if self.site.is_repeated:
             self._watch_backward(out)
         return out
+
+
+def _tell_not_called(branch: Branch, site: Any) -> None:
+    """Warn, once, of a call that went another way than when it was watched."""
+    if not site.has_told:
+        site.has_told = True
+        warnings.warn(
+            f"stochastic depth: {branch.name} was not called in a call of its block, as it was "
+            "when that was watched, and what was called instead is not dropped; give apply() "
+            "example_inputs like those of training",
+            stacklevel=2,
+        )
 
 
 class _Alive:

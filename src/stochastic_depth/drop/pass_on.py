@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
+from .._torch import outside_graphs
 from .slot import Slot, here, outer_slot
 
-__all__ = ["PassOn", "Unfused"]
+__all__ = ["PassOn", "Unfused", "may_be_fused"]
 
 
 class PassOn:
@@ -28,6 +30,12 @@ class PassOn:
         return PassOn(replica)
 
 
+def may_be_fused(block: nn.Module) -> bool:
+    """Whether torch may compute a block in a kernel of its own, which calls no child."""
+    at_rest = not (block.training or torch.is_grad_enabled())
+    return at_rest and isinstance(block, nn.TransformerEncoderLayer)
+
+
 class Unfused:
     """Stands in the slot of an ``nn.TransformerEncoder`` whose layers weigh their branches.
 
@@ -45,6 +53,7 @@ class Unfused:
         slots = [outer_slot(layer) for layer in self.encoder.layers]
         return any([s is not None and s.site is not None and s.site.is_active() for s in slots])
 
+    @outside_graphs  # in which no mode keeps that kernel out
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         with BaseTorchFunctionMode():
             return slot.through(*args, **kwargs)

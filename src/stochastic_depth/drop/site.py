@@ -1,7 +1,6 @@
 """A block with branches: what is known of its calls, and the slots of the modules that it calls."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any
@@ -10,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
-from .._torch import graph_task, has_hooks, is_compiled_around, tree_flatten, tree_map_only
+from .._torch import (
+    graph_task,
+    has_hooks,
+    is_compiled_around,
+    outside_graphs,
+    tree_flatten,
+    tree_map_only,
+)
 from ..branch import Branch
 from ..find.form import form_of, precision_of
 from ..find.plan import Findings, Form, Plan
@@ -19,7 +25,7 @@ from .draws import Draws
 from .forms import output_form
 from .frame import Frame
 from .part import Part, form
-from .pass_on import PassOn
+from .pass_on import PassOn, may_be_fused
 from .reads import Reads
 from .slot import INSIDE, Inside, Slot, here, outer_slot, put, slot_of, take_out
 
@@ -228,6 +234,12 @@ class Site:
             return out
         if not plan.branches:
             return slot.through(*args, **kwargs)
+        if torch.compiler.is_compiling() and may_be_fused(self.block):
+            return self._run_outside(plan, slot, args, kwargs)
+        return self.run_plan(plan, slot, args, kwargs)
+
+    @outside_graphs  # in which no mode keeps that kernel out
+    def _run_outside(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
         return self.run_plan(plan, slot, args, kwargs)
 
     def is_outer(self, slot: Slot) -> bool:
@@ -245,17 +257,6 @@ class Site:
                     "this form, in which something else reads what it computes or keeps, as a "
                     "cache; call the model without one (use_cache=False), or prune it"
                 )
-
-    def tell_not_called(self, branch: Branch) -> None:
-        """Warn, once, of a call that went another way than when it was watched."""
-        if not self.has_told:
-            self.has_told = True
-            warnings.warn(
-                f"stochastic depth: {branch.name} was not called in a call of its block, as it was "
-                "when that was watched, and what was called instead is not dropped; give apply() "
-                "example_inputs like those of training",
-                stacklevel=2,
-            )
 
     def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
         before = here.frame
@@ -297,8 +298,8 @@ class Site:
         """What has to see the operations of the block's forward, if anything."""
         if any([b.parameters or b.in_function for b in frame.plan.branches]):
             return Reads(frame)
-        if isinstance(self.block, nn.TransformerEncoderLayer) and not self.block.training:
-            return BaseTorchFunctionMode()  # torch's fused kernel, which calls no child, stays out
+        if may_be_fused(self.block):
+            return BaseTorchFunctionMode()  # which keeps the kernel out
         return None
 
     # What a run asks.

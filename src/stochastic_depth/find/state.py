@@ -160,10 +160,8 @@ class Kept:
             self._keep_dict(vars(x), depth)
 
     def _keep_containers(self, x: Any, depth: int) -> None:
-        """Keep what is in lists, dicts and objects that hooks fill, and no values of tensors."""
-        if type(x) in _PLAIN or id(x) in self.contained or not depth:
-            return
-        if isinstance(x, Tensor | nn.Module | type | types.ModuleType | types.MethodType):
+        """Keep what is in lists and dicts that hooks fill, and no values of tensors."""
+        if id(x) in self.contained or not depth:
             return
         items: Any
         if isinstance(x, dict):
@@ -174,8 +172,6 @@ class Kept:
             self.undo.append(partial(_refill, x, items))
         elif isinstance(x, tuple):
             items = x
-        elif isinstance(getattr(x, "__dict__", None), dict):
-            items = [vars(x)]
         else:
             return
         self.contained.add(id(x))
@@ -231,21 +227,33 @@ _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, t
 
 def _known_to(hook: Any) -> list[Any]:
     """What a user's hook can put something into: what it is bound to or closes over, globals."""
-    found: list[Any] = []
     if getattr(hook, "__module__", "").startswith(__name__.partition(".")[0] + "."):
-        return found  # it is asked what it has seen
+        return []  # it is asked what it has seen
+    found: list[Any] = []
     while isinstance(hook, partial):
         found += [*hook.args, *hook.keywords.values()]
         hook = hook.func
     if not isinstance(hook, types.FunctionType | types.MethodType):
-        return [*found, vars(hook)] if hasattr(hook, "__dict__") else found
-    found.append(getattr(hook, "__self__", None))
-    function: Any = getattr(hook, "__func__", hook)
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # it is empty
-            found.append(cell.cell_contents)
-    known = function.__globals__
-    return found + [known[name] for name in function.__code__.co_names if name in known]
+        found.append(hook)
+    else:
+        found.append(getattr(hook, "__self__", None))
+        function: Any = getattr(hook, "__func__", hook)
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                found.append(cell.cell_contents)
+        known = function.__globals__
+        found += [known[name] for name in function.__code__.co_names if name in known]
+    return [x if isinstance(x, _CONTAINERS) else _attributes_of(x) for x in found]
+
+
+_CONTAINERS = (dict, list, deque, set, tuple)
+
+
+def _attributes_of(x: Any) -> Any:
+    """Those of a plain object."""
+    if isinstance(x, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
+        return None
+    return getattr(x, "__dict__", None)
 
 
 def void(_: Any) -> None:
