@@ -227,12 +227,12 @@ _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, t
 
 def _known_to(hook: Any) -> list[Any]:
     """What a user's hook can put something into: what it is bound to or closes over, globals."""
-    if getattr(hook, "__module__", "").startswith(__name__.partition(".")[0] + "."):
-        return []  # it is asked what it has seen
     found: list[Any] = []
     while isinstance(hook, partial):
         found += [*hook.args, *hook.keywords.values()]
         hook = hook.func
+    if (getattr(hook, "__module__", None) or "").startswith(_NOT_THE_USERS):
+        return []
     if not isinstance(hook, types.FunctionType | types.MethodType):
         found.append(hook)
     else:
@@ -246,12 +246,16 @@ def _known_to(hook: Any) -> list[Any]:
     return [x if isinstance(x, _CONTAINERS) else _attributes_of(x) for x in found]
 
 
+# Engines keep their own state, and ours are asked what they have seen.
+_NOT_THE_USERS = ("torch.", __name__.partition(".")[0] + ".")
 _CONTAINERS = (dict, list, deque, set, tuple)
 
 
 def _attributes_of(x: Any) -> Any:
     """Those of a plain object."""
     if isinstance(x, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
+        return None
+    if type(x).__module__.startswith(_NOT_THE_USERS):
         return None
     return getattr(x, "__dict__", None)
 
