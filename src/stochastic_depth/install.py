@@ -12,7 +12,6 @@ from .applied import branches, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, block_of, choices
 from .drop.collectives import own_parameters
 from .drop.draws import Draws
-from .drop.over import Over
 from .drop.pass_on import Unfused
 from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
@@ -85,7 +84,7 @@ def install(
         found.sort(key=lambda b: children.index(block_of(b).partition(".")[0]))
     every = choose(model, found, settings.include, settings.exclude, strict=beside is None)
     chosen = [branch for branch in every if branch not in (beside or ())]
-    rates = rates_of(model, every, settings) if chosen else {}
+    rates = rates_of(model, _counted(every, chosen, settings), settings) if chosen else {}
     for order, branch in enumerate(every):
         branch.order = order
     for branch in chosen:
@@ -109,11 +108,19 @@ def install(
             for wrapper in compiled_around(model, name):
                 put(wrapper).site = site
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, "layers"):
             slot = put(module)
             slot.site = slot.site or Unfused(module)
     settings.draws.deal(chosen, findings.nodes, [sizes[branch] for branch in chosen])
     return chosen
+
+
+def _counted(every: list[Branch], chosen: list[Branch], settings: Settings) -> list[Branch]:
+    """The branches that count for depth: of one part alone where the rates are those of its own."""
+    rates: Any = settings.schedule
+    is_list = isinstance(rates, Sequence) and not isinstance(rates, str)
+    blocks = {block_of(branch) for branch in chosen}
+    return chosen if is_list and len(rates) == len(blocks) else every
 
 
 def compiled_around(model: nn.Module, name: str) -> list[nn.Module]:
@@ -273,8 +280,9 @@ def remove(model: nn.Module) -> None:
         slot = outer_slot(module) or slot_of(module)
         if slot is None:
             continue
-        site = slot.site.under if isinstance(slot.site, Pending) else slot.site
+        waits = isinstance(slot.site, Pending)
+        site = slot.site.under if waits else slot.site
         if isinstance(site, Site):
             site.uninstall()
-        if not isinstance(site, Over):
+        if waits or isinstance(site, Site | Unfused):
             take_out(module)

@@ -573,3 +573,32 @@ def recording(forward: Any, seen: list[tuple[bool, int]]) -> Any:
         return forward(q, k, v, **options)
 
     return record
+
+
+class Shown(nn.Module):
+    """Keeps its weights for somebody to look at, and never reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+        self.weights: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weights = self.f(x).softmax(-1)
+        return x * self.weights
+
+
+class Showing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = Shown()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shown(x)
+
+
+def test_what_a_module_only_shows_is_no_reason_to_compute_all_samples() -> None:
+    ours, plain = twins(net(Showing), data(), p=0.5, mode="row")
+    rows = count_rows(ours.shown.f)
+    assert_weighed(ours, plain, data())
+    assert min(rows) < 6

@@ -172,7 +172,11 @@ class _Verifier:
         with torch.no_grad(), forced(dropped):
             self._call(self.model)  # a block that is called in a new form is watched, and runs
         for m in inside - elsewhere:
-            handles.append(m.register_forward_pre_hook(lambda m, args: ran.add(names[id(m)])))
+            handles.append(
+                m.register_forward_pre_hook(
+                    lambda m, args: None if _is_form(m) else ran.add(names[id(m)])
+                )
+            )
         try:
             with torch.no_grad(), forced(dropped):
                 self._call(self.model)
@@ -318,6 +322,11 @@ def _own_drops(model: nn.Module) -> list[nn.Module]:
     """The DropPath modules of the branches, which drop in the plain model alone."""
     found = [existing_of(branch, site.block) for site in sites(model) for branch in site.branches]
     return [module for existing in found for _, module in existing]
+
+
+def _is_form(module: nn.Module) -> bool:
+    """Whether a call computes on the meta device, for the form of what a branch would return."""
+    return any(p.is_meta for p in module.parameters(recurse=False))
 
 
 def _double(x: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
 """What a call that is not made would return: asked for only where user code asks for a shape."""
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +7,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._torch import tree_map_only
-from ..find.ranks import is_sharded
 from ..find.state import untouched
 
 __all__ = ["output_form"]
@@ -30,29 +26,13 @@ def output_form(module: nn.Module, args: Any, kwargs: Any) -> Any:
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with untouched(module), _unhooked(module), torch.no_grad():
+        with untouched(module), torch.no_grad():
             try:
                 return _on_meta(module, args, kwargs)
             except Exception:  # of any kind: it looks at values, or holds some that are elsewhere
                 return _for_real(module, args, kwargs)
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-@contextmanager
-def _unhooked(module: nn.Module) -> Iterator[None]:
-    """Without hooks, which belong to calls that are made. FSDP2's, which gather weights, stay."""
-    modules = list(module.modules())
-    hooks = [(vars(m), m._forward_pre_hooks, m._forward_hooks) for m in modules]
-    if any(map(is_sharded, modules)):
-        hooks = []
-    for state, _, _ in hooks:
-        state["_forward_pre_hooks"], state["_forward_hooks"] = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for state, before, after in hooks:
-            state["_forward_pre_hooks"], state["_forward_hooks"] = before, after
 
 
 def _on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -4,13 +4,15 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._torch import (
     graph_task,
+    has_hooks,
     saved_tensors_hooks,
     tree_flatten,
     tree_leaves,
@@ -25,7 +27,7 @@ from .repeats import Repeat
 from .run import Run
 from .slot import INSIDE, Slot, here
 
-__all__ = ["Frame"]
+__all__ = ["Frame", "fences_around"]
 
 
 class Frame:
@@ -215,6 +217,26 @@ class Frame:
         if self.site.is_repeated:
             self._watch_backward(out)
         return out
+
+
+def fences_around(block: nn.Module, frame: Frame) -> list[Any]:
+    """Around a block's forward, where it has hooks of its own: these are no part of it."""
+    if frame.compiling or not has_hooks(block):
+        return []
+    here.frame, thread = INSIDE, get_ident()
+
+    def enter(block: nn.Module, args: Any) -> None:
+        if get_ident() == thread and here.frame is INSIDE:
+            here.frame = frame
+
+    def leave(block: nn.Module, args: Any, out: Any) -> None:
+        if here.frame is frame:
+            here.frame = INSIDE
+
+    return [
+        block.register_forward_pre_hook(enter),
+        block.register_forward_hook(leave, prepend=True),
+    ]
 
 
 def _tell_not_called(branch: Branch, site: Any) -> None:

@@ -30,10 +30,11 @@ class PassOn:
         return PassOn(replica)
 
 
-def may_be_fused(block: nn.Module) -> bool:
-    """Whether torch may compute a block in a kernel of its own, which calls no child."""
-    at_rest = not (block.training or torch.is_grad_enabled())
-    return at_rest and isinstance(block, nn.TransformerEncoderLayer)
+def may_be_fused(module: nn.Module) -> bool:
+    """Whether torch may compute an encoder or its layer in a kernel, which calls no child."""
+    if module.training:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
 class Unfused:
@@ -48,7 +49,7 @@ class Unfused:
         self.encoder = encoder
 
     def is_active(self) -> bool:
-        if self.encoder.training:
+        if not may_be_fused(self.encoder):
             return False
         slots = [outer_slot(layer) for layer in self.encoder.layers]
         return any([s is not None and s.site is not None and s.site.is_active() for s in slots])

@@ -66,7 +66,8 @@ class Reads(TorchFunctionMode):
         """
         for i, run in enumerate(self.frame.runs):
             branch = run.branch
-            comes = not run.dropped and (branch.in_function or not run.is_weighed)
+            is_part = run.dropped and run.in_checkpoint
+            comes = not is_part and (branch.in_function or not run.is_weighed)
             if comes and at in branch.sums and (i, at) not in self.added:
                 self.added.add((i, at))
                 return run

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from .._torch import (
     graph_task,
-    has_hooks,
     is_compiled_around,
     outside_graphs,
     tree_flatten,
@@ -23,11 +22,11 @@ from ..find.plan import Findings, Form, Plan
 from .collectives import existing_of, modules_of
 from .draws import Draws
 from .forms import output_form
-from .frame import Frame
+from .frame import Frame, fences_around
 from .part import Part, form
 from .pass_on import PassOn, may_be_fused
 from .reads import Reads
-from .slot import INSIDE, Inside, Slot, here, outer_slot, put, slot_of, take_out
+from .slot import Inside, Slot, here, outer_slot, put, slot_of, take_out
 
 __all__ = ["Site"]
 
@@ -69,9 +68,17 @@ class Site:
         self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
         self.slots: dict[str, Slot] = {}
         self.seen: list[tuple[nn.Module, list[Any], list[Any]]] = []
+        self.all_slots: WeakSet[Slot] = WeakSet()  # that it has put into children
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "others": {}, "forms": {}, "slots": {}, "seen": []}
+        return {
+            **self.__dict__,
+            "others": {},
+            "forms": {},
+            "slots": {},
+            "seen": [],
+            "all_slots": WeakSet(),
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
         """A copy with slots in place: torch.compile, which may come next, cannot put them there.
@@ -87,6 +94,7 @@ class Site:
                 if child is not None:
                     site.slots[name] = put(child)
                     site.slots[name].names = slot.names
+                    site.all_slots.add(site.slots[name])
             for parent, children, _ in self.seen:
                 copies = [memo.get(id(m)) for m in children]
                 slots = [None if m is None else outer_slot(m) for m in copies]
@@ -137,10 +145,9 @@ class Site:
             if (slot := slot_of(module)) is not None:
                 slot.site = None
                 take_out(module)
-        for _, _, slots in self.seen:
-            for slot in slots:
-                if isinstance(slot, Slot) and slot.site is None:
-                    take_out(slot.module)
+        for slot in list(self.all_slots):
+            if slot.site is None:
+                take_out(slot.module)
         if (slot := outer_slot(self.block)) is not None:
             slot.site = None
         take_out(self.block)
@@ -175,6 +182,7 @@ class Site:
                 if id(child) not in inner and (below not in ways or id(child) in names):
                     slot, known = put(child), names.get(id(child), below)
                     self.slots[known] = slot
+                    self.all_slots.add(slot)
                     if known not in slot.names:
                         slot.names += (known,)
             children = list(parent._modules.values())
@@ -234,9 +242,12 @@ class Site:
             return out
         if not plan.branches:
             return slot.through(*args, **kwargs)
-        if torch.compiler.is_compiling() and may_be_fused(self.block):
+        if torch.compiler.is_compiling() and self._is_encoder_layer():
             return self._run_outside(plan, slot, args, kwargs)
         return self.run_plan(plan, slot, args, kwargs)
+
+    def _is_encoder_layer(self) -> bool:
+        return isinstance(self.block, nn.TransformerEncoderLayer) and may_be_fused(self.block)
 
     @outside_graphs  # in which no mode keeps that kernel out
     def _run_outside(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
@@ -261,7 +272,7 @@ class Site:
     def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
         before = here.frame
         frame = here.frame = Frame(self, plan, args, kwargs, self.is_outer(slot))
-        fences = self._fences(frame)
+        fences = fences_around(self.block, frame)
         try:
             mode = self._mode(frame)
             if mode is not None:
@@ -275,30 +286,11 @@ class Site:
             for fence in fences:
                 fence.remove()
 
-    def _fences(self, frame: Frame) -> list[Any]:
-        """Around the block's forward, where it has hooks of its own: these are no part of it."""
-        if frame.compiling or not has_hooks(self.block):
-            return []
-        here.frame, thread = INSIDE, get_ident()
-
-        def enter(block: nn.Module, args: Any) -> None:
-            if get_ident() == thread and here.frame is INSIDE:
-                here.frame = frame
-
-        def leave(block: nn.Module, args: Any, out: Any) -> None:
-            if here.frame is frame:
-                here.frame = INSIDE
-
-        return [
-            self.block.register_forward_pre_hook(enter),
-            self.block.register_forward_hook(leave, prepend=True),
-        ]
-
     def _mode(self, frame: Frame) -> TorchFunctionMode | None:
         """What has to see the operations of the block's forward, if anything."""
         if any([b.parameters or b.in_function for b in frame.plan.branches]):
             return Reads(frame)
-        if may_be_fused(self.block):
+        if self._is_encoder_layer():
             return BaseTorchFunctionMode()  # which keeps the kernel out
         return None
 

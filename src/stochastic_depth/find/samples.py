@@ -21,6 +21,7 @@ from .plan import Gate, Plan
 from .plans import Planned
 from .record import Recorder
 from .regions import Region
+from .remembering import held_in, remembering
 
 __all__ = ["place_samples"]
 
@@ -41,6 +42,7 @@ class _Evidence:
         changed: those of which samples changed that were only moved.
         alike: those that are the same for all samples.
         strewn: those that have the samples' entries apart, but not next to each other.
+        remembering: the names of modules whose next call reads what they keep of this one.
     """
 
     places: dict[int, Place | None]
@@ -48,6 +50,7 @@ class _Evidence:
     changed: set[int]
     alike: set[int]
     strewn: set[int]
+    remembering: set[str]
 
 
 class _Watching(Recorder):
@@ -181,7 +184,10 @@ def _evidence(
     for node in watched:
         if node not in other.places or (node not in more.places and node not in unclear):
             unclear.setdefault(node, "what the model does depends on the number of samples")
-    evidence = _Evidence(more.places, unclear, set(), set(), set())
+    regions = [region for found in planned.regions.values() for region in found]
+    evidence = _Evidence(
+        more.places, unclear, set(), set(), set(), remembering(model, args, kwargs, flow, regions)
+    )
     for node, samples in more.samples.items():
         dtype = flow.nodes[node].dtype
         eps = torch.finfo(dtype).eps if dtype is not None and dtype.is_floating_point else 0.0
@@ -231,7 +237,7 @@ def _moved(t: Tensor, dim: int, rows: int) -> Tensor:
 def _watched(flow: Flow, planned: Planned) -> Iterator[int]:
     for regions in planned.regions.values():
         for region in regions:
-            yield from (region.sum, region.shortcut, *_values(flow, region), *_held(flow, region))
+            yield from (region.sum, region.shortcut, *_values(flow, region), *held_in(flow, region))
     for frame, _ in planned.frames:
         for c in frame.gate_of:
             yield from (n for n in (*flow.calls[c].given, *flow.calls[c].made) if n is not None)
@@ -249,12 +255,6 @@ def _values(flow: Flow, region: Region) -> set[int]:
     calls = [flow.calls[c] for c in region.calls]
     between = {n for call in calls for n in (*call.given, *call.made) if n is not None}
     return _entries(flow, region) | between | {region.output}
-
-
-def _held(flow: Flow, region: Region) -> set[int]:
-    """What modules of a branch keep from call to call."""
-    spans = [(flow.calls[c].start, flow.calls[c].end) for c in region.calls]
-    return {n for n in flow.held if any(start <= n < end for start, end in spans)}
 
 
 def _judge(flow: Flow, regions: list[Region], seen: _Evidence) -> tuple[Place | None, str]:
@@ -277,8 +277,8 @@ def _judge(flow: Flow, regions: list[Region], seen: _Evidence) -> tuple[Place | 
             return None, "samples have mixed before it, or are not next to each other"
         if not seen.changed.isdisjoint((*values, region.sum)):
             return None, "its samples depend on each other (statistics over the batch, neighbours)"
-        for n in _held(flow, region):
-            if n in seen.unclear or seen.places.get(n) is not None:
+        for n in held_in(flow, region):
+            if flow.held[n] in seen.remembering and (n in seen.unclear or seen.places.get(n)):
                 return None, (
                     f"{flow.held[n]} keeps a value of the samples in an attribute, where those of "
                     "the next call, which may be others, would find it"

@@ -7,7 +7,7 @@ import random
 import sys
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -80,16 +80,17 @@ class _Writes(TorchFunctionMode):
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self.own = {memory_of(p): p for p in parameters}
+        self.own: dict[int, list[nn.Parameter]] = {}  # by memory, which several may have
+        for parameter in parameters:
+            self.own.setdefault(memory_of(parameter), []).append(parameter)
         self.before: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # and the data, and its value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _SETS or (name.endswith("_") and not name.endswith("__")):
             for t in tensors_in(args[:1], []):
-                parameter = self.own.pop(memory_of(t), None)
-                if parameter is not None:
-                    self.before.append((parameter, parameter.data, parameter.detach().clone()))
+                for p in self.own.pop(memory_of(t), ()):
+                    self.before.append((p, p.data, p.detach().clone()))
         return func(*args, **(kwargs or {}))
 
 
@@ -108,8 +109,9 @@ class Kept:
         for module in model.modules():
             self._keep_module(vars(module))
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-                self._keep_containers(_known_to(hook), _DEPTH)
-        self._keep_containers(list(contextvars.copy_context().values()), _DEPTH)
+                self._keep_hook(hook)
+        known = contextvars.copy_context().values()
+        self._keep_containers(tuple(x for x in known if type(x) in _CONTAINERS), _DEPTH)
 
     def _keep_module(self, state: dict[str, Any]) -> None:
         before = dict(state)
@@ -161,23 +163,45 @@ class Kept:
 
     def _keep_containers(self, x: Any, depth: int) -> None:
         """Keep what is in lists and dicts that hooks fill, and no values of tensors."""
-        if id(x) in self.contained or not depth:
-            return
-        items: Any
-        if isinstance(x, dict):
-            self.dicts.append((x, before := dict(x)))
-            items = before.values()
-        elif isinstance(x, list | deque | set):
-            items = list(x)
-            self.undo.append(partial(_refill, x, items))
-        elif isinstance(x, tuple):
-            items = x
-        else:
+        if id(x) in self.contained:
             return
         self.contained.add(id(x))
         self.alive.append(x)
-        for item in items:
-            self._keep_containers(item, depth - 1)
+        items = x
+        if isinstance(x, dict):
+            self.dicts.append((x, before := dict(x)))
+            items = list(before.values())
+        elif not isinstance(x, tuple):
+            items = list(x)
+            self.undo.append(partial(_refill, x, items))
+        if depth and len(items) <= _MANY:
+            for item in items:
+                if type(item) in _CONTAINERS:
+                    self._keep_containers(item, depth - 1)
+
+    def _keep_hook(self, hook: Any) -> None:
+        """Keep what a user's hook can fill: of its object, what it closes over, and globals."""
+        while isinstance(hook, partial):
+            self._keep_containers((*hook.args, *hook.keywords.values()), _DEPTH)
+            hook = hook.func
+        if (getattr(hook, "__module__", None) or "").startswith(_NOT_THE_USERS):
+            return
+        own, function = getattr(hook, "__self__", None), getattr(hook, "__func__", hook)
+        if not isinstance(function, types.FunctionType):
+            own, function = hook, type(hook).__call__
+        names = _named_in(function, own)
+        found = [_cell(cell) for cell in getattr(function, "__closure__", None) or ()]
+        found += [x for n, x in getattr(function, "__globals__", {}).items() if n in names]
+        self._keep_containers(tuple(x for x in found if type(x) in _CONTAINERS), _DEPTH)
+        for x in [own, *found]:
+            with suppress(Exception):  # of any kind: some objects do not like to be looked at
+                if isinstance(x, nn.Module | type | types.ModuleType):
+                    continue
+                state = vars(x)
+                of_it = {n: value for n, value in state.items() if n in names}
+                self.undo.append(partial(_set_again, state, of_it))
+                held = [value for value in of_it.values() if type(value) in _CONTAINERS]
+                self._keep_containers(tuple(held), _DEPTH)
 
     def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
         before = dict(x)
@@ -225,39 +249,36 @@ _OF_ALL = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(
 _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, types.FunctionType}
 
 
-def _known_to(hook: Any) -> list[Any]:
-    """What a user's hook can put something into: what it is bound to or closes over, globals."""
-    found: list[Any] = []
-    while isinstance(hook, partial):
-        found += [*hook.args, *hook.keywords.values()]
-        hook = hook.func
-    if (getattr(hook, "__module__", None) or "").startswith(_NOT_THE_USERS):
-        return []
-    if not isinstance(hook, types.FunctionType | types.MethodType):
-        found.append(hook)
-    else:
-        found.append(getattr(hook, "__self__", None))
-        function: Any = getattr(hook, "__func__", hook)
-        for cell in function.__closure__ or ():
-            with suppress(ValueError):  # it is empty
-                found.append(cell.cell_contents)
-        known = function.__globals__
-        found += [known[name] for name in function.__code__.co_names if name in known]
-    return [x if isinstance(x, _CONTAINERS) else _attributes_of(x) for x in found]
-
-
+_MANY = 1000  # in a list that is looked into
+_CONTAINERS = {dict, list, set, tuple, OrderedDict, defaultdict}
 # Engines keep their own state, and ours are asked what they have seen.
 _NOT_THE_USERS = ("torch.", __name__.partition(".")[0] + ".")
-_CONTAINERS = (dict, list, deque, set, tuple)
 
 
-def _attributes_of(x: Any) -> Any:
-    """Those of a plain object."""
-    if isinstance(x, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
+def _named_in(function: Any, own: Any) -> set[str]:
+    """The names in the code of a hook, and in that of the methods of its object that it calls."""
+    names: set[str] = set()
+    codes = [getattr(function, "__code__", None)]
+    for code in codes:  # which grows
+        if code is not None:
+            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+            for name in set(code.co_names) - names:
+                names.add(name)
+                codes.append(getattr(getattr(type(own), name, None), "__code__", None))
+    return names
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
         return None
-    if type(x).__module__.startswith(_NOT_THE_USERS):
-        return None
-    return getattr(x, "__dict__", None)
+
+
+def _set_again(state: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if state.get(name) is not value:
+            state[name] = value
 
 
 def void(_: Any) -> None:
