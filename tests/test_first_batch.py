@@ -205,3 +205,26 @@ def test_one_of_them_may_have_no_branches() -> None:
     for part in (model.judge, model.maker):
         part(torch.randn(4, WIDTH))
     assert [branch.dropped for branch in sd.branches(model)] == [1, 1]
+
+
+class Unknown(Told):
+    def forward(self, x: Tensor, options: dict[str, float]) -> Tensor:
+        return super().forward(x, options) * options["scale"]
+
+
+class UnknownRivals(nn.Module):
+    """Two networks whose inputs nobody would think of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = Unknown(2), Unknown(2)
+
+    def forward(self, *_: Any) -> Tensor:
+        raise NotImplementedError
+
+
+def test_a_list_of_rates_may_be_that_of_each_network() -> None:
+    model = sd.apply(UnknownRivals(), None, schedule=[0.1, 0.2])
+    for part in (model.judge, model.maker):
+        part(torch.randn(4, WIDTH), {"factor": 2.0, "scale": 1.0})
+    assert [branch.p for branch in sd.branches(model)] == [0.1, 0.2, 0.1, 0.2]

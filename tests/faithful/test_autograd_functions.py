@@ -1,5 +1,6 @@
 """A custom autograd.Function keeps its backward, whatever the weight of the branch."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -342,3 +343,39 @@ def test_reversible_blocks_repeat_what_was_decided() -> None:
             )
         seen.add(tuple(dropped))
     assert len(seen) > 8
+
+
+class Calling(torch.autograd.Function):
+    """Calls a module in its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: nn.Linear, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return f(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, None, gradient.t() @ x, gradient.sum(0)
+
+
+class CalledInALoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for f in self.layers:
+            x = x + Calling.apply(x, f, f.weight, f.bias)
+        return x
+
+
+@pytest.mark.parametrize("decisions", [*itertools.product([False, True], repeat=3)])
+def test_a_dropped_branch_takes_no_others_turn(decisions: tuple[bool, ...]) -> None:
+    ours, plain = twins(net(CalledInALoop), data(), p=0.5)
+    with forced({b: (d, 2.0) for b, d in zip(sd.branches(ours), decisions, strict=True)}):
+        got = ours(data())
+    expected = data()
+    for layer, dropped in zip(plain.layers, decisions, strict=True):
+        expected = expected + 2.0 * (not dropped) * layer(expected)
+    torch.testing.assert_close(got, expected)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 import stochastic_depth as sd
 from models import small, small_batch
 
-from .twins import MODES, assert_same, assert_weighed, data, net, outcome, twins
+from .twins import KEPT, MODES, assert_same, assert_weighed, data, net, outcome, twins
 
 
 class Block(nn.Module):
@@ -381,3 +381,52 @@ def test_a_branch_is_the_same_object_each_time() -> None:
         assert a is b
     (inner,) = sd.branches(model[0])
     assert inner is sd.branches(model)[0]
+
+
+class DropPath(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_prob, self.calls = 0.5, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x
+
+
+class Deep(nn.Module):
+    """A branch with a residual block and a drop module in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner, self.drop = nn.Linear(4, 4), Block(), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.inner(self.a(x)))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Deep()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on dropping:UserWarning")
+@pytest.mark.parametrize("way", ["remove", "apply"])
+def test_what_is_done_to_a_child_leaves_the_blocks_around_it_alone(way: str) -> None:
+    model = nn.Sequential(net(Outer), net(Outer, seed=1))
+    sd.apply(model, 1.0, schedule="uniform", example_inputs=data())
+    for block in model:
+        if way == "remove":
+            sd.remove(block.f)
+        else:
+            sd.apply(block.f, 0.0, example_inputs=data())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(data()), data())
+    for branch in sd.branches(model):
+        branch.p = KEPT
+    model(data())
+    assert [block.f.drop.calls for block in model] == [0, 0]

@@ -1,6 +1,8 @@
 """Hooks of a block and of its children run where they would, with what they would see."""
 
 import functools
+import weakref
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -289,3 +291,41 @@ def test_hooks_collect_each_call_once(make: Callable, when: str) -> None:
         assert len(features) == step + 1
         assert all(feature.grad_fn is not None for feature in features)
     COLLECTED.set(None)
+
+
+class Gone:
+    pass
+
+
+class Shy:
+    """Does not like to be looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError("outside of its context")
+
+
+class Fixed(dict[str, Any]):
+    """Cannot be changed as a whole."""
+
+    def update(self, *_: Any, **__: Any) -> None:
+        raise TypeError("update is not supported")
+
+
+gone = Gone()
+PROXY = weakref.proxy(gone)
+del gone
+SHY, FIXED, QUEUE = Shy(), Fixed(a=1), deque([1, 2])
+
+
+def names_odd_objects(module: nn.Module, args: Any, out: Any) -> None:
+    if out is None:
+        print(PROXY, SHY, FIXED)
+    QUEUE.append(len(FIXED))
+
+
+def test_a_hook_may_name_what_it_likes() -> None:
+    model = net(Stack)
+    model.blocks[1].register_forward_hook(names_odd_objects)
+    sd.apply(model, 0.5, example_inputs=data())
+    assert len(sd.branches(model)) == 3
+    assert len(QUEUE) > 2  # another thread may work with it, so it is let alone

@@ -340,3 +340,15 @@ def test_parameters_that_a_forward_writes_to_are_left_as_they_were(write: Callab
         assert p.data_ptr() == memory[name]
     model(data())
     assert not torch.equal(model.slow.f.weight, before["slow.f.weight"])
+
+
+def test_parameters_that_are_views_of_one_memory_are_left_as_they_were() -> None:
+    model = net(Momentum, in_place)
+    flat = torch.cat([p.detach().flatten() for p in model.slow.parameters()])
+    start = 0
+    for p in model.slow.parameters():
+        p.data = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    before = flat.clone()
+    sd.apply(model, 0.5, include="fast", example_inputs=data())
+    assert torch.equal(flat, before)

@@ -80,3 +80,47 @@ def test_it_weighs_where_it_is_compiled(
 
 def _mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"src_key_padding_mask": batch["src_key_padding_mask"]}
+
+
+class Bare(nn.Module):
+    """Layers without their encoder, none of which is trained."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        super().__init__()
+        self.layers = encoder.layers
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_frozen_weigh_and_drop_too(
+    encoder: nn.TransformerEncoder, batch: dict[str, Tensor]
+) -> None:
+    model, x = Bare(encoder).eval(), batch["src"]
+    plain = model(x)
+    sd.apply(model, 0.5, scale="eval", schedule="uniform", example_inputs=x).eval()
+    expected = model(x.clone().requires_grad_()).detach()
+    torch.testing.assert_close(model(x), expected)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    with sd.sampling(model):
+        assert torch.stack([model(x) for _ in range(8)]).std(0).max() > 0.1
+
+
+class Own(nn.TransformerEncoder):
+    """Its own layers, by another name, and forward."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+def test_a_subclass_may_be_something_else() -> None:
+    model, x = Own(), torch.randn(3, 5, 8)
+    sd.apply(model, 0.5, scale="eval", example_inputs=x)
+    assert model.eval()(x).shape == x.shape

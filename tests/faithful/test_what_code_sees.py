@@ -449,3 +449,22 @@ def test_hooks_of_what_is_dropped_do_not_run_where_its_shape_is_asked(looks: boo
     sd.branches(model)[0].p = 0.0
     model(data())
     assert len(seen) == 3
+
+
+class Halved(nn.Module):
+    """Asks for the shape of a value, of which a hook hands on a half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 8)
+        self.f.register_forward_hook(lambda module, args, out: out[..., :4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return x * h.shape[-1] + h
+
+
+def test_the_shape_of_what_is_dropped_is_that_which_hooks_make_of_it() -> None:
+    model = net(Halved)
+    sd.apply(model, 1.0, example_inputs=data())
+    torch.testing.assert_close(model(data()), 4 * data())
