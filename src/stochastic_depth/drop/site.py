@@ -71,14 +71,13 @@ class Site:
         self.all_slots: WeakSet[Slot] = WeakSet()  # that it has put into children
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "others": {},
-            "forms": {},
-            "slots": {},
-            "seen": [],
-            "all_slots": WeakSet(),
-        }
+        state = {**self.__dict__, "others": {}, "forms": {}, "slots": {}, "seen": []}
+        del state["all_slots"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.all_slots = WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
         """A copy with slots in place: torch.compile, which may come next, cannot put them there.
@@ -86,8 +85,7 @@ class Site:
         The block's children have been copied before its slot, which was added after them.
         """
         site = memo[id(self)] = object.__new__(type(self))
-        for name, value in self.__getstate__().items():
-            setattr(site, name, copy.deepcopy(value, memo))
+        site.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if all(id(parent) in memo for parent, *_ in self.seen):
             for name, slot in self.slots.items():
                 child = memo.get(id(slot.module))
