@@ -18,6 +18,8 @@ __all__ = [
     "check_p",
     "choices",
     "is_below",
+    "name_in_model",
+    "put_below",
 ]
 
 Kind = Literal["identity", "projection", "block"]
@@ -149,6 +151,18 @@ def block_of(branch: _Named) -> str:
 def is_below(name: str, other: str) -> bool:
     """Whether a module is another one, or in it, by their qualified names."""
     return not other or name == other or name.startswith(f"{other}.")
+
+
+def name_in_model(name: str, prefix: str) -> str:
+    """What is called ``name`` in a module, or a branch of it, in the model where that is prefix."""
+    return f"{prefix}.{name}" if prefix and name and not name.startswith(":") else prefix + name
+
+
+def put_below(branch: Branch, prefix: str) -> None:
+    """Name a branch that was found in a module by itself as one of the model."""
+    branch.name = name_in_model(branch.name, prefix)
+    branch.modules = tuple(name_in_model(name, prefix) for name in branch.modules)
+    branch.existing = tuple(name_in_model(name, prefix) for name in branch.existing)
 
 
 def choices(branch: Branch) -> dict[str, Any]:

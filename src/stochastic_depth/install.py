@@ -9,7 +9,16 @@ from torch import nn
 
 from ._torch import outside_graphs
 from .applied import branches, sites
-from .branch import Branch, DroppedGrad, Mode, Scale, block_of, choices
+from .branch import (
+    Branch,
+    DroppedGrad,
+    Mode,
+    Scale,
+    block_of,
+    choices,
+    name_in_model,
+    put_below,
+)
 from .drop.collectives import own_parameters
 from .drop.draws import Draws
 from .drop.pass_on import Unfused
@@ -78,9 +87,9 @@ def install(
     """
     if beside is None and not findings.branches:
         raise ValueError(nothing_found(model, findings, settings.blocks))
-    children = [name for name, _ in model.named_children()]
     found = [*(beside or ()), *findings.branches]
     if beside:
+        children = [name for name, _ in model.named_children()]
         found.sort(key=lambda b: children.index(block_of(b).partition(".")[0]))
     every = choose(model, found, settings.include, settings.exclude, strict=beside is None)
     chosen = [branch for branch in every if branch not in (beside or ())]
@@ -260,17 +269,11 @@ def prefixed(findings: Findings, prefix: str) -> Findings:
     """The same with the names of the whole model, of which a part was run."""
     if not prefix:
         return findings
-
-    def below(name: str) -> str:
-        return f"{prefix}.{name}" if name and not name.startswith(":") else prefix + name
-
     for branch in findings.branches:
-        branch.name = below(branch.name)
-        branch.modules = tuple(map(below, branch.modules))
-        branch.existing = tuple(map(below, branch.existing))
-    findings.plans = {below(name): plans for name, plans in findings.plans.items()}
-    findings.refused = [Refused(below(r.name), r.reason) for r in findings.refused]
-    findings.unused = [Refused(below(r.name), r.reason) for r in findings.unused]
+        put_below(branch, prefix)
+    findings.plans = {name_in_model(name, prefix): plans for name, plans in findings.plans.items()}
+    findings.refused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.refused]
+    findings.unused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.unused]
     return findings
 
 

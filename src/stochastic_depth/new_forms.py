@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .branch import Branch, block_of, choices
+from .branch import Branch, block_of, choices, put_below
 from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import Samples, find, find_blocks
@@ -54,7 +54,7 @@ def watch_block(
         _take_new(site, plan)
     known = _known(plan.branches, site)
     _tell_refused(site, [b for b in site.branches if b not in known], findings)
-    _tell_new(site, plan)
+    _tell_new(site, [b for b, k in zip(plan.branches, known, strict=True) if k is None])
     for branch, found in zip(known, plan.branches, strict=True):
         if branch is not None:
             branch.sums |= found.sums
@@ -68,14 +68,10 @@ def watch_block(
 def _take_new(site: Site, plan: Plan) -> None:
     """Drop branches that only this form of call has, at the rate of their block."""
     like = site.branches[0]
-    block = block_of(like)
     before = _labels(site, site.findings.branches)
     for found, known in zip(plan.branches, _known(plan.branches, site), strict=True):
         if known is None and _label(found) not in before:
-            found.name = f"{block}{found.name}"
-            prefix = f"{block}." if block else ""
-            found.modules = tuple(prefix + name for name in found.modules)
-            found.existing = tuple(prefix + name for name in found.existing)
+            put_below(found, block_of(like))
             vars(found).update(choices(like))
             found.set_rate(like.p)
             found.order = site.branches[-1].order
@@ -95,15 +91,10 @@ def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None
             )
 
 
-def _tell_new(site: Site, plan: Plan) -> None:
+def _tell_new(site: Site, unknown: list[Branch]) -> None:
     """Warn of branches that only this call has, which are not dropped."""
     before = _labels(site, site.findings.branches)
-    known = _known(plan.branches, site)
-    new = [
-        b.name
-        for b, k in zip(plan.branches, known, strict=True)
-        if k is None and _label(b) not in before
-    ]
+    new = [branch.name for branch in unknown if _label(branch) not in before]
     if new:
         warnings.warn(
             f"stochastic depth: {type(site.block).__name__} has branches in this call that apply() "

@@ -9,14 +9,12 @@ __all__ = [
     "SCALINGS",
     "SUMS",
     "VIEWS",
-    "writes",
 ]
 
 ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 SUMS = ADD | {
     "sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "__rsub__", "rsub",
 }  # fmt: skip
-WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 IN_PLACE = {"add_", "__iadd__", "sub_", "subtract_", "__isub__"}
 ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",
@@ -29,13 +27,7 @@ ASKS = {
     "is_floating_point", "is_complex", "element_size",
 }  # fmt: skip
 
-
 _OF_TWO = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne")
 OPERATORS = [f"__{way}{name}__" for name in _OF_TWO for way in ("", "r", "i")]
 OPERATORS += [f"__{name}__" for name in _OTHERS]
-
-
-def writes(name: str) -> bool:
-    """Whether a function of this name writes to its first argument."""
-    return name in WRITES or (name.endswith("_") and not name.endswith("__"))

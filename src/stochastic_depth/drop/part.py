@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_given_to_function, tree_leaves, tree_map
+from ..find.functions import writes
 from .instruction import is_asked, unpacked
-from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS, writes
+from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
 
 __all__ = ["Part", "Unmade", "first_part", "form", "parts_in", "whole"]
-
 
 _WRITTEN = (
     "a value of it is written into a tensor that is not its own: do that in a module that the "

@@ -44,9 +44,10 @@ class Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         if here.frame is not self.frame:
             return func(*args, **kwargs)
-        if self.has_sums and func.__name__ in SUMS and first_part(args) is None:
+        is_sum = self.has_sums and func.__name__ in SUMS and first_part(args) is None
+        if is_sum and not is_of_library(sys._getframe(1)):
             at = spot()
-            run = None if is_of_library(sys._getframe(1)) else self._added_at(at)
+            run = self._added_at(at)
             if run is not None and run.is_weighed and len(args) > 1:
                 terms = list(args)
                 position = run.branch.sums[at]

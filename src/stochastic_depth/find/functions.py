@@ -1,6 +1,16 @@
 """The names of torch's functions, by what they mean for a flow."""
 
-__all__ = ["ADD", "FROM_PYTHON", "LOOKS", "MAY_ADD", "OVERWRITES", "RANDOM", "SUBTRACT", "VIEWS"]
+__all__ = [
+    "ADD",
+    "FROM_PYTHON",
+    "LOOKS",
+    "MAY_ADD",
+    "OVERWRITES",
+    "RANDOM",
+    "SUBTRACT",
+    "VIEWS",
+    "writes",
+]
 
 ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 SUBTRACT = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
@@ -26,3 +36,9 @@ RANDOM = {
     "normal", "randint", "randint_like", "randperm", "exponential_", "geometric_", "multinomial",
     "poisson", "binomial", "random_", "log_normal_", "cauchy_", "empty_like", "new_empty",
 }  # fmt: skip
+_WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+
+
+def writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))

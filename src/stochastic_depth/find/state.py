@@ -19,6 +19,7 @@ from torch.nn.modules import batchnorm as layers
 from torch.overrides import TorchFunctionMode
 
 from .._torch import is_flat_parameter, is_view_of_flat_parameter
+from .functions import writes
 from .ranks import is_sharded
 from .tensors import memory_of, tensors_in, tensors_within
 
@@ -87,14 +88,11 @@ class _Writes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _SETS or (name.endswith("_") and not name.endswith("__")):
+        if name == "__set__" or writes(name):  # the former of its data
             for t in tensors_in(args[:1], []):
                 for p in self.own.pop(memory_of(t), ()):
                     self.before.append((p, p.data, p.detach().clone()))
         return func(*args, **(kwargs or {}))
-
-
-_SETS = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
 class Kept:
@@ -247,8 +245,6 @@ class Kept:
 _EMPTY: dict[Any, Any] = {}
 _OF_ALL = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(x, dict))
 _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, types.FunctionType}
-
-
 _MANY = 1000  # in a list that is looked into
 _CONTAINERS = {dict, list, set, tuple, OrderedDict, defaultdict}
 # Engines keep their own state, and ours are asked what they have seen.
