@@ -11,7 +11,7 @@ from .drop.site import Site
 from .drop.slot import outer_slot, slot_of
 from .tables import table_html
 
-__all__ = ["awaited", "branches", "is_applied", "sites"]
+__all__ = ["awaited", "branches", "is_applied", "names_in", "sites"]
 
 
 def branches(model: nn.Module) -> list[Branch]:
@@ -67,6 +67,24 @@ def sites(model: nn.Module) -> Iterator[Site]:
         site = _site(module)
         if isinstance(site, Site) and site.block is module:
             yield site
+
+
+def names_in(model: nn.Module) -> dict[Branch, str]:
+    """What the branches are called in ``model``: by where their blocks are in it now.
+
+    A branch's own name is the one in the module that was given to ``apply``, which may be a part of
+    ``model``, or may have been changed since.
+    """
+    found: dict[Branch, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StochasticDepth):
+            found[module.branch] = name or "StochasticDepth"
+        site = _site(module)
+        if isinstance(site, Site) and site.block is module:
+            found |= {
+                branch: name + branch.name[branch.name.index(":") :] for branch in site.branches
+            }
+    return found
 
 
 def awaited(model: nn.Module) -> Iterator[Any]:
