@@ -17,6 +17,7 @@ from .drop.force import forced, plain
 from .drop.merging import slots
 from .drop.part import parts_in
 from .drop.site import Site
+from .drop.slot import here
 from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
 from .find.checks import kept_in
@@ -147,7 +148,22 @@ class _Trial:
                     continue  # BatchNorm on a single sample, say
                 where = "in training " if training else ""
                 return f"{where}the model fails where it is left out: {_told(error)}"
+            if training and self.goes_another_way(branches):
+                return (
+                    "in training the model does not come to its sum as in evaluation: its block's "
+                    "forward() is called directly, goes another way, or leaves it out at random"
+                )
         return None
+
+    def goes_another_way(self, branches: Sequence[Branch]) -> bool:
+        """Whether a sum of these, which training has not met, is not met where all are kept.
+
+        Where the model drops layers by itself, that may be chance.
+        """
+        if here.joined.issuperset(branches) or self.findings.unused:
+            return False
+        self.run(dict.fromkeys(self.findings.branches, (False, _WEIGHT)), self.inputs, True)
+        return not here.joined.issuperset(branches)
 
     def fails_anyway(self) -> bool:
         try:
@@ -222,6 +238,7 @@ class _Trial:
             unwritten(self.model) if training else nullcontext(),
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
+            here.joined = set()
             args, kwargs = copied(inputs)
             output = self.model(*args, **kwargs)
             for name, module in self.model.named_modules():

@@ -60,8 +60,10 @@ class Inside:
 class _Here(threading.local):
     def __init__(self) -> None:  # dynamo's guards want the attribute on every thread
         self.frame: Any = None
+        self.entering: Any = None  # that of the newest call of a block with hooks
         # Decisions that were made by hand; an empty dict stops all sites.
         self.forced: dict[Any, tuple[int, float]] | None = None
+        self.joined: set[Any] = set()  # those whose sum has been met since
         # The branches that are dropped in evaluation, too.
         self.sampled: frozenset[Any] = frozenset()
 
