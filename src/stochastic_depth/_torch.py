@@ -6,6 +6,7 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._functorch.utils import unwrap_dead_wrappers as _look_through
+from torch.nn.utils import parametrize
 from torch.utils._pytree import (  # torch has no public one
     TreeSpec,
     tree_flatten,
@@ -50,6 +52,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "without_parametrize_cache",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -88,6 +91,16 @@ def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> 
             other.update(contents)
             own[name] = other
     return there
+
+
+# ``parametrize.cached()`` keeps weights, which are without gradients where we watch.
+@contextmanager
+def without_parametrize_cache() -> Iterator[None]:
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 # How ``nn.parallel.replicate`` copies a module, ``__dict__`` and all.

@@ -21,7 +21,7 @@ from .drop.slot import here
 from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
 from .find.checks import kept_in
-from .find.meet import uncompiled
+from .find.meet import plainly
 from .find.plan import Findings, Refused, only
 from .find.state import Kept, attributes, copied, in_mode, untouched, unwritten
 from .find.weighed import Weight
@@ -232,8 +232,7 @@ class _Trial:
         with (
             untouched(self.model, self.kept),
             in_mode(self.model, training),
-            uncompiled(),
-            torch.no_grad(),
+            plainly(),
             nullcontext() if decisions is None else forced(decisions),
             unwritten(self.model) if training else nullcontext(),
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out

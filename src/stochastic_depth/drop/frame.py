@@ -120,12 +120,14 @@ class Frame:
             part = first_part(kwargs.values())
         if gates is None and part is None and path not in self.plan.others:
             self._tell_new(path, slot.module)
-        run = None
-        if getattr(type(slot.module), "takes_parts", False):  # of a branch that was pruned
+        run, kind = None, type(slot.module)
+        is_drop = gate.drops == kind.__qualname__  # and nothing that has taken its place
+        if getattr(kind, "takes_parts", False):  # of a branch that was pruned
             gate = _OTHER
         elif part is not None:
             run = part._run
-            if gate.branch is None or self.runs[gate.branch] is not run:  # not as it was watched
+            known = gate.branch is not None and self.runs[gate.branch] is run
+            if not known or (gate.drops and not is_drop):  # not as it was watched
                 last = any([p._last for p in parts_in((*args, *kwargs.values()))])
                 gate = Gate(self.runs.index(run) if run in self.runs else None, last)
         elif gate.branch is not None:
@@ -137,7 +139,7 @@ class Frame:
         if run is not None:
             run.called = True
         drops = self.site.replaces and not self.is_plain
-        if run is not None and gate.drops and (run.dropped or drops):
+        if run is not None and is_drop and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
         if run is not None and not self.outer:
             run.apart, run.in_checkpoint = function is not None, function in (None, CHECKPOINT)

@@ -25,6 +25,7 @@ _BETWEEN = (
     os.path.join(_TORCH, "_ops.py"),
     os.path.join(_TORCH, "utils") + os.sep,
 )
+_GENERATED = "<eval_with_key>"
 _NOWHERE = Spot("", "", 0, 0)
 
 _between: dict[str, bool] = {}  # by file
@@ -80,6 +81,7 @@ def spot(depth: int = 1) -> Spot:
 @by_instruction
 def _spot(code: CodeType, instruction: int) -> Spot:
     line, _, column, _ = next(islice(code.co_positions(), instruction // 2, None))
-    return Spot(
-        code.co_filename, code.co_qualname, line or 0, instruction if column is None else column
-    )
+    file = code.co_filename
+    if file.startswith(_GENERATED):  # by torch.fx, with a number that is another each time
+        file = _GENERATED
+    return Spot(file, code.co_qualname, line or 0, instruction if column is None else column)
