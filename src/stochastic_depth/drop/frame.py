@@ -255,17 +255,19 @@ class Frame:
 
     def _check_way(self, run: Run) -> None:
         """Say so where a branch has gone another way than when it was watched."""
-        if run.called and (run.dropped or not run.is_weighed):
+        weighed, alone = run.is_weighed and not run.dropped, not run.branch.modules
+        if not weighed and (run.called or (alone and not run.dropped)):
             return
-        what = "was not called in a call of its block, and what is computed instead is not dropped"
-        if run.called:
-            what = "does not come to the sum that was found, and is not dropped"
-            if run.kept is not None or (run.decided and run.weight != 1.0):
-                raise run.error(
-                    "is computed and does not come to the sum that was found, where it would be "
-                    "weighed; call apply() again after a change of the model"
-                )
+        chosen = run.decided and (run.kept is not None or run.weight != 1.0)
+        if run.called and weighed and chosen:
+            raise run.error(
+                "is computed and does not come to the sum that was found, where it would be "
+                "weighed; call apply() again after a change of the model"
+            )
         if run.branch.is_active and not self.site.findings.unused:
+            what = "does not come to the sum that was found, and is not dropped"
+            if not (run.called or alone):
+                what = "was not called in a call of its block; what is in its place is not dropped"
             self._tell(f"{run.branch.name} {what}")
 
 
