@@ -61,16 +61,16 @@ class Part:
         Torch's own, and anything in C, would take it for one in memory, and crash.
         """
         frame = sys._getframe(1)
-        if is_given_to_function(frame):
-            self._check_gradients(
-                "a custom autograd.Function (reentrant checkpointing is one), which it did not "
-                "when it was watched; checkpoint with use_reentrant=False, or have the function "
-                "work in evaluation, too, before you call apply() again"
+        if is_given_to_function(frame) and self._has_gradient():
+            raise self._run.error(
+                "hands one of its values to a custom autograd.Function (reentrant checkpointing is "
+                "one), which it did not when it was watched; checkpoint with use_reentrant=False, "
+                "or have the function work in evaluation, too, before you call apply() again"
             )
-        elif is_given_to_hook(frame):
-            self._check_gradients(
-                "a module with a full backward hook; register that on the block, or on a module "
-                "that the branch calls"
+        if is_given_to_hook(frame) and self._has_gradient():
+            raise self._run.error(
+                "hands one of its values to a module with a full backward hook; register that on "
+                "the block, or on a module that the branch calls"
             )
         return Tensor if is_asked(frame) else Part
 
@@ -134,10 +134,9 @@ class Part:
         known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
 
-    def _check_gradients(self, what: str) -> None:
-        """Raise where it is given to something that passes on the gradients of tensors only."""
-        if self._value is not None and self._value.requires_grad and torch.is_grad_enabled():
-            raise self._run.error(f"hands one of its values to {what}")
+    def _has_gradient(self) -> bool:
+        """Whether what passes on the gradients of tensors only would lose one."""
+        return self._value is not None and self._value.requires_grad and torch.is_grad_enabled()
 
     def _derived(self, make: Callable[[], Any]) -> "Part":
         return Part(self._run, None, self._last, None, make)
