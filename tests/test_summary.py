@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -164,6 +166,21 @@ def test_what_a_branch_computes_of_constants_is_its_work() -> None:
     with FlopCounterMode(display=False) as without, torch.no_grad():
         model[0](x)
     assert row.flops == pytest.approx(1 - without.get_total_flops() / whole.get_total_flops())
+
+
+FIRST = """
+import sys, torch, stochastic_depth as sd
+layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+model, x = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 5, 8)
+sd.apply(model, p=0.5, example_inputs=x)
+assert "torch._dynamo" not in sys.modules  # which counting FLOPs imports
+print([sum(row.flops for row in sd.summary(model, x).rows) for _ in range(2)])
+"""
+
+
+def test_the_first_summary_of_a_process_counts_as_the_second_does() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert done.stdout == "[1.0, 1.0]\n", done.stderr
 
 
 class Scaled(nn.Module):

@@ -34,13 +34,17 @@ class FlopCounter(FlopCounterMode):
 
 
 class _Counting(Recorder):
-    """Notes how many FLOPs had been counted when each value was made."""
+    """Notes how many FLOPs its run had taken when each value was made."""
 
     def __init__(
-        self, total: Callable[[], int], flops: list[int], model: nn.Module, constants: list[Tensor]
+        self, counted: Callable[[], int], model: nn.Module, constants: list[Tensor]
     ) -> None:
-        self.total, self.flops = total, flops
+        self.counted, self.earlier = counted, counted()  # of a run that came to nothing
+        self.flops: list[int] = []
         super().__init__(model, constants)
+
+    def total(self) -> int:
+        return self.counted() - self.earlier
 
     def _add(self, node: Node, t: Any) -> int:
         number = super()._add(node, t)
@@ -64,21 +68,20 @@ def flop_shares(
         findings: what was found.
     """
     counter = FlopCounter()
-    counts: list[int] = []
-    recorder = partial(_Counting, counter.get_total_flops, counts)
+    recorder = partial(_Counting, counter.get_total_flops)
     constants = findings.constants
     # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
     with counter, sdpa_kernel(SDPBackend.MATH):
         counted = record(model, args, kwargs, False, recorder, constants=constants)
     # A model may do more for attention in steps, so values are told by their keys.
-    until = dict(zip([node.key for node in counted.nodes], counts, strict=False))
+    until = dict(zip([node.key for node in counted.nodes], counted.watch.flops, strict=True))
     made, before = [], 0
     flow = record(model, args, kwargs, False, constants=constants)
     for node in flow.nodes:
         now = max(until.get(node.key, before), before)
         made.append(now - before)
         before = now
-    total = max(counter.get_total_flops(), 1)
+    total = max(counted.watch.total(), 1)
     return {
         branch: sum(made[i] for i in _computed(flow, nodes)) / total
         for branch, nodes in findings.nodes.items()
