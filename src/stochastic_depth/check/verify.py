@@ -15,6 +15,7 @@ from ..applied import branches, sites
 from ..branch import Branch
 from ..calls import call_of
 from ..drop.collectives import existing_of
+from ..drop.draws import ASIDE
 from ..drop.force import forced, plain
 from ..find import find, run_weighed
 from ..find.state import NORMS, copied, in_mode, untouched
@@ -110,7 +111,7 @@ class _Verifier:
         self.model = model
         self.args, self.kwargs = args, kwargs
         try:  # rounding says least in double precision
-            self.model = copy.deepcopy(model).double()
+            self.model = copy.deepcopy(model, {ASIDE: None}).double()
             self.args, self.kwargs = tree_map_only(Tensor, _double, (args, kwargs))
             runs = not self._step(plain()).has_nan()
         except Exception:  # of any kind: it cannot be copied, or does not run so
