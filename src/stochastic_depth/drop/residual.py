@@ -92,8 +92,9 @@ def residual(
     rate = check_p(p)
     check_choice(mode, Mode, "mode")
     check_choice(scale, Scale, "scale")
-    if type(shortcut) is Part:
-        raise shortcut._run.error("goes on into residual(): call that in a module of the branch's")
+    given: Any = shortcut
+    if type(given) is Part:
+        raise given._run.error("goes on into residual(): call that in a module of the branch's")
     inputs = inputs or (shortcut,)
     if mode != "batch":
         _check_samples(shortcut, inputs, mode, batch_dim)

@@ -1,7 +1,7 @@
 """How much of a model's work each branch is: FLOPs, counted in one run."""
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -54,7 +54,11 @@ class _Counting(Recorder):
 
 
 def flop_shares(
-    model: nn.Module, args: Any, kwargs: Any, findings: Findings
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    findings: Findings,
+    modules: Mapping[Branch, Collection[nn.Module]],
 ) -> dict[Branch, float]:
     """The share of one forward's FLOPs that each branch has, in evaluation.
 
@@ -66,6 +70,7 @@ def flop_shares(
         args: what it was called with when its branches were found.
         kwargs: the same.
         findings: what was found.
+        modules: of other branches, what they call.
     """
     counter = FlopCounter()
     recorder = partial(_Counting, counter.get_total_flops)
@@ -82,10 +87,11 @@ def flop_shares(
         made.append(now - before)
         before = now
     total = max(counted.watch.total(), 1)
-    return {
-        branch: sum(made[i] for i in _computed(flow, nodes)) / total
-        for branch, nodes in findings.nodes.items()
-    }
+    computed = {branch: _computed(flow, nodes) for branch, nodes in findings.nodes.items()}
+    for branch, own in modules.items():
+        calls = [range(call.start, call.end) for call in flow.calls if call.module in own]
+        computed[branch] = set().union(*calls)
+    return {branch: sum(made[i] for i in nodes) / total for branch, nodes in computed.items()}
 
 
 def _computed(flow: Flow, nodes: frozenset[int]) -> set[int]:
