@@ -12,7 +12,7 @@ from torch import nn
 import stochastic_depth as sd
 from models import SMALL_BRANCHES, small, small_batch
 from stochastic_depth.check.summary import Row
-from stochastic_depth.check.verify import Check
+from stochastic_depth.check.verification import Check
 from stochastic_depth.cli import main
 
 matplotlib.use("Agg")
