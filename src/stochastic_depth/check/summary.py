@@ -144,9 +144,8 @@ class Summary:
             >>> figure = sd.summary(model).plot()
         """
         kept = "" if self.compute_kept is None else f"; compute kept {self.compute_kept:.1%}"
-        return picture_of(
-            self.rows, f"expected depth {self.expected_depth:.2f} of {self.depth} branches{kept}"
-        )
+        title = f"expected depth {self.expected_depth:.2f} of {self.depth} branches{kept}"
+        return picture_of(self.rows, _running(self.rows), title)
 
 
 def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> Summary:
@@ -232,6 +231,23 @@ def _executed(rows: Sequence[Row], ranks: int = 1, way: Way = "independent") -> 
     classes = cost_classes([row.parameters for row in rows])  # as balanced decisions have them
     kept = slowest(rates, costs, ranks, way, classes=classes, around=around)
     return 1.0 - share * (1.0 - kept)
+
+
+def _running(rows: Sequence[Row]) -> list[float]:
+    """By row, the share of FLOPs that its branch is expected to run, with those inside of it."""
+    around = _around(rows)
+    own = [row.flops or 0.0 for row in rows]
+    for row, outer in zip(rows, around, strict=True):
+        if outer is not None:
+            own[outer] -= row.flops or 0.0
+    chances = chances_to_run([row.p for row in rows], around)
+    running = [0.0] * len(rows)
+    for i, (cost, chance) in enumerate(zip(own, chances, strict=True)):
+        at: int | None = i
+        while at is not None:
+            running[at] += cost * chance
+            at = around[at]
+    return running
 
 
 def _around(rows: Sequence[Row]) -> list[int | None]:
