@@ -24,6 +24,7 @@ from ..find.state import NORMS, copied, in_mode, untouched
 from .noise import ByName, NoDropout, NoNoise, Rounding
 from .outcome import Outcome, compare, differ
 from .verification import Check, Verification
+from .whole import weighed_block
 
 __all__ = ["verify"]
 
@@ -38,13 +39,13 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
     gives NaN. In the checks of training, dropout is off and BatchNorm uses its running statistics,
     which keeps the samples of a batch apart.
 
-    1. In evaluation the output is the plain model's; with ``scale="eval"``, where a sum counts a
-       branch 1-p times.
+    1. In evaluation the output is the plain model's; with ``scale="eval"``, that in which each
+       branch counts 1-p times.
     2. In training with every branch kept, so are output, gradients and buffers.
     3. At p = 1 no module with parameters inside a branch runs.
     4. A branch that is dropped alone leaves what the plain model gives without that one sum, and
-       one that counts twice, what it gives with that sum counted twice. What enters no sum of this
-       call (blocks that are dropped as a whole) is listed as skipped.
+       one that counts twice, what it gives with that sum counted twice. A block that is dropped as
+       a whole leaves its input, or goes twice as far from it. What cannot be compared is listed.
     5. Where samples are selected, each sample is what it is where all are computed and the dropped
        ones masked. (Statistics of those that are computed, in buffers, are not.)
 
@@ -130,12 +131,12 @@ class _Verifier:
         return differ("the output", expected, got, exact=True)
 
     def _found(self) -> tuple[Findings, dict[Branch, Branch]]:
-        """What this call of the plain model shows, and by branch the same one in it."""
+        """What this call of the plain model shows, and by branch the same one in it, or a block."""
         with plain():
             found = find(self.model, self.args, self.kwargs, samples=None)
         by_name = {branch.name: branch for branch in found.branches}
-        names = self.names
-        return found, {b: by_name[names[b]] for b in self.branches if names[b] in by_name}
+        same = {b: b if b.kind == "block" else by_name.get(self.names[b]) for b in self.branches}
+        return found, {b: shown for b, shown in same.items() if shown is not None}
 
     def _differs(
         self,
@@ -143,10 +144,14 @@ class _Verifier:
         weights: dict[Branch, float],
         decisions: dict[Branch, tuple[bool, float]],
     ) -> str | None:
-        """Where evaluation with decisions differs from the plain model with weighed sums."""
+        """Where evaluation with decisions differs from the plain model with weighed branches."""
+        own = owners(self.model)
+        sums = {branch: weight for branch, weight in weights.items() if branch not in own}
         with torch.no_grad(), _seeded(), NoNoise():  # type: ignore[no-untyped-call]
-            with plain():
-                expected = run_weighed(self.model, self.args, self.kwargs, weights, found)
+            with plain(), ExitStack() as stack:
+                for block in weights.keys() - sums.keys():
+                    stack.enter_context(weighed_block(own[block], weights[block]))
+                expected = run_weighed(self.model, self.args, self.kwargs, sums, found)
             with forced(decisions) if decisions else nullcontext():
                 got = self._call(self.model)
         reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
@@ -223,9 +228,7 @@ class _Verifier:
         for branch in self.branches:
             name = self.names[branch]
             if branch not in same:
-                whole = "it is dropped as a whole, and enters no sum"
-                unseen = reasons.get(name, _UNSEEN)
-                self.unchecked[name] = whole if branch.kind == "block" else unseen
+                self.unchecked[name] = reasons.get(name, _UNSEEN)
                 continue
             for weight, decision in ((0.0, (True, 1.0)), (2.0, (False, 2.0))):
                 failure = self._differs(found, {same[branch]: weight}, {**kept, branch: decision})
