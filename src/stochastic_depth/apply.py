@@ -9,7 +9,7 @@ from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .applied import awaited, branches, is_applied, sites
+from .applied import awaited, branches, is_applied
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
@@ -309,12 +309,15 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     factor = next((b.p / b.target for b in before.values() if b.target > 0.0), pending.factor)
     name = next(name for name, module in model.named_modules() if module is part)
     beside = None if part is model else _beside(pending, before.values())
+    refused = _install.refused_beside(pending, name)
     put_back, slot = keep_slots(part), slot_of(part)
     _install.remove(part)
     try:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
+        findings = prefixed(findings, name)
+        findings.refused += refused
         tell = not before  # else it was said of the inputs that were made up
-        complete(model, keep_identity(prefixed(findings, name), before), settings, tell, beside)
+        complete(model, keep_identity(findings, before), settings, tell, beside)
     except BaseException:
         put_back()
         raise
@@ -323,13 +326,14 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     for branch in branches(part):
         vars(branch).update(changed.get(branch, {}))
         branch.set_rate(factor * branch.target)
+    for site in _install.sites_of(pending):
+        site.findings.refused = findings.refused
     _install.put_others(others, gone)
 
 
 def _beside(pending: Pending, own: Collection[Branch]) -> list[Branch] | None:
     """The branches of other parts of the model; None where nothing is left to be found there."""
-    draws = pending.settings.draws
-    found = [b for s in sites(pending.model) if s.draws is draws for b in s.branches]
+    found = [b for s in _install.sites_of(pending) for b in s.branches]
     beside = sorted((b for b in found if b not in own), key=lambda b: b.order)
     waits = any(other is not pending for other in awaited(pending.model))
     return beside if beside or waits else None
