@@ -14,10 +14,11 @@ from ..find import WHOLE
 from ..install import remove
 from .choose import Keep, Ranking, to_remove
 from .compare import difference, is_handed_on, output_of
-from .configs import configured, follow, rebuilt
+from .configs import follow, follow_branches, own_configs
 from .fold import fold, is_close
 from .looks import Look, Target, check_model, look_at, names_of
-from .record import CONFIG_KEY, Pruned, keep_record
+from .rebuilt import check_configs
+from .record import Pruned, keep_record
 from .surgery import Cuts, Undo, cut_blocks, cut_branches, cut_parameters, held_by
 
 __all__ = ["prune", "shallow"]
@@ -41,7 +42,8 @@ def prune(
     ``from_pretrained`` and generation work as always, without this library. If only a branch is
     removed, its modules and parameters go and its block stays. A transformers configuration lists
     such branches as ``pruned_branches``; a model made from it has to be pruned with
-    ``remove=config.pruned_branches`` before its weights are loaded.
+    ``remove=config.pruned_branches`` before its weights are loaded. The pruned model gets a
+    configuration of its own, as others may have the one from before.
 
     Stochastic depth is removed first; apply it again to go on training with it. What
     ``scale="eval"`` counts less in evaluation is multiplied into weights that the branch, or the
@@ -290,20 +292,13 @@ def _cut(
     left = [n for n in look.blocks if not any(is_below(n, block) for block in gone)]
     names = {name: cuts.name(name) for name in left}
     if config:
-        follow(model, cuts, undo)
+        own_configs(model, undo)
+        lists = follow(model, cuts, undo)
+        follow_branches(model, cuts, gone, alone, undo)
     if blocks:
         _check(model, look, wanted, "blocks", names)
-        if config and configured(model) is model and not _has_adapters(model):
-            again = rebuilt(model)
-            given = [output_of(m, look, blocks=names) for m in (again, model)]
-            problem = difference(*given)
-            if problem:
-                raise ValueError(
-                    f"a {type(model).__name__} made of the configuration of the pruned one gives "
-                    f"something else ({problem}): its layers differ in a way that the "
-                    "configuration cannot say of these; remove others, or branches, or give "
-                    "config=False"
-                )
+        if config:
+            check_configs(model, look, map(cuts.name, cuts.kept), names, lists)
     if alone:
         gone += cut_branches(model, alone, look.found, cuts, undo)
         of_parameters = Undo()
@@ -319,10 +314,6 @@ def _cut(
         else:
             undo.add(of_parameters)
             gone += parameters
-        if config and configured(model) is model:  # saved with it, for whoever loads it
-            own = undo.keep(vars(model.config))
-            now = [cuts.name(block_of(b)) + ":" + b.name.partition(":")[2] for b in alone]
-            own[CONFIG_KEY] = [*own.get(CONFIG_KEY, ()), *now]
     return gone, cuts
 
 
@@ -339,7 +330,3 @@ def _check(model: nn.Module, look: Look, wanted: Any, what: str, names: dict[str
             f"without these {what} the model computes something else than when it skips them "
             f"({problem}), so it is as it was: something else depends on them"
         )
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    return any(type(m).__module__.startswith("peft.") for m in model.modules())
