@@ -25,7 +25,7 @@ _BETWEEN = (
     os.path.join(_TORCH, "_ops.py"),
     os.path.join(_TORCH, "utils") + os.sep,
 )
-_NOWHERE = Spot("", "", 0, 0)
+_NOWHERE = Spot("", "", 0, 0, (0, 0))
 
 _between: dict[str, bool] = {}  # by file
 
@@ -79,7 +79,6 @@ def spot(depth: int = 1) -> Spot:
 
 @by_instruction
 def _spot(code: CodeType, instruction: int) -> Spot:
-    line, _, column, _ = next(islice(code.co_positions(), instruction // 2, None))
-    return Spot(
-        code.co_filename, code.co_qualname, line or 0, instruction if column is None else column
-    )
+    line, last, column, end = next(islice(code.co_positions(), instruction // 2, None))
+    begin = instruction if column is None else column
+    return Spot(code.co_filename, code.co_qualname, line or 0, begin, (last or 0, end or 0))
