@@ -78,6 +78,20 @@ def test_a_projection() -> None:
     assert (branch.name, branch.kind) == ("0:f", "projection")
 
 
+def test_a_light_path_beside_a_projection_block_is_no_shortcut() -> None:
+    class Beside(small.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g, self.project = small.linear(), small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.project(x) + self.g(self.f(x).relu())
+            return y + self.norm(x)
+
+    (branch,) = look(nn.Sequential(Beside(), small.linear())).branches
+    assert (branch.modules, branch.kind) == (("0.f", "0.g"), "projection")
+
+
 @pytest.mark.parametrize(
     "model",
     [small.Gates(), small.Noisy(), small.ParameterAsShortcut(), small.TokenShift(),

@@ -93,6 +93,18 @@ class Measures:
         grouped = len(weight) > 2 and len(image) == len(weight) and weight[1] < image[1]
         return grouped and max(weight[2:]) > 1
 
+    def is_made_of(self, i: int, values: set[int], first: int) -> bool:
+        """Whether a value is computed from one of ``values``, by what comes from ``first`` on."""
+        waiting, seen = ([i] if i >= first else []), {i}
+        while waiting:
+            for x in self.nodes[waiting.pop()].sources:
+                if x in values:
+                    return True
+                if x >= first and x not in seen:
+                    seen.add(x)
+                    waiting.append(x)
+        return False
+
     def is_followed(self, m: int) -> bool:
         """Whether a layer with weights works on the sum."""
         waiting, seen = [m], {m}
