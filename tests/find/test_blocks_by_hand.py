@@ -1230,16 +1230,24 @@ class Corrected(nn.Module):
         return y + (scale - 1) * y + scale * self.up(self.down(x))
 
 
+class Adapted(Corrected):
+    """LoRA: a correction beside the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
 class WithCorrections(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layer: type[nn.Module]) -> None:
         super().__init__()
-        self.f, self.g = Corrected(), Corrected()
+        self.f, self.g = layer(), layer()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.g(torch.tanh(self.f(x)))
 
 
-def test_corrections_of_layers_are_no_blocks() -> None:
-    model = nn.Sequential(WithCorrections(), WithCorrections())
+@pytest.mark.parametrize("layer", [Corrected, Adapted])
+def test_corrections_of_layers_are_no_blocks(layer: type[nn.Module]) -> None:
+    model = nn.Sequential(WithCorrections(layer), WithCorrections(layer))
     sd.apply(model, 0.5, example_inputs=torch.randn(3, 8))
     assert [branch.name for branch in sd.branches(model)] == ["0:f", "1:f"]

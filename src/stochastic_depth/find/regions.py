@@ -147,13 +147,10 @@ class Finder(Parts):
     def apart(self, branch: int, shortcut: int) -> tuple[set[int], set[int]]:
         """What the one side needs alone, and what the other; inputs are nobody's."""
         nodes = self.nodes
-        marks: dict[int, int] = {}
-        for side, i in ((1, branch), (2, shortcut)):
-            if nodes[i].varies:
-                marks[i] = marks.get(i, 0) | side
+        marks = {branch: 1, shortcut: 2} if nodes[shortcut].varies else {branch: 1}
         heap = [-i for i in marks]
         heapq.heapify(heap)
-        alone = sum(mark != 3 for mark in marks.values())
+        alone = len(marks)
         found: tuple[set[int], set[int]] = set(), set()
         while heap and alone:
             i = -heapq.heappop(heap)
@@ -185,7 +182,7 @@ class Finder(Parts):
                 continue
             near = {i for i in branch if start <= i < end}
             inside = {i for i in kept if start <= i < end}
-            if not self.is_residual(trunk, own, near, inside):
+            if not self.is_residual(b, trunk, own, near, inside):
                 continue
             calls = self.largest(inside or near, block, m)
             name = self.calls[block].name
@@ -197,6 +194,9 @@ class Finder(Parts):
         if not self.is_substantial(near, m):
             return None
         if reason := self.objection(inside, near, b, m):
+            return Rejected(block, calls, reason, m)
+        if own and any(map(self.is_noise, self.factors(b))):
+            reason = "it scales normal random numbers: a sample of a distribution"
             return Rejected(block, calls, reason, m)
         if self.is_shared(own, branch.union(trunk), m):
             reason = "a sum of two branches of a cell, neither of which is its shortcut"
@@ -213,8 +213,10 @@ class Finder(Parts):
             m, s, b, nodes, block, calls, kind, merges, drops, self.stream, frozenset(branch)
         )
 
-    def is_residual(self, trunk: list[int], own: set[int], near: set[int], kept: set[int]) -> bool:
-        """Whether the branch starts where the shortcut does."""
+    def is_residual(
+        self, b: int, trunk: list[int], own: set[int], near: set[int], kept: set[int]
+    ) -> bool:
+        """Whether the branch starts where the shortcut does, and is no product with that."""
         read = {x for i in near for x in self.nodes[i].sources}
         if not self.nodes[trunk[-1]].varies:  # learned queries: what is computed of them alone
             waiting = [x for x in read if not self.nodes[x].varies]
@@ -230,9 +232,12 @@ class Finder(Parts):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
+        readers = [i for i in own | near if not start.isdisjoint(self.nodes[i].sources)]
+        if all(self.nodes[i].op in _SLICES for i in readers):
+            return False  # of several parts of it, as of two steps
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
-        return len(start) == 1 and deeper
+        return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
     def is_shared(self, own: set[int], branch: set[int], m: int) -> bool:
         """Whether others read what a projection of the shortcut makes with its weights."""
@@ -291,6 +296,19 @@ class Finder(Parts):
         if not starts.isdisjoint(region.stream):
             return False
         return self.is_made_of(region.shortcut, starts, self.calls[region.block].start)
+
+    def is_block(self, region: Region) -> bool:
+        """Whether a branch makes a block: not a layer of several parts, or one with a correction.
+
+        The correction (DoRA) has fewer weights than what the layer has just made.
+        """
+        s = region.shortcut
+        made = {s} if s >= self.calls[region.block].start else set()
+        if region.kind == "projection":
+            _, made, _ = self.trunk(s, self.apart(region.output, s)[1])
+            if self.depth(set(region.nodes))[0] < 2:
+                return False
+        return self.size_of(made) <= self.size_of(region.nodes)
 
     # Where it enters what goes on.
 
