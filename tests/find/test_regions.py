@@ -94,6 +94,22 @@ def test_a_light_path_beside_a_projection_block_is_no_shortcut() -> None:
     assert (branch.modules, branch.kind) == (("0.f", "0.g"), "projection")
 
 
+def test_a_beginning_that_is_given_again_is_no_shortcut_of_the_whole() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.head = small.linear(), small.linear()
+            self.f = nn.ModuleList(small.linear() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = x = self.start(x)
+            for f in self.f:
+                x = x + f(x) + 0.1 * first
+            return self.head(x)
+
+    assert modules(Again()) == [("f.0",), ("f.1",), ("f.2",)]
+
+
 class Sampled(small.Block):
     """The reparametrisation of a variational autoencoder."""
 
