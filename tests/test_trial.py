@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.find.zeros import without, zeros_in
+from stochastic_depth.trial import _are_close
 
 SIZES: list[int] = []
 
@@ -85,29 +87,29 @@ def test_all_is_tried_with_a_part_of_the_samples(size: int, blocks: str | None) 
     assert sd.branches(model)[0].dropped > 0
 
 
-class Gated(nn.Module):
-    """Multiplies two values of its branch in its sum, so that its weight would enter twice."""
-
-    def __init__(self, head: str) -> None:
-        super().__init__()
-        self.f, self.g, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.complex = head == "complex"
-        if head == "zero":
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.head(torch.addcmul(x, self.g(x).sigmoid(), self.f(x)))
-        return torch.complex(y, y) if self.complex else y
+def test_complex_outputs_are_compared() -> None:
+    x = torch.randn(4, dtype=torch.complex64)
+    assert _are_close(x, x.clone())
+    assert not _are_close(x, x + 0.5j)
 
 
-@pytest.mark.parametrize("head", ["random", "zero", "complex"])
-def test_an_output_of_any_kind_shows_what_the_trial_is_for(head: str) -> None:
-    model = Gated(head)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="it does not change the model's output as its sum says"):
-        sd.apply(model, 0.5, example_inputs=torch.randn(4, 4))
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+def test_parameters_that_are_zero_are_others_for_a_while() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    nn.init.zeros_(model[0].weight)
+    before, versions = (
+        [p.data for p in model.parameters()],
+        [p._version for p in model.parameters()],
+    )
+    zeros = zeros_in(model)
+    assert [id(p) for p in zeros] == [id(model[0].weight), id(model[1].bias)]
+    with pytest.raises(KeyError), without(zeros):
+        assert all(bool(p.any()) for p in model.parameters())
+        raise KeyError
+    assert all(
+        p.data_ptr() == x.data_ptr() for p, x in zip(model.parameters(), before, strict=True)
+    )
+    assert [p._version for p in model.parameters()] == versions
+    assert not model[0].weight.any()
 
 
 class AcrossTheBatch(nn.Module):
