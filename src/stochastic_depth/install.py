@@ -149,13 +149,21 @@ def rates_of(model: nn.Module, chosen: list[Branch], settings: Settings) -> dict
 
 
 def _own_rates(model: nn.Module, chosen: list[Branch]) -> list[float]:
-    own = [[rate_of(model.get_submodule(name)) for name in branch.existing] for branch in chosen]
-    if all(rate is None for rates in own for rate in rates):
+    modules = {name: model.get_submodule(name) for b in chosen for name in b.existing}
+    # timm has an Identity where the rate is 0.
+    own = {n: rate_of(m) for n, m in modules.items() if not isinstance(m, nn.Identity)}
+    if not own:
         raise ValueError(
             "p='model' keeps the rates of a model's DropPath modules, but "
             f"{type(model).__name__} has none in its residual branches; give p as a number"
         )
-    return [max((rate or 0.0 for rate in rates), default=0.0) for rates in own]
+    for name, rate in own.items():
+        if rate is None:
+            raise ValueError(
+                f"p='model' cannot read the rate of {name}, a {type(modules[name]).__name__}: "
+                "give it an attribute drop_prob, or give p as a number"
+            )
+    return [max((own.get(name) or 0.0 for name in b.existing), default=0.0) for b in chosen]
 
 
 def nothing_found(model: nn.Module, findings: Findings, blocks: Filter) -> str:

@@ -122,6 +122,10 @@ class Site:
     def install(self) -> None:
         self.meet_calls()
         self._renew()
+        self.replace_existing()
+
+    def replace_existing(self) -> None:
+        """Have the drop modules that no frame meets hand on what they are given."""
         for module in self._existing():
             put(module).site = PassOn(module)
 
