@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import stochastic_depth as sd
+from stochastic_depth.integrations import common
 from stochastic_depth.integrations import lightning as on_lightning
 from stochastic_depth.integrations import transformers as on_transformers
 
@@ -174,6 +175,22 @@ def test_lightning_leaves_an_applied_model_and_its_rates(tmp_path):
     assert module.rates == [[0.6]] * STEPS
     with pytest.raises(ValueError, match="stochastic depth already, so p would have no effect"):
         fit(tmp_path / "b", Applied(p=0.1))
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_callback_without_a_schedule_leaves_the_rates_to_another(by_hand: bool) -> None:
+    layers = [sd.StochasticDepth(nn.Linear(4, 4), 0.4) if by_hand else Block() for _ in range(2)]
+    model = nn.Sequential(*layers)
+    if not by_hand:
+        sd.apply(model, 0.4, example_inputs=torch.ones(2, 4))
+    mine = sd.RateSchedule(model, "linear", steps=4)
+    common.ensure_applied(model, {})
+    theirs = common.rate_schedule(model, None, None, 100)
+    for share in (0.0, 0.25, 0.5):
+        assert [b.p for b in sd.branches(model)] == [share * b.target for b in sd.branches(model)]
+        assert theirs.metrics() == pytest.approx(mine.metrics())
+        theirs.step()
+        mine.step()
 
 
 # transformers
