@@ -164,10 +164,22 @@ def test_a_seed_repeats_a_run_and_torch_s_seed_does_where_there_is_none() -> Non
     for seed in (5, 5, 6):
         model = stack()
         torch.manual_seed(seed)
+        first = steps(model, 1)
         state = torch.get_rng_state()
-        runs.append(steps(model, 20))
-        assert torch.equal(torch.get_rng_state(), state)  # nobody's numbers change
+        runs.append([*first, *steps(model, 19)])
+        assert torch.equal(torch.get_rng_state(), state)  # one number chooses a seed, for good
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"draw": "independent", "ranks": "shared"}])
+@pytest.mark.parametrize("other", [copy.deepcopy, lambda _: stack()], ids=["copy", "equal model"])
+def test_models_that_begin_together_decide_differently(other: Any, options: dict) -> None:
+    model = stack(**options)
+    twin = other(model)
+    torch.manual_seed(5)
+    decided = [steps(model, 1) == steps(twin, 1) for _ in range(100)]
+    # At 6 branches of rate 0.5 there are at least 20 outcomes; 1 in 20 agrees: P(> 20) < 1e-7.
+    assert sum(decided) <= 20
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from .balance import stream
 from .collectives import needs_all_ranks
 from .deck import Deck, deal
 from .ranks import from_first_rank, is_distributed, rank, world_size
-from .replay import Tape, may_be_recomputed
+from .replay import Tape, may_be_recomputed, ticket_of
 
 __all__ = ["Draw", "Draws", "Ranks"]
 
@@ -178,20 +178,21 @@ class Draws:
     def _seeded(self, source: _Source) -> torch.Generator:
         if source == "separate":
             assert self.seed is not None
-            seed = _mixed(self.seed, rank()) if is_distributed() else self.seed
-            return torch.Generator().manual_seed(seed)
+            return _seeded(_mixed(self.seed, rank()) if is_distributed() else self.seed)
         common = self._common_seed()
         if source == "shared":
-            return torch.Generator().manual_seed(common)
+            return _seeded(common)
         return stream(_mixed(common, *source))
 
     def _common_seed(self) -> int:
+        """The given seed, or a number of torch's default generator, which the next model gets not.
+
+        Where the call may be repeated, which chooses no seed again, the tape's ticket sees to that.
+        """
         if self.seed is not None:
             return self.seed
         if self._common is None:
-            state = torch.get_rng_state()  # peek: nobody's numbers change
-            self._common = int(torch.randint(1 << 62, (), device="cpu"))
-            torch.set_rng_state(state)
+            self._common = ticket_of(default=may_be_recomputed())
             if is_distributed():
                 self._common = from_first_rank(self._common)
         return self._common
@@ -226,6 +227,11 @@ class Draws:
 
 def _restored(state: Any) -> torch.Generator:
     return torch.Generator().set_state(torch.as_tensor(state, dtype=torch.uint8, device="cpu"))
+
+
+def _seeded(seed: int) -> torch.Generator:
+    """A generator; torch's looks at the lower 32 bits of its seed."""
+    return torch.Generator().manual_seed(seed if 0 <= seed < 1 << 32 else _mixed(seed))
 
 
 def _mixed(*numbers: Hashable) -> int:
