@@ -267,6 +267,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropped_grad": "zeros"}, ValueError, "dropped_grad must be one of"),
     ({"include": failing}, KeyError, "mine"),
     ({"exclude": [None]}, TypeError, "exclude must be globs .* got None"),
+    ({"include": []}, ValueError, r"include=\[\]: nothing is included"),
+    ({"blocks": ()}, ValueError, r"blocks=\(\): nothing is included"),
+    ({"seed": 1 << 64}, ValueError, "seed must be one that torch takes, of 64 bits, got 1844674"),
     ({"example_inputs": 3}, ValueError, "example_inputs must be what the model is called with"),
 ]
 

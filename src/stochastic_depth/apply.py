@@ -18,7 +18,7 @@ from .find import Samples, find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
-from .patterns import Filter, matching_modules, outermost
+from .patterns import Filter, listed, matching_modules, outermost
 from .rates import DepthSchedule
 from .trial import refuse_what_fails
 
@@ -135,7 +135,7 @@ def apply(
     elif p is not None:
         p = check_p(p)
     if seed is not None:
-        seed = _integer(seed)
+        seed = _seed(seed)
     if draw == "balanced" and mode != "batch":
         raise ValueError(
             f"draw='balanced' is for mode='batch', got mode={mode!r}; mode='subset' computes "
@@ -151,7 +151,8 @@ def apply(
             "alone: apply first and wrap then (fully_shard may come first)"
         )
     settings = Settings(
-        p, schedule, mode, scale, dropped_grad, include, exclude, blocks,
+        p, schedule, mode, scale, dropped_grad,
+        listed(include, "include"), listed(exclude, "exclude"), listed(blocks, "blocks"),
         Draws(seed, ranks, draw), _samples(samples, mode),
     )  # fmt: skip
     with few_collections():
@@ -180,13 +181,16 @@ def _samples(samples: Any, mode: Mode) -> Samples:
     return Samples(dim, rows)
 
 
-def _integer(seed: Any) -> int:
+def _seed(seed: Any) -> int:
     try:
         if isinstance(seed, bool):
             raise TypeError
-        return operator.index(seed)
+        number = operator.index(seed)
     except TypeError:
         raise TypeError(f"seed must be an integer or None, got {seed!r}") from None
+    if not -(1 << 63) <= number < 1 << 64:
+        raise ValueError(f"seed must be one that torch takes, of 64 bits, got {seed!r}")
+    return number
 
 
 def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
@@ -281,9 +285,9 @@ def complete(
 def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     """Find on a real batch what was found on inputs that were made up, or not at all.
 
-    A branch that is found again keeps its identity, and what was set of it since ``apply``. All
-    keep the share of their target that a RateSchedule has given them. What was applied to a part
-    since stays as it is, and so does what was removed.
+    A branch that is found again keeps its identity, what was set of it since ``apply``, and the
+    share of its target that a RateSchedule has given it; others get that of the schedule. What was
+    applied to a part since stays as it is, and so does what was removed.
     """
     model, part, settings, given = pending.model, pending.part, pending.settings, pending.given
     others = _install.others_in(part, settings)
@@ -292,7 +296,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     before = {branch.name: branch for branch in branches(part) if branch not in foreign}
     changed = {b: choices(b) for b in before.values()}
     changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
-    factor = next((b.p / b.target for b in before.values() if b.target > 0.0), pending.factor)
+    factors = {b: b.p / b.target for b in before.values() if b.target > 0.0}
     name = next(name for name, module in model.named_modules() if module is part)
     beside = None if part is model else _beside(pending, before.values())
     put_back, slot = keep_slots(part), slot_of(part)
@@ -308,7 +312,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
         slot.site = slot_of(part).site  # for a part that has been compiled with its slot
     for branch in branches(part):
         vars(branch).update(changed.get(branch, {}))
-        branch.set_rate(factor * branch.target)
+        branch.set_rate(factors.get(branch, pending.factor) * branch.target)
     _install.put_others(others, gone)
 
 
