@@ -344,7 +344,7 @@ def use_rounds_of_rank_0(rank: int) -> None:
     # As transformers' Trainer: one file of rank 0, which all ranks load, as JSON.
     import json
 
-    from stochastic_depth.state import draws_of
+    from stochastic_depth.applied import draws_of
 
     model = stack(12, p=0.6, schedule="linear", draw="auto")
     steps(model, 3)

@@ -287,6 +287,26 @@ def test_the_trainer_refuses_what_would_go_on_with_other_rates(tmp_path):
         train(tmp_path / "plain", hf_callback(), resume=tmp_path / "plain" / "checkpoint-5")
 
 
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+@pytest.mark.parametrize("engine", ["lightning", "trainer"])
+def test_a_model_that_waits_for_its_first_batch_resumes_to_the_bit(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(sys.modules["stochastic_depth.apply"], "guess_inputs", lambda _: None)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    if engine == "lightning":
+        expected, *_ = fit(whole, lightning_callback(seed=3))
+        with pytest.raises(Stop):
+            fit(cut, lightning_callback(seed=3), StopAt(2))
+        resumed, *_ = fit(cut, lightning_callback(seed=3), resume=next(cut.glob("epoch=1*.ckpt")))
+    else:
+        expected, *_ = train(whole, hf_callback(seed=3))
+        with pytest.raises(Stop):
+            train(cut, hf_callback(seed=3), stop_after=13)
+        resumed, *_ = train(cut, hf_callback(seed=3), resume=cut / "checkpoint-10")
+    assert_same(weights(resumed), weights(expected))
+    counts = [[(b.p, b.decided, b.dropped) for b in sd.branches(m)] for m in (resumed, expected)]
+    assert counts[0] == counts[1]
+
+
 def test_the_package_imports_no_engine():
     script = (
         "import sys, stochastic_depth, stochastic_depth.integrations; "

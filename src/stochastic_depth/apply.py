@@ -20,6 +20,7 @@ from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
 from .patterns import Filter, listed, matching_modules, outermost
 from .rates import DepthSchedule
+from .resume import load_own_state
 from .trial import refuse_what_fails
 
 __all__ = ["apply", "remove", "settle"]
@@ -305,15 +306,17 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
         tell = not before  # else it was said of the inputs that were made up
         complete(model, keep_identity(prefixed(findings, name), before), settings, tell, beside)
+        if slot_of(part) is not None:
+            slot.site = slot_of(part).site  # for a part that has been compiled with its slot
+        for branch in branches(part):
+            vars(branch).update(changed.get(branch, {}))
+            branch.set_rate(factors.get(branch, pending.factor) * branch.target)
+        _install.put_others(others, gone)
+        if pending.saved is not None:
+            load_own_state(*pending.saved)
     except BaseException:
         put_back()
         raise
-    if slot_of(part) is not None:
-        slot.site = slot_of(part).site  # for a part that has been compiled with its slot
-    for branch in branches(part):
-        vars(branch).update(changed.get(branch, {}))
-        branch.set_rate(factors.get(branch, pending.factor) * branch.target)
-    _install.put_others(others, gone)
 
 
 def _beside(pending: Pending, own: Collection[Branch]) -> list[Branch] | None:

@@ -98,6 +98,7 @@ def install(
         branch.order = order
     for branch in chosen:
         branch.p = rates[branch]
+        branch.knows_samples = settings.mode != "batch"
         branch.mode, branch.scale = settings.mode, settings.scale
         branch.dropped_grad = settings.dropped_grad
     about = replace(findings, plans={}, nodes={}, merges={}, constants=[])
@@ -218,6 +219,7 @@ class Pending:
         self.model, self.part, self.settings = model, part, settings
         self.under = put(part).site  # the part's own site, if it is a block
         self.factor = 1.0  # what a RateSchedule multiplies targets with
+        self.saved: Any = None  # the model and the state that was loaded, to be restored then
         self.given = {branch: choices(branch) for branch in branches(part)}
         self.blocks = [site.block for site in sites(part)]
 

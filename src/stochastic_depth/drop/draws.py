@@ -200,7 +200,8 @@ class Draws:
     def state(self) -> dict[str, Any]:
         """The states of those generators that have been used: tensors, numbers, dicts and lists."""
         decks = {deck.name: deck for deck in self.decks.values()}
-        state: dict[str, Any] = {"common": self._common, "decks": {}}
+        state: dict[str, Any] = {"seed": self.seed, "ranks": self.ranks, "draw": self.draw}
+        state |= {"common": self._common, "decks": {}}
         for source, generator in self._generators.items():
             if isinstance(source, str):
                 state[source] = generator.get_state()
@@ -211,8 +212,20 @@ class Draws:
                 state["decks"].setdefault(name, {})[kind] = [generator.get_state(), now]
         return state
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise where a :meth:`state` is not one of such draws; another seed will do for a seed."""
+        settings = "seed", "ranks", "draw"
+        own = {name: getattr(self, name) for name in settings}
+        saved = {name: state.get(name) for name in settings}
+        if (own["seed"] is None) != (saved["seed"] is None) or own != saved | {"seed": self.seed}:
+            raise ValueError(
+                f"the state is that of a model with {saved}, and this one has {own}: apply "
+                "stochastic depth as it was when the state was saved"
+            )
+
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state`, in which tensors may have become lists."""
+        self.seed = state["seed"]
         self._alone.clear()  # what is restored is not seeded again
         self._common = state["common"]
         self._generators = {kind: _restored(state[kind]) for kind in _KINDS if kind in state}
