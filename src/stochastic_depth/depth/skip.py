@@ -8,7 +8,7 @@ from torch import nn
 
 from ..applied import branches, sites
 from ..branch import Branch
-from ..drop.force import forced
+from ..drop.force import left_out
 from ..drop.layer import StochasticDepth
 from ..find import WHOLE
 from .looks import Target, check_model, items_of, look_at, opened
@@ -57,16 +57,13 @@ def skip(
     items = items_of(what)
     known = _known(model, items)
     if known is not None:
-        with forced(dict.fromkeys(known, (True, 1.0))):
+        with left_out(known):
             yield
         return
     names = [item.removesuffix(f":{WHOLE}") for item in items if isinstance(item, str)]
     names += [b.name.removesuffix(f":{WHOLE}") for b in items if isinstance(b, Branch)]
     look = look_at(model, example_inputs, names)
-    with (
-        opened(model, look, look.select(items)) as stands,
-        forced(dict.fromkeys(stands.values(), (True, 1.0))),
-    ):
+    with opened(model, look, look.select(items)) as stands, left_out(stands.values()):
         yield
 
 
