@@ -136,6 +136,15 @@ def test_a_block_that_runs_twice_and_a_part_that_runs_alone() -> None:
         assert sum(dropped(model, lambda: model(X))) == 3
 
 
+def test_what_is_left_of_a_model_is_balanced() -> None:
+    model = stack()
+    model(X)
+    for part in (model[1], model[2]):
+        sd.remove(part)
+    model(X)
+    assert {sum(step) for step in steps(model, 50)} == {2}
+
+
 def test_what_is_sampled_in_evaluation_leaves_the_decisions_of_training_alone() -> None:
     one, other = stack(seed=1), stack(seed=1)
     for _ in range(20):

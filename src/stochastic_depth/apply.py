@@ -78,7 +78,7 @@ def apply(
         exclude: branches to leave alone, in the same forms.
         blocks: drop whole blocks (LayerDrop): globs on the names of modules, types, functions
             (name, module) -> bool, or a list of these; ``"all"`` is every block in which branches
-            are found. A dropped block returns the first tensor that it is given.
+            are found and that is in no other. A dropped one returns the first tensor it is given.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
             keywords, with at least two samples.
         samples: the dimension in which the inputs have the samples of the batch, which
@@ -343,5 +343,7 @@ def remove(model: M) -> M:
         >>> sd.branches(sd.remove(model))
         []
     """
+    for site in sites(model):
+        site.draws.withdraw(site.branches)
     _install.remove(model)
     return model

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -90,6 +90,12 @@ class Draws:
             if first in before:
                 deck.resume(before[first])
             self.decks |= dict.fromkeys(deck.branches, deck)
+
+    def withdraw(self, branches: Iterable[Branch]) -> None:
+        """Balance no more with these branches, which are removed."""
+        for branch in branches:
+            if branch in self.decks:
+                self.decks.pop(branch).withdraw(branch)
 
     def decide(self, branches: Sequence[Branch], block: nn.Module) -> list[Decision]:
         """The decisions for one call of ``block``, in one draw.
