@@ -1,6 +1,5 @@
 """The verbs that change a model: apply and remove."""
 
-import operator
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar
@@ -14,10 +13,11 @@ from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, cho
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
-from .find import Samples, find, find_blocks, guess_inputs
+from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
+from .options import samples_of, seed_of
 from .patterns import Filter, listed, matching_modules, outermost
 from .rates import DepthSchedule
 from .resume import load_own_state
@@ -136,7 +136,7 @@ def apply(
     elif p is not None:
         p = check_p(p)
     if seed is not None:
-        seed = _seed(seed)
+        seed = seed_of(seed)
     if draw == "balanced" and mode != "batch":
         raise ValueError(
             f"draw='balanced' is for mode='batch', got mode={mode!r}; mode='subset' computes "
@@ -154,7 +154,7 @@ def apply(
     settings = Settings(
         p, schedule, mode, scale, dropped_grad,
         listed(include, "include"), listed(exclude, "exclude"), listed(blocks, "blocks"),
-        Draws(seed, ranks, draw), _samples(samples, mode),
+        Draws(seed, ranks, draw), samples_of(samples, mode),
     )  # fmt: skip
     with few_collections():
         put_back = keep_slots(model)
@@ -165,33 +165,6 @@ def apply(
             put_back()
             raise
     return model
-
-
-def _samples(samples: Any, mode: Mode) -> Samples:
-    """The argument of this name."""
-    if samples is None:
-        return Samples()
-    dim, rows = samples if isinstance(samples, tuple) and len(samples) == 2 else (samples, 1)
-    if not (type(dim) is int and type(rows) is int and dim >= 0 and rows >= 1):
-        raise ValueError(
-            "samples must be a dimension of the inputs (0, 1, ...), or (dimension, rows of one "
-            f"sample), got {samples!r}"
-        )
-    if mode == "batch":
-        raise ValueError("samples is for mode='row' and 'subset': 'batch' drops whole batches")
-    return Samples(dim, rows)
-
-
-def _seed(seed: Any) -> int:
-    try:
-        if isinstance(seed, bool):
-            raise TypeError
-        number = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer or None, got {seed!r}") from None
-    if not -(1 << 63) <= number < 1 << 64:
-        raise ValueError(f"seed must be one that torch takes, of 64 bits, got {seed!r}")
-    return number
 
 
 def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
@@ -343,7 +316,6 @@ def remove(model: M) -> M:
         >>> sd.branches(sd.remove(model))
         []
     """
-    for site in sites(model):
-        site.draws.withdraw(site.branches)
+    _install.withdraw(model)
     _install.remove(model)
     return model

@@ -41,6 +41,7 @@ __all__ = [
     "prefixed",
     "put_others",
     "remove",
+    "withdraw",
 ]
 
 
@@ -285,6 +286,12 @@ def prefixed(findings: Findings, prefix: str) -> Findings:
     findings.refused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.refused]
     findings.unused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.unused]
     return findings
+
+
+def withdraw(model: nn.Module) -> None:
+    """Balance what is left without the branches of ``model``."""
+    for site in sites(model):
+        site.draws.withdraw(site.branches)
 
 
 def remove(model: nn.Module) -> None:
