@@ -534,6 +534,16 @@ def test_a_deep_copy_of_a_seeded_model_draws_for_itself() -> None:
     assert pattern(copy.deepcopy(seeded(7, "batch"))) == pattern(copy.deepcopy(seeded(7, "batch")))
 
 
+@pytest.mark.parametrize(
+    "look",
+    [sd.verify, lambda model, x: sd.shallow(model, remove="blocks.1:conv1", example_inputs=x)],
+)
+def test_copies_draw_the_same_whatever_has_looked_at_the_model(look: Any) -> None:
+    model = seeded(7, "batch")
+    look(model, small_batch())
+    assert pattern(copy.deepcopy(model)) == pattern(copy.deepcopy(seeded(7, "batch")))
+
+
 @pytest.mark.parametrize(("trip", "seed"), TRIPS)
 def test_a_copy_trains_on_like_the_original_and_apart_from_it(trip: str, seed: int | None) -> None:
     model = applied(small(), p=0.5, schedule="uniform", seed=seed)

@@ -480,6 +480,7 @@ class InPlace(nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:samples are taken to be as many neighbouring rows")
 @pytest.mark.parametrize("mode", ["batch", "row", "subset"])
 @pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("way", ["statement", "another name", "view"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from stochastic_depth.drop import force
 
 MODES = ["batch", "row", "subset"]
 ROW_MODES = ["row", "subset"]
@@ -108,6 +109,15 @@ def test_composer_evaluation_changes_at_once(mode: str, p: float, scale: str) ->
     before = torch.get_rng_state()
     assert torch.equal(layer(x), layer.module(x))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scale", SCALES)
+def test_what_runs_the_plain_model_runs_the_plain_module(scale: str, training: bool) -> None:
+    module, x = nn.Linear(3, 3), torch.randn(4, 3)
+    layer = sd.StochasticDepth(module, 0.7, scale=scale).train(training)
+    with force.plain():
+        assert torch.equal(layer(x), module(x))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])

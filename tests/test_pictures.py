@@ -12,7 +12,7 @@ from torch import nn
 import stochastic_depth as sd
 from models import SMALL_BRANCHES, small, small_batch
 from stochastic_depth.check.summary import Row
-from stochastic_depth.check.verify import Check
+from stochastic_depth.check.verification import Check
 from stochastic_depth.cli import main
 
 matplotlib.use("Agg")
@@ -39,6 +39,13 @@ def test_the_picture_has_the_branches_in_the_order_in_which_they_run() -> None:
     assert widths(compute) == pytest.approx([*shares, *runs])
     opacity = [bar.get_facecolor()[3] for bar in network.patches if bar.get_width() == 0.8]
     assert opacity == pytest.approx([1 - p for p in RATES])
+
+
+def test_the_picture_shows_how_much_of_nested_branches_runs() -> None:
+    outer = Row("0:f", "identity", 0.2, 0.0, 0.6)
+    inner = Row("0.f:fc", "identity", 0.5, 0.0, 0.4, inside="0:f")
+    compute = sd.Summary((outer, inner), (), ()).plot().axes[2]
+    assert widths(compute) == pytest.approx([60, 40, 80 * (0.2 + 0.2), 80 * 0.2])
 
 
 def test_the_picture_shows_what_was_dropped_in_training() -> None:

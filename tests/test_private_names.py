@@ -6,9 +6,11 @@ import inspect
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import replicate
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
@@ -164,14 +167,51 @@ def test_hooks_on_what_autograd_saves_are_seen_and_are_those_of_checkpointing() 
     assert _torch.saved_tensors_hooks() is None
 
 
-def test_the_arguments_of_a_custom_function_are_looked_through() -> None:
+def asked(by: Callable[[FrameType], bool]) -> tuple[Any, list[bool]]:
+    """Something that notes what ``by`` says of the frame that asks for its class."""
     seen: list[bool] = []
 
     class Other:
         @property  # type: ignore[misc]
         def __class__(self) -> type:
-            seen.append(_torch.is_given_to_function(sys._getframe(1)))
+            seen.append(by(sys._getframe(1)))
             return Other
+
+    return Other, seen
+
+
+def test_the_arguments_of_a_module_with_a_full_backward_hook_are_looked_through() -> None:
+    other, seen = asked(_torch.is_given_to_hook)
+    module = nn.Identity()
+    module.register_full_backward_hook(lambda *_: None)
+    with suppress(UserWarning):  # that it returns no tensor
+        module(other())
+    assert any(seen)
+    seen.clear()
+    assert not isinstance(other(), Tensor)
+    assert seen == [False]
+
+
+def test_hooks_of_all_modules_are_known() -> None:
+    before = nn.modules.module.register_module_forward_pre_hook(hook := lambda *_: None)
+    after = nn.modules.module.register_module_forward_hook(other := lambda *_: None)
+    assert _torch.global_hooks() == [hook, other]
+    before.remove()
+    after.remove()
+    assert _torch.global_hooks() == []
+
+
+def test_what_parametrize_caches_is_not_used_for_a_while() -> None:
+    linear = parametrizations.weight_norm(nn.Linear(3, 3))
+    with parametrize.cached():
+        with _torch.without_parametrize_cache():
+            assert linear.weight is not linear.weight
+        assert linear.weight is linear.weight
+    assert linear.weight is not linear.weight
+
+
+def test_the_arguments_of_a_custom_function_are_looked_through() -> None:
+    Other, seen = asked(_torch.is_given_to_function)
 
     class One(torch.autograd.Function):
         @staticmethod

@@ -564,3 +564,39 @@ def test_a_wrapped_module_that_overwrites_its_input_is_an_error() -> None:
     block = sd.StochasticDepth(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), p=1e-9)
     with pytest.raises(RuntimeError, match="overwrites its shortcut in place"):
         block(torch.randn(8, 4))
+
+
+class Summing(nn.Module):
+    """Has a branch of residual()'s, on its input or on the value of another branch."""
+
+    def __init__(self, within: bool = False, **options: str) -> None:
+        super().__init__()
+        self.fc, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.within, self.options = within, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.fc(x) if self.within else x
+        out = sd.residual(start, self.mlp, p=0.5, training=self.training, **self.options)
+        return x + out if self.within else out + self.fc(out)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
+def test_residual_alone_drops_its_branch(mode: str, scale: str) -> None:
+    model, x = nn.Sequential(Summing(mode=mode, scale=scale)), torch.randn(4, 4)
+    told = (("0:mlp", "residual() drops it by itself, at the p that it is given there"),)
+    found = sd.summary(model, x)
+    assert (found.unused, found.refused) == (("0:fc",), told)
+    sd.apply(model, p=0.5, example_inputs=x)
+    assert [branch.name for branch in sd.branches(model)] == ["0:fc"]
+    assert sd.summary(model).refused == sd.summary(model, x).refused == told
+    assert sd.verify(model, x).passed
+    with pytest.raises(ValueError, match=r"'0:mlp' cannot be left out: residual\(\) drops it"):
+        sd.prune(model, remove="0:mlp", example_inputs=x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_branch_around_residual_is_refused_with_a_reason(mode: str) -> None:
+    model = Summing(within=True, mode=mode)
+    with pytest.raises(ValueError, match=r"branch :fc goes on into residual\(\): call that in a"):
+        sd.apply(model, p=0.5, mode=mode, example_inputs=torch.randn(4, 4))

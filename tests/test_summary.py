@@ -1,7 +1,10 @@
 """summary(): what it counts, what it prints, and that it changes nothing."""
 
 import copy
+import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from models import SMALL_BRANCHES, Block, small, small_batch
+from stochastic_depth.applied import names_in
 
 
 def conv(inputs: int, outputs: int, kernel: int, pixels: int) -> int:
@@ -166,6 +170,21 @@ def test_what_a_branch_computes_of_constants_is_its_work() -> None:
     assert row.flops == pytest.approx(1 - without.get_total_flops() / whole.get_total_flops())
 
 
+FIRST = """
+import sys, torch, stochastic_depth as sd
+layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+model, x = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 5, 8)
+sd.apply(model, p=0.5, example_inputs=x)
+assert "torch._dynamo" not in sys.modules  # which counting FLOPs imports
+print([sum(row.flops for row in sd.summary(model, x).rows) for _ in range(2)])
+"""
+
+
+def test_the_first_summary_of_a_process_counts_as_the_second_does() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert done.stdout == "[1.0, 1.0]\n", done.stderr
+
+
 class Scaled(nn.Module):
     def forward(self, x, scale):
         return x * scale
@@ -304,3 +323,160 @@ def test_the_slowest_of_many_ranks_is_told() -> None:
     assert sd.summary(model, x, ranks=8).slowest == {}
     with pytest.raises(ValueError, match=r"ranks is how many take part in a step, .* got 0"):
         sd.summary(model, ranks=0)
+
+
+class Outer(nn.Module):
+    """A branch with another one inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(Mlp(), nn.Linear(4, 4, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.f(x)
+
+
+def nested(how: str) -> nn.Module:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Outer(), nn.Linear(4, 4), Outer()), torch.randn(2, 4)
+    if how == "blocks":
+        return sd.apply(model, 0.5, blocks=[Outer, Mlp], example_inputs=x)
+    if how == "wrappers":
+        model[0].f[0] = sd.StochasticDepth(model[0].f[0], 0.5)
+        model[2].f[0] = sd.StochasticDepth(model[2].f[0], 0.5)
+        return sd.apply(model, 0.5, example_inputs=x)
+    sd.apply(model, 0.5, example_inputs=x)
+    for outer in (model[0], model[2]):
+        sd.apply(outer.f, 0.5, example_inputs=x)
+    return model
+
+
+@pytest.mark.parametrize("how", ["blocks", "wrappers", "parts"])
+def test_what_nested_branches_keep_is_exact(how: str) -> None:
+    model, x = nested(how), torch.randn(2, 4)
+    branches = {name: branch for branch, name in names_in(model).items()}
+    assert len(branches) == 4
+    rates = dict(zip(branches, [0.1, 0.3, 0.6, 0.8], strict=True))
+    runs, whole = [], 5 * 2 * 2 * 16  # FLOPs of five linear layers
+    for drops in itertools.product([0.0, 1.0], repeat=4):
+        chance = 1.0
+        for (name, branch), p in zip(branches.items(), drops, strict=True):
+            branch.p = p
+            chance *= rates[name] if p else 1.0 - rates[name]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.train()(x)
+        kept = counter.get_total_flops() / whole
+        assert sd.summary(model, x).compute_kept == pytest.approx(kept)
+        runs.append((chance, kept))
+    for name, branch in branches.items():
+        branch.p = rates[name]
+    result = sd.summary(model, x, ranks=2)
+    expected = sum(chance * kept for chance, kept in runs)
+    assert result.compute_kept == pytest.approx(expected)
+    highest = sum(p * q * max(a, b) for p, a in runs for q, b in runs)
+    assert result.slowest["independent"] == pytest.approx(highest, abs=1e-3)
+    assert result.slowest["shared"] == pytest.approx(expected)
+    assert expected < result.slowest["balanced"] < highest + 0.02
+    outer = [row for row in result.rows if row.inside is None]
+    inner = {row.inside: row for row in result.rows if row.inside is not None}
+    depth = sum((1.0 - row.p) * (1.0 + (1.0 - inner[row.name].p)) for row in outer)
+    assert result.expected_depth == sd.summary(model).expected_depth == pytest.approx(depth)
+
+
+class Classifier(nn.Module):
+    """A wrapper around what stochastic depth is applied to."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Sequential(Mlp(), nn.Linear(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(x))
+
+
+def stack() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Mlp(), Leaky(), Mlp())
+
+
+class Leaky(Mlp):
+    """What its branch computes is used outside of it, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.linear(x)
+        return (x + out) * out
+
+
+LEAK = "what the branch computes is also used outside of it: compute what both need before the"
+
+
+def test_branches_have_their_names_in_the_model_that_is_given() -> None:
+    x = torch.randn(2, 4)
+    backbone = sd.apply(stack(), 0.5, schedule="uniform", example_inputs=x)
+    model = Classifier(backbone)
+    for given in (None, x):
+        result = sd.summary(model, given)
+        assert [row.name for row in result.rows] == ["backbone.0:linear", "backbone.2:linear"]
+        assert [(name, LEAK in why) for name, why in result.refused] == [
+            ("backbone.1:linear", True)
+        ]
+    assert result.unused == ("head.0:linear",)
+    assert [row.flops for row in result.rows] == pytest.approx([16 / 76] * 2)
+    assert result.compute_kept == pytest.approx(60 / 76)
+    assert [branch.name for branch in sd.branches(model)] == ["0:linear", "2:linear"]
+    whole = sd.apply(model, 0.5, schedule="uniform", include="backbone.*", example_inputs=x)
+    for given in (None, x):
+        result = sd.summary(whole.backbone, given)
+        assert [row.name for row in result.rows] == ["0:linear", "2:linear"]
+        assert [name for name, _ in result.refused] == ["1:linear"]
+        assert result.unused == ()
+    backbone.insert(0, nn.Linear(4, 4))  # blocks that have moved
+    result = sd.summary(backbone, x)
+    assert [row.name for row in result.rows] == ["1:linear", "3:linear"]
+    assert [row.flops for row in result.rows] == [0.25, 0.25]
+
+
+def test_what_was_refused_in_any_part_is_told_once() -> None:
+    x = torch.randn(2, 4)
+    parts = nn.Sequential(*[sd.apply(stack(), 0.5, example_inputs=x) for _ in range(2)])
+    for given in (None, x):
+        assert [name for name, _ in sd.summary(parts, given).refused] == [
+            "0.1:linear",
+            "1.1:linear",
+        ]
+
+
+class Apart(nn.Module):
+    """Its parts are called by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.d = nn.Sequential(nn.Linear(4, 4), Mlp()), nn.Sequential(Leaky())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("first", ["g", "d"])
+def test_what_was_refused_stays_told_where_a_part_has_no_branch(first: str) -> None:
+    model, x = sd.apply(Apart(), 0.5), torch.randn(2, 4)
+    for name in (first, "d" if first == "g" else "g"):
+        model.get_submodule(name)(x)
+        assert [name for name, _ in sd.summary(model).refused] == ["d.0:linear"]
+    assert [branch.name for branch in sd.branches(model)] == ["g.1:linear"]
+
+
+def test_what_failed_on_trial_is_told_with_its_reason_on_other_inputs_too() -> None:
+    class Needy(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = x + self.linear(x)
+            if torch.equal(out, x):
+                raise ArithmeticError("nothing was added")
+            return out
+
+    model, x = nn.Sequential(Mlp(), Needy()), torch.randn(2, 4)
+    sd.apply(model, 0.5, example_inputs=x)
+    result = sd.summary(model, x)
+    assert result.unused == ()
+    assert result.refused == sd.summary(model).refused
+    assert "the model fails where it is left out: ArithmeticError" in result.refused[0][1]

@@ -83,3 +83,87 @@ def test_all_is_tried_with_a_part_of_the_samples(size: int, blocks: str | None) 
         added = model(x) - x
         assert all(torch.allclose(a, b) or not a.any() for a, b in zip(added, plain, strict=True))
     assert sd.branches(model)[0].dropped > 0
+
+
+class Gated(nn.Module):
+    """Multiplies two values of its branch in its sum, so that its weight would enter twice."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.f, self.g, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.complex = head == "complex"
+        if head == "zero":
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(torch.addcmul(x, self.g(x).sigmoid(), self.f(x)))
+        return torch.complex(y, y) if self.complex else y
+
+
+@pytest.mark.parametrize("head", ["random", "zero", "complex"])
+def test_an_output_of_any_kind_shows_what_the_trial_is_for(head: str) -> None:
+    model = Gated(head)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="it does not change the model's output as its sum says"):
+        sd.apply(model, 0.5, example_inputs=torch.randn(4, 4))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class AcrossTheBatch(nn.Module):
+    """Attention between samples whose last layer starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.o.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((self.q(x) @ self.q(x).T).softmax(-1) @ x)
+
+
+def test_samples_that_will_depend_on_each_other_are_not_selected() -> None:
+    model = Block(least=1)
+    model.f = AcrossTheBatch()
+    with pytest.warns(UserWarning, match="samples depend on each other"):
+        sd.apply(model, 0.5, mode="row", example_inputs=torch.randn(6, 4))
+    assert sd.branches(model)[0].place is None
+
+
+class ByList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Listed(), Listed()])
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        known = weights.tolist()
+        for block in self.blocks:
+            x = block(x, known)
+        return x
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Weighs()
+
+    def forward(self, x: Tensor, weights: list[float]) -> Tensor:
+        return x + self.f(x, weights)
+
+
+class Weighs(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor, weights: list[float]) -> Tensor:
+        rows = zip(super().forward(x), weights, strict=False)
+        return torch.stack([row * weight for row, weight in rows])
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_what_each_sample_is_given_in_a_list_is_not_mixed_up(size: int) -> None:
+    model, weights = ByList(), torch.arange(1.0, size + 1)
+    with pytest.warns(UserWarning, match="its samples are not independent"):
+        sd.apply(model, 0.5, mode="row", example_inputs=(torch.randn(size, 4), weights))
+    assert [branch.place for branch in sd.branches(model)] == [None, None]

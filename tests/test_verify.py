@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import stochastic_depth as sd
+from stochastic_depth.drop import around
 from stochastic_depth.drop.run import Run
 
 D = 8
@@ -63,8 +65,7 @@ def test_a_model_without_values_is_an_error() -> None:
         sd.verify(net, torch.randn(4, D))
 
 
-def test_a_wrong_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = sd.apply(model(), p=0.3, example_inputs=batch())
+def have_wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Run.merge
 
     def wrong(self: Run, *args: object, **kwargs: object) -> Tensor:
@@ -72,9 +73,131 @@ def test_a_wrong_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(self, *args, **kwargs)
 
     monkeypatch.setattr(Run, "merge", wrong)
+
+
+ALONE = "a branch dropped or weighed alone changes just its sum"
+
+
+def test_a_wrong_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = sd.apply(model(), p=0.3, example_inputs=batch())
+    have_wrong_weights(monkeypatch)
     found = failures(net, batch())
-    assert found.keys() == {"a branch dropped or weighed alone changes just its sum"}
+    assert found.keys() == {ALONE}
     assert "0:fc, counted twice" in "".join(found.values())
+
+
+def test_a_wrong_weight_in_evaluation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = sd.apply(model(), p=0.3, scale="eval", example_inputs=batch())
+    have_wrong_weights(monkeypatch)
+    assert "evaluation is the plain model's, with branches weighed by 1-p" in failures(net, batch())
+
+
+def part(**options: str) -> nn.Module:
+    net = nn.Sequential(Apart(), Apart(), Apart())
+    return sd.apply(net, 0.3, example_inputs=batch(), **options)
+
+
+def moved(**options: str) -> nn.Module:
+    net = part(**options)
+    net.insert(0, Apart())
+    return net
+
+
+HOLDERS = {
+    "in a classifier": lambda **options: nn.Sequential(Apart(), part(**options), nn.Linear(D, 3)),
+    "two parts": lambda **options: nn.Sequential(part(**options), part(**options)),
+    "averaged": lambda **options: AveragedModel(part(**options)),
+    "moved": moved,
+}
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("held", HOLDERS)
+def test_a_part_passes_in_the_model_that_holds_it(held: str, mode: str) -> None:
+    torch.manual_seed(0)
+    result = sd.verify(HOLDERS[held](mode=mode), batch())
+    assert result.passed, str(result)
+    assert not result.unchecked
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [("in a classifier", "1.0"), ("two parts", "0.0"), ("averaged", "module.0"), ("moved", "1")],
+)
+def test_a_wrong_weight_is_found_in_the_model_that_holds_the_part(
+    held: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = HOLDERS[held]()
+    have_wrong_weights(monkeypatch)
+    assert f"{name}:fc, counted twice" in failures(net, batch())[ALONE]
+
+
+@pytest.mark.parametrize("projection", [None, "tied", "copy"])
+@pytest.mark.parametrize("scale", ["train", "eval", "none"])
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_a_wrapper_passes(mode: str, scale: str, projection: str | None) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(D, D), nn.ReLU())
+    wrapper = sd.StochasticDepth(module, 0.5, projection, mode=mode, scale=scale)
+    for net in (nn.Sequential(Apart(), wrapper), part().insert(1, wrapper)):
+        result = sd.verify(net, batch())
+        assert result.passed, str(result)
+        assert not result.unchecked
+
+
+class Pair(nn.Module):
+    """Gives two streams, and takes a second one by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, *, other: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.fc(x + other), other
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Pair() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x.sin()
+        for block in self.blocks:
+            x, other = block(x, other=other)
+        return x
+
+
+@pytest.mark.parametrize("scale", ["train", "eval", "none"])
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_blocks_pass(mode: str, scale: str) -> None:
+    torch.manual_seed(0)
+    options = {"blocks": Pair, "mode": mode, "scale": scale, "example_inputs": batch()}
+    result = sd.verify(sd.apply(Pairs(), 0.3, **options), batch())
+    assert result.passed, str(result)
+    assert not result.unchecked
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_wrong_weight_of_a_block_is_found(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(Apart(), sd.StochasticDepth(Apart(), 0.3) if wrapped else Apart())
+    if not wrapped:
+        sd.apply(net, 0.3, blocks="1", example_inputs=batch())
+    monkeypatch.setattr(around, "_lerp", lambda shortcut, x, weight: x)
+    assert "1" + ":(block)" * (not wrapped) + ", counted twice" in failures(net, batch())[ALONE]
+
+
+def test_a_branch_that_the_call_does_not_show_is_told() -> None:
+    net = nn.Sequential(Apart(), Apart())
+    net[1].fc = nn.Sequential(Apart(), nn.Linear(D, D))  # the sum of the model is that around it
+    sd.apply(net, 0.3, include="0:*", example_inputs=batch())
+    sd.apply(net[1].fc, 0.3, example_inputs=batch())
+    result = sd.verify(net, batch())
+    assert result.passed, str(result)
+    ((name, reason),) = result.unchecked
+    assert name == "1.fc.0:fc"
+    assert "this call does not show it" in reason
+    assert f"skipped {name}, alone: {reason}" in str(result)
 
 
 def test_a_branch_that_runs_where_it_is_dropped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

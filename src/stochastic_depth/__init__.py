@@ -5,7 +5,8 @@ from .applied import branches, is_applied
 from .apply import apply, remove
 from .branch import Branch, DroppedGrad, Mode, Scale
 from .check.summary import Summary, summary
-from .check.verify import Verification, verify
+from .check.verification import Verification
+from .check.verify import verify
 from .depth import Importance, Pruned, importance, prune, pruned, sampling, shallow, skip
 from .drop.draws import Draw, Ranks
 from .drop.layer import StochasticDepth

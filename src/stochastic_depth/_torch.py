@@ -6,6 +6,7 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._functorch.utils import unwrap_dead_wrappers as _look_through
+from torch.nn.modules import module as modules
+from torch.nn.utils import parametrize
+from torch.utils import hooks
 from torch.utils._pytree import (  # torch has no public one
     TreeSpec,
     tree_flatten,
@@ -31,6 +35,7 @@ __all__ = [
     "class_call",
     "class_replicate",
     "default_store",
+    "global_hooks",
     "graph_task",
     "has_hooks",
     "is_any_autocast_on",
@@ -38,6 +43,7 @@ __all__ = [
     "is_compiler_loaded",
     "is_flat_parameter",
     "is_given_to_function",
+    "is_given_to_hook",
     "is_transformed",
     "is_view_of_flat_parameter",
     "outside_graphs",
@@ -50,6 +56,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "without_parametrize_cache",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,31 +70,28 @@ CONTENTS = "_modules", "_parameters"
 _OTHER: dict[type, Any] = {dict: OrderedDict, OrderedDict: dict}
 
 
-def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def tell_apart(own: dict[str, Any]) -> None:
     """Change the type of the dicts with a module's contents, or back; ``own`` is its ``__dict__``.
 
     torch.compile takes a graph that it has made of one model for another of the same class, and
     does not look at what stands in the place of its call: a model compiled without stochastic depth
     would lend its graph to one that has it, and nothing would be dropped. It does look at the
     types of these dicts, which have been ordered ones and plain ones in torch's history.
-
-    Args:
-        own: the ``__dict__`` of the module.
-        before: what this returned; the same dicts are then put back.
-
-    Returns:
-        The dicts that were there.
     """
-    there = {name: own[name] for name in CONTENTS if type(own.get(name)) in _OTHER}
-    for name, contents in there.items():
-        other = (before or {}).get(name)
-        if other is None:
-            own[name] = _OTHER[type(contents)](contents)
-        else:
-            other.clear()
-            other.update(contents)
-            own[name] = other
-    return there
+    for name in CONTENTS:
+        other = _OTHER.get(type(own.get(name)))
+        if other is not None:
+            own[name] = other(own[name])
+
+
+# ``parametrize.cached()`` keeps weights, which are without gradients where we watch.
+@contextmanager
+def without_parametrize_cache() -> Iterator[None]:
+    before, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
 
 
 # How ``nn.parallel.replicate`` copies a module, ``__dict__`` and all.
@@ -107,6 +111,11 @@ def class_replicate(module: nn.Module) -> nn.Module:
 # Whether a module has hooks around its forward: the public ways only add them.
 def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def global_hooks() -> list[Any]:
+    """The hooks around the forwards of all modules."""
+    return [*modules._global_forward_pre_hooks.values(), *modules._global_forward_hooks.values()]
 
 
 def is_compiler_loaded() -> bool:
@@ -129,6 +138,11 @@ def saved_tensors_hooks() -> Any:
 # tensor among them goes on without being asked anything else.
 def is_given_to_function(frame: FrameType) -> bool:
     return frame.f_globals is _look_through.__globals__
+
+
+# Whether it looks for the tensors that a full backward hook is to see the gradients of.
+def is_given_to_hook(frame: FrameType) -> bool:
+    return frame.f_globals is vars(hooks)
 
 
 def is_transformed() -> bool:

@@ -12,7 +12,7 @@ from .drop.site import Site
 from .drop.slot import outer_slot, slot_of
 from .tables import table_html
 
-__all__ = ["awaited", "branches", "draws_of", "is_applied", "names_in", "sites"]
+__all__ = ["awaited", "branches", "draws_of", "is_applied", "names_in", "owners", "sites"]
 
 
 def branches(model: nn.Module) -> list[Branch]:
@@ -86,6 +86,14 @@ def names_in(model: nn.Module) -> dict[Branch, str]:
                 branch: name + branch.name[branch.name.index(":") :] for branch in site.branches
             }
     return found
+
+
+def owners(model: nn.Module) -> dict[Branch, Site | StochasticDepth]:
+    """What knows the modules of each branch in ``model``: the site of its block, or its wrapper."""
+    found: dict[Branch, Site | StochasticDepth] = {
+        branch: site for site in sites(model) for branch in site.branches
+    }
+    return found | {m.branch: m for m in model.modules() if isinstance(m, StochasticDepth)}
 
 
 def awaited(model: nn.Module) -> Iterator[Any]:

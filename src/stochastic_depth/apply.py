@@ -8,7 +8,7 @@ from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .applied import awaited, branches, is_applied, sites
+from .applied import awaited, branches, is_applied
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
@@ -223,6 +223,18 @@ def _tell_unused(findings: Findings) -> None:
         )
 
 
+def _tell_folded(rows: dict[str, int]) -> None:
+    """Warn of branches in whose sums several rows are one sample, by their number."""
+    if rows:
+        warnings.warn(
+            "samples are taken to be as many neighbouring rows as in the example; where that "
+            "number varies from batch to batch, use mode='batch': "
+            + ", ".join(f"{name} ({count} rows)" for name, count in list(rows.items())[:4])
+            + (", ..." if len(rows) > 4 else ""),
+            stacklevel=6,
+        )
+
+
 def complete(
     model: nn.Module,
     findings: Findings,
@@ -242,6 +254,8 @@ def complete(
             "dimension in which they are",
             stacklevel=5,
         )
+    if settings.mode != "batch" and settings.samples.rows == 1:
+        _tell_folded({b.name: b.place.fold for b in chosen if b.place and b.place.fold > 1})
     masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
     if masked:
         reasons = dict.fromkeys(b.reason for b in masked if b.reason)
@@ -273,17 +287,22 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     factors = {b: b.p / b.target for b in before.values() if b.target > 0.0}
     name = next(name for name, module in model.named_modules() if module is part)
     beside = None if part is model else _beside(pending, before.values())
+    refused = _install.refused_beside(pending, name)
     put_back, slot = keep_slots(part), slot_of(part)
     _install.remove(part)
     try:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
+        findings = prefixed(findings, name)
+        findings.refused += refused
         tell = not before  # else it was said of the inputs that were made up
-        complete(model, keep_identity(prefixed(findings, name), before), settings, tell, beside)
+        complete(model, keep_identity(findings, before), settings, tell, beside)
         if slot_of(part) is not None:
             slot.site = slot_of(part).site  # for a part that has been compiled with its slot
         for branch in branches(part):
             vars(branch).update(changed.get(branch, {}))
             branch.set_rate(factors.get(branch, pending.factor) * branch.target)
+        for site in _install.sites_of(pending):
+            site.findings.refused = findings.refused
         _install.put_others(others, gone)
         if pending.saved is not None:
             load_own_state(*pending.saved)
@@ -294,8 +313,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _beside(pending: Pending, own: Collection[Branch]) -> list[Branch] | None:
     """The branches of other parts of the model; None where nothing is left to be found there."""
-    draws = pending.settings.draws
-    found = [b for s in sites(pending.model) if s.draws is draws for b in s.branches]
+    found = [b for s in _install.sites_of(pending) for b in s.branches]
     beside = sorted((b for b in found if b not in own), key=lambda b: b.order)
     waits = any(other is not pending for other in awaited(pending.model))
     return beside if beside or waits else None

@@ -16,6 +16,7 @@ from .branch import (
     Scale,
     block_of,
     choices,
+    is_below,
     name_in_model,
     put_below,
 )
@@ -40,7 +41,9 @@ __all__ = [
     "others_in",
     "prefixed",
     "put_others",
+    "refused_beside",
     "remove",
+    "sites_of",
     "withdraw",
 ]
 
@@ -246,6 +249,17 @@ class Pending:
 
         settle(self, args, dict(kwargs))
         return self.part(*args, **kwargs)
+
+
+def sites_of(pending: Pending) -> list[Site]:
+    """The blocks with branches of the same ``apply``, in all parts of the model."""
+    return [site for site in sites(pending.model) if site.draws is pending.settings.draws]
+
+
+def refused_beside(pending: Pending, name: str) -> list[Refused]:
+    """What was refused outside of the part of this name, where there may be no block to hold it."""
+    refused = dict.fromkeys(r for site in sites_of(pending) for r in site.findings.refused)
+    return [r for r in refused if not is_below(block_of(r), name)]
 
 
 def others_in(part: nn.Module, settings: Settings) -> dict[nn.Module, Any]:

@@ -17,19 +17,22 @@ from .drop.force import forced, plain
 from .drop.merging import slots
 from .drop.part import parts_in
 from .drop.site import Site
+from .drop.slot import here
 from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
 from .find.checks import kept_in
-from .find.meet import uncompiled
+from .find.meet import plainly
 from .find.plan import Findings, Refused, only
 from .find.state import Kept, attributes, copied, in_mode, untouched, unwritten
 from .find.weighed import Weight
+from .find.zeros import without, zeros_in
 from .install import by_block
 from .new_forms import watch_block
 
 __all__ = ["refuse_what_fails"]
 
 _WEIGHT = 2.0
+_NOT_THE_FIRST = 1  # a seed that selects others than the first samples
 
 
 def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: Any) -> Findings:
@@ -92,11 +95,12 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
 def _reasons(
     branches: Sequence[Branch], failure: Callable[[Sequence[Branch]], str | None]
 ) -> dict[Branch, str | None]:
-    """What is wrong with each of them alone, or where nothing is, with those of a block."""
+    """What is wrong with each of them alone, or with those of a block, or with all together."""
     reasons = {b: failure([b]) for b in branches}
-    if not any(reasons.values()):
-        for together in by_block(branches).values():
-            reasons |= dict.fromkeys(together, failure(together))
+    for groups in (by_block(branches).values(), [branches]):
+        if not any(reasons.values()):
+            for together in groups:
+                reasons |= dict.fromkeys(together, failure(together))
     return reasons
 
 
@@ -105,7 +109,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, findings: Findings, args: Any, kwargs: Any) -> None:
         self.model, self.findings, self.inputs = model, findings, (args, kwargs)
-        self.kept = Kept(model)
+        self.kept, self.zeros = Kept(model), zeros_in(model)
 
     def is_right_at_once(self, branches: Sequence[Branch]) -> bool:
         """Whether nothing is wrong with all of them, where there are some that select samples."""
@@ -147,7 +151,22 @@ class _Trial:
                     continue  # BatchNorm on a single sample, say
                 where = "in training " if training else ""
                 return f"{where}the model fails where it is left out: {_told(error)}"
+            if training and self.goes_another_way(branches):
+                return (
+                    "in training the model does not come to its sum as in evaluation: its block's "
+                    "forward() is called directly, goes another way, or leaves it out at random"
+                )
         return None
+
+    def goes_another_way(self, branches: Sequence[Branch]) -> bool:
+        """Whether a sum of these, which training has not met, is not met where all are kept.
+
+        Where the model drops layers by itself, that may be chance.
+        """
+        if here.joined.issuperset(branches) or self.findings.unused:
+            return False
+        self.run(dict.fromkeys(self.findings.branches, (False, _WEIGHT)), self.inputs, True)
+        return not here.joined.issuperset(branches)
 
     def fails_anyway(self) -> bool:
         try:
@@ -173,7 +192,8 @@ class _Trial:
     def agrees(self, output: Any, weights: Mapping[Branch, Weight], inputs: Any) -> bool:
         """Whether the plain model gives the same where its sums count the branches so often."""
         args, kwargs = inputs
-        expected = run_weighed(self.model, args, kwargs, weights, self.findings, self.kept)
+        with without(self.zeros):
+            expected = run_weighed(self.model, args, kwargs, weights, self.findings, self.kept)
         return _are_close(output, expected)
 
     def mask_what_fails(self, branches: Sequence[Branch]) -> None:
@@ -216,12 +236,13 @@ class _Trial:
         with (
             untouched(self.model, self.kept),
             in_mode(self.model, training),
-            uncompiled(),
-            torch.no_grad(),
+            plainly(),
+            without(self.zeros),
             nullcontext() if decisions is None else forced(decisions),
             unwritten(self.model) if training else nullcontext(),
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
+            here.joined = set()
             args, kwargs = copied(inputs)
             output = self.model(*args, **kwargs)
             for name, module in self.model.named_modules():
@@ -242,7 +263,7 @@ def _choosing(branches: Sequence[Branch]) -> Iterator[dict[Branch, tuple[int, fl
             stack.callback(vars(branch).update, dict(vars(branch)))
             branch.mode, branch.scale = "subset", "train"  # never all of them, nor none
             branch.set_rate(0.5)
-        yield {branch: (seed, 1.0) for seed, branch in enumerate(branches)}
+        yield {branch: (seed, 1.0) for seed, branch in enumerate(branches, _NOT_THE_FIRST)}
 
 
 def _weighed(branch: Branch, seed: int, x: Tensor) -> Tensor:
@@ -268,6 +289,8 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     """To a thousand times the rounding of the dtype, relative to the largest number."""
     if a.shape != b.shape:
         return False
+    if a.is_complex() and b.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     if a.numel() == 0 or not a.is_floating_point():
         return True
     eps = torch.finfo(torch.float32 if a.dtype == torch.float64 else a.dtype).eps

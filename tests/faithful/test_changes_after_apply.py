@@ -1,6 +1,9 @@
 """Modules may be wrapped, replaced, compiled and applied to again; remove leaves no trace."""
 
 import functools
+import gc
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -430,3 +433,64 @@ def test_what_is_done_to_a_child_leaves_the_blocks_around_it_alone(way: str) -> 
         branch.p = KEPT
     model(data())
     assert [block.f.drop.calls for block in model] == [0, 0]
+
+
+class WithDropPath(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.drop_path = nn.Linear(4, 4), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.f(x))
+
+
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+def test_what_takes_the_place_of_a_drop_path_runs(mode: str) -> None:
+    model = sd.apply(net(WithDropPath), KEPT, mode=mode, example_inputs=data())
+    model.drop_path = net(nn.Linear, 4, 4, seed=5)
+    torch.testing.assert_close(model(data()), data() + model.drop_path(model.f(data())))
+
+
+@pytest.mark.parametrize("change", ["module", "parameter"])
+def test_what_is_replaced_is_freed(change: str) -> None:
+    model = sd.apply(net(Block), 0.5, example_inputs=data())
+    old = weakref.ref(model.f if change == "module" else model.f.weight)
+    if change == "module":
+        model.f = nn.Linear(4, 4)
+    else:
+        model.f.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    model.double()(data())
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_weights_that_parametrize_caches_have_gradients(given: bool) -> None:
+    model, plain = net(Block), net(Block)
+    for m in (model, plain):
+        parametrizations.weight_norm(m.f)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not given else "error", UserWarning)
+        sd.apply(model, KEPT, example_inputs=data() if given else None)
+    with torch.nn.utils.parametrize.cached():
+        for m in (model, plain):
+            m(data()).sum().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+class OwnWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(x @ self.w)
+
+
+def test_a_weight_that_cannot_be_told_any_more_is_told() -> None:
+    model = sd.apply(net(OwnWeight), 1.0, example_inputs=data())
+    assert torch.equal(model(data()), data())
+    parametrizations.weight_norm(model, "w")
+    with pytest.warns(UserWarning, match="does not come to the sum that was found"):
+        model(data())

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
 
-from .twins import MODES, assert_same, assert_weighed, data, feed, net, outcome, twins
+from .twins import KEPT, MODES, assert_same, assert_weighed, data, feed, net, outcome, twins
 
 
 class Block(nn.Module):
@@ -329,3 +330,57 @@ def test_a_hook_may_name_what_it_likes() -> None:
     sd.apply(model, 0.5, example_inputs=data())
     assert len(sd.branches(model)) == 3
     assert len(QUEUE) > 2  # another thread may work with it, so it is let alone
+
+
+COUNTED = 0
+
+
+def test_a_hook_counts_no_run_that_is_only_watched() -> None:
+    total, array, seen = torch.zeros(()), np.zeros(1), 0
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        global COUNTED
+        nonlocal seen
+        total.add_(1.0)
+        array[0] += 1
+        COUNTED += 1
+        seen += 1
+
+    model, everywhere = nn.Sequential(net(Block), net(Block)), []
+    model[0].register_forward_hook(count)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: everywhere.append(output) if module is model[0] else None
+    )
+    try:
+        sd.apply(model, KEPT, example_inputs=data())
+        assert (total.item(), array[0], COUNTED, seen, len(everywhere)) == (0, 0, 0, 0, 0)
+        model(data())
+        assert (total.item(), array[0], COUNTED, seen, len(everywhere)) == (1, 1, 1, 1, 1)
+    finally:
+        handle.remove()
+
+
+def test_a_full_backward_hook_that_would_not_see_a_branch_is_an_error() -> None:
+    model = sd.apply(net(Wide), 0.5, seed=0, example_inputs=data())
+    model.output.register_full_backward_hook(lambda module, of_input, of_output: None)
+    with pytest.raises(RuntimeError, match="a module with a full backward hook; register that on"):
+        for_long(model, data().requires_grad_())
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return x + h
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.output = nn.Linear(4, 4), Sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(x, self.f(x))
+
+
+def for_long(model: nn.Module, x: Tensor) -> None:
+    for _ in range(20):
+        model(x)

@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import stochastic_depth as sd
 
-from .twins import MODES, assert_weighed, data, net, outcome, twins
+from .twins import MODES, assert_equal_outcomes, assert_weighed, data, net, outcome, twins
 
 # Dynamo's, of inputs that are no leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -154,3 +154,29 @@ def test_the_signature_of_a_forward_is_its_own() -> None:
         assert inspect.signature(model.forward) == inspect.signature(plain.forward)
         assert model.forward.__doc__ == "Its own words."
         assert inspect.getsource(model.forward) == inspect.getsource(plain.forward)
+
+
+def features(model: nn.Module) -> nn.Module:
+    return create_feature_extractor(model, {"2": "out"}).train()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_feature_extractor_trains_again_after_an_evaluation(mode: str) -> None:
+    ours, plain = twins(features(net(model_of)), data(), mode=mode)
+    for _ in range(3):
+        for model in (ours, plain):
+            model.train()
+        assert_equal_outcomes(outcome(ours, data()), outcome(plain, data()))
+        for model in (ours, plain):
+            model.eval()
+        torch.testing.assert_close(ours(data()), plain(data()))
+
+
+def test_a_deep_copy_of_a_graph_module_drops_like_it() -> None:
+    ours = sd.apply(features(net(model_of)), 1.0, schedule="uniform", example_inputs=data())
+    twin = copy.deepcopy(ours)
+    assert [b.name for b in sd.branches(twin)] == [b.name for b in sd.branches(ours)]
+    assert not set(sd.branches(twin)) & set(sd.branches(ours))
+    torch.testing.assert_close(twin(data())["out"], twin.get_submodule("0")(data()))
+    assert not sd.is_applied(sd.remove(twin))
+    assert sd.is_applied(ours)

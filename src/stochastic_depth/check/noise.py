@@ -1,5 +1,6 @@
 """What runs that are compared may differ by: random numbers, put out of the way, and rounding."""
 
+from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._torch import tree_leaves
+from ..branch import Branch
 from ..drop.draws import Draws
 
 __all__ = ["ByName", "NoDropout", "NoNoise", "Rounding"]
@@ -66,14 +68,15 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class ByName(Draws):
     """Numbers that depend on a seed and on the branch alone, for its calls one after the other."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, names: Mapping[Branch, str]) -> None:
         super().__init__(seed)
-        self.calls: dict[str, int] = {}
+        self.names = names
+        self.calls: dict[Branch, int] = {}
 
     def decide(self, branches: Any, block: nn.Module) -> list[Any]:
         decisions: list[Any] = []
         for branch in branches:
-            n = self.calls[branch.name] = self.calls.get(branch.name, -1) + 1
-            key = crc32(repr((self.seed, branch.name, n)).encode())
+            n = self.calls[branch] = self.calls.get(branch, -1) + 1
+            key = crc32(repr((self.seed, self.names[branch], n)).encode())
             decisions.append(branch.is_always if branch.is_certain else key)
         return decisions

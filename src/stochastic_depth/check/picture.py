@@ -31,8 +31,14 @@ def pyplot() -> Any:
     return pyplot
 
 
-def picture_of(rows: Sequence["Row"], title: str) -> Any:
-    """A figure of three columns: the network, the rates with what was dropped, and the compute."""
+def picture_of(rows: Sequence["Row"], running: Sequence[float], title: str) -> Any:
+    """A figure of three columns: the network, the rates with what was dropped, and the compute.
+
+    Args:
+        rows: the branches.
+        running: of each, the share of FLOPs that is expected to run.
+        title: above it.
+    """
     plt = pyplot()
     count = len(rows)
     height = 0.3 if count <= 24 else 0.17  # inches for a branch
@@ -42,7 +48,7 @@ def picture_of(rows: Sequence["Row"], title: str) -> Any:
     network, rates, compute = figure.subplots(1, 3, sharey=True, width_ratios=(1, 2.2, 2.2))
     _draw_network(network, rows, size)
     _draw_rates(rates, rows)
-    _draw_compute(compute, rows)
+    _draw_compute(compute, rows, running)
     for axes in (network, rates, compute):
         _draw_bands(axes, rows)
         axes.spines[:].set_visible(False)
@@ -95,7 +101,7 @@ def _draw_rates(axes: Any, rows: Sequence["Row"]) -> None:
     axes.set_xlabel("probability to drop, p", fontsize=8)
 
 
-def _draw_compute(axes: Any, rows: Sequence["Row"]) -> None:
+def _draw_compute(axes: Any, rows: Sequence["Row"], running: Sequence[float]) -> None:
     """Each branch's share of the model's FLOPs: what is expected to run, and what is saved."""
     if any(row.flops is None for row in rows):
         axes.text(
@@ -104,10 +110,9 @@ def _draw_compute(axes: Any, rows: Sequence["Row"]) -> None:
         axes.set_xticks(())
         return
     shares = [100 * (row.flops or 0.0) for row in rows]
-    kept = [share * (1.0 - row.p) for share, row in zip(shares, rows, strict=True)]
     places = range(len(rows))
     axes.barh(places, shares, 0.7, color="white", edgecolor=_BLUE, linewidth=0.8, label="saved")
-    axes.barh(places, kept, 0.7, color=_BLUE, label="runs")
+    axes.barh(places, [100 * share for share in running], 0.7, color=_BLUE, label="runs")
     _legend(axes)
     axes.set_xlim(0, 1.1 * max([*shares, 0.01]))
     axes.set_xlabel("share of the model's FLOPs, %", fontsize=8)

@@ -1,21 +1,21 @@
 """``summary``: what is dropped, how often, what it saves, and what could not be dropped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from torch import nn
 
-from ..applied import branches, sites
-from ..branch import Branch, block_of, is_below
+from ..applied import branches, names_in, owners, sites
+from ..branch import Branch, block_of, is_below, name_in_model
 from ..calls import call_of
-from ..drop.balance import Way, cost_classes, slowest
+from ..drop.balance import Way, chances_to_run, cost_classes, slowest
 from ..drop.collectives import own_parameters
 from ..drop.decide import subset_size
+from ..drop.force import plain
 from ..drop.layer import StochasticDepth
-from ..drop.merging import Owner
-from ..find import find, find_blocks, flop_shares, guess_inputs
-from ..find.blocks import WHOLE
+from ..drop.site import Site
+from ..find import find, flop_shares, guess_inputs
 from ..find.plan import Findings, Refused
 from ..tables import table_html
 from .picture import picture_of
@@ -25,11 +25,12 @@ __all__ = ["Row", "Summary", "summary"]
 
 @dataclass(frozen=True)
 class Row:
-    """A branch in the summary; shares are of the whole model.
+    """A branch in the summary; shares are of the whole model, and names those in it.
 
     In ``"subset"`` mode, ``p`` is the rate that takes effect on a batch like the example:
     1 - k/B, where k of its B samples are kept. ``decided`` and ``dropped`` count the decisions of
-    training so far.
+    training so far. ``inside`` is the name of the innermost branch around it, if there is one: it
+    runs only where that is kept, and what it costs is a part of what that costs.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row:
     flops: float | None
     decided: int = 0
     dropped: int = 0
+    inside: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +49,8 @@ class Summary:
 
     Attributes:
         rows: the branches in the order of execution.
-        refused: (name, reason) of what was found but can't be dropped.
+        refused: (name, reason) of what was found but can't be dropped, now or when stochastic
+            depth was applied to the model or to parts of it.
         unused: names of branches that could be dropped but aren't.
         ranks: how many ranks ``slowest`` is for.
         slowest: the expected share of the model's FLOPs that the slowest of the ranks executes in a
@@ -68,15 +71,18 @@ class Summary:
 
     @property
     def expected_depth(self) -> float:
-        """The expected number of them that run in a training step: the sum of 1-p."""
-        return sum(1.0 - row.p for row in self.rows)
+        """The expected number of them that run in a training step.
+
+        That is the sum of 1-p, where no branch is inside of another.
+        """
+        return sum(chances_to_run([row.p for row in self.rows], _around(self.rows)))
 
     @property
     def compute_kept(self) -> float | None:
         """The expected share of the model's FLOPs in training, if they were measured."""
         if any(row.flops is None for row in self.rows):
             return None
-        return 1.0 - sum(row.p * (row.flops or 0.0) for row in self.rows)
+        return _executed(self.rows)
 
     def _table(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [("branch", "kind", "p", "params", "FLOPs")]
@@ -138,9 +144,8 @@ class Summary:
             >>> figure = sd.summary(model).plot()
         """
         kept = "" if self.compute_kept is None else f"; compute kept {self.compute_kept:.1%}"
-        return picture_of(
-            self.rows, f"expected depth {self.expected_depth:.2f} of {self.depth} branches{kept}"
-        )
+        title = f"expected depth {self.expected_depth:.2f} of {self.depth} branches{kept}"
+        return picture_of(self.rows, _running(self.rows), title)
 
 
 def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> Summary:
@@ -171,73 +176,146 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
     """
     if ranks < 1:
         raise ValueError(f"ranks is how many take part in a step, at least 1, got {ranks!r}")
-    applied = branches(model)
-    owners: dict[Branch, Owner] = {
-        branch: site for site in sites(model) for branch in site.branches
-    }
-    owners |= {m.branch: m for m in model.modules() if isinstance(m, StochasticDepth)}
-    shares: dict[str, float] = {}
+    applied, own, names = branches(model), owners(model), names_in(model)
+    inside = _inside(own)
+    shares: dict[Branch, float] = {}
     size = 0
+    found, refused = _known(model, names)
     if example_inputs is not None:
         args, kwargs = call_of(example_inputs)
-        findings = _look(model, args, kwargs, applied)
-        shares = {b.name: share for b, share in flop_shares(model, args, kwargs, findings).items()}
+        with plain():
+            findings = find(model, args, kwargs, samples=None)
+            by_name = {branch.name: branch for branch in findings.branches}
+            same = {branch: by_name.get(names[branch], branch) for branch in applied}
+            others = {b: own[b].modules_of(b) for b in applied if same[b] is b}
+            measured = flop_shares(model, args, kwargs, findings, others)
+        shares = {branch: measured[same[branch]] for branch in applied}
         size = _size(args, kwargs)
-    else:
-        findings = _known(model)
+        found, refused = list(by_name), _each_once(findings, refused)
+    elif not found and (guess := guess_inputs(model)) is not None:
+        with plain():
+            findings = find(model, *guess, samples=None)
+        found, refused = [b.name for b in findings.branches], _each_once(findings, [])
     total = max(sum(p.numel() for p in model.parameters()), 1)
     rows = []
     for branch in applied:
-        owner = owners[branch]
-        flops = None
-        if example_inputs is not None:  # a wrapper is found as a block
-            flops = shares.get(branch.name, shares.get(f"{branch.name}:{WHOLE}", 0.0))
-        count = sum(p.numel() for p in own_parameters(branch, owner))
-        share, p = count / total, _rate(branch, size)
-        counts = branch.decided, branch.dropped
-        rows.append(Row(branch.name, branch.kind, p, share, flops, *counts))
-    names = {branch.name for branch in applied}
-    blocks = [block_of(b) for b in applied if b.kind == "block"]
-    free = [b.name for b in findings.branches if b.name not in names and not _is_in(b, blocks)]
-    refused = [r for r in (*findings.refused, *findings.unused) if not _is_in(r, blocks)]
+        count = sum(p.numel() for p in own_parameters(branch, own[branch]))
+        outer = inside.get(branch)
+        rows.append(
+            Row(
+                names[branch], branch.kind, _rate(branch, size), count / total, shares.get(branch),
+                branch.decided, branch.dropped, None if outer is None else names[outer],
+            )
+        )  # fmt: skip
+    blocks = [block_of(row) for row in rows if row.kind == "block"]
+    blocks += [""] * isinstance(model, StochasticDepth)
+    used = set(names.values())
+    refused = [r for r in refused if r.name not in used and not _is_in(r.name, blocks)]
+    used |= {r.name for r in refused}
+    free = [name for name in found if name not in used and not _is_in(name, blocks)]
     in_batch = all(branch.mode == "batch" for branch in applied)
+    of_ranks = in_batch and ranks > 1 and example_inputs is not None
     return Summary(
         tuple(rows),
         tuple((r.name, r.reason) for r in refused),
         tuple(free),
         ranks,
-        _slowest(rows, ranks) if in_batch and ranks > 1 and example_inputs is not None else {},
+        {way: _executed(rows, ranks, way) for way in get_args(Way)} if of_ranks else {},
     )
 
 
-def _slowest(rows: list[Row], ranks: int) -> dict[str, float]:
-    """What the slowest rank executes of the model, by how decisions are drawn."""
-    rates, costs = [row.p for row in rows], [row.flops or 0.0 for row in rows]
+def _executed(rows: Sequence[Row], ranks: int = 1, way: Way = "independent") -> float:
+    """What the slowest rank executes of the model."""
+    rates, costs, around = [r.p for r in rows], [r.flops or 0.0 for r in rows], _around(rows)
+    share = sum(cost for cost, outer in zip(costs, around, strict=True) if outer is None)
     classes = cost_classes([row.parameters for row in rows])  # as balanced decisions have them
-    executed = {way: slowest(rates, costs, ranks, way, classes=classes) for way in get_args(Way)}
-    return {way: 1.0 - sum(costs) * (1.0 - share) for way, share in executed.items()}
+    kept = slowest(rates, costs, ranks, way, classes=classes, around=around)
+    return 1.0 - share * (1.0 - kept)
 
 
-def _is_in(found: Branch | Refused, blocks: list[str]) -> bool:
-    """Whether it is in one of the blocks that are dropped as a whole."""
-    return any(is_below(block_of(found), block) for block in blocks)
+def _running(rows: Sequence[Row]) -> list[float]:
+    """By row, the share of FLOPs that its branch is expected to run, with those inside of it."""
+    around = _around(rows)
+    own = [row.flops or 0.0 for row in rows]
+    for row, outer in zip(rows, around, strict=True):
+        if outer is not None:
+            own[outer] -= row.flops or 0.0
+    chances = chances_to_run([row.p for row in rows], around)
+    running = [0.0] * len(rows)
+    for i, (cost, chance) in enumerate(zip(own, chances, strict=True)):
+        at: int | None = i
+        while at is not None:
+            running[at] += cost * chance
+            at = around[at]
+    return running
 
 
-def _look(model: nn.Module, args: Any, kwargs: Any, applied: list[Branch]) -> Findings:
-    findings = find(model, args, kwargs, samples=None)
-    whole = [block_of(b) for b in applied if b.kind == "block" and b.modules]
-    if whole:
-        extra = find_blocks(model, args, kwargs, whole, samples=None)
-        findings.nodes |= extra.nodes
-    return findings
+def _around(rows: Sequence[Row]) -> list[int | None]:
+    """By row, the number of that whose branch is around its own."""
+    numbers = {row.name: i for i, row in enumerate(rows)}
+    return [None if row.inside is None else numbers[row.inside] for row in rows]
 
 
-def _known(model: nn.Module) -> Findings:
-    """What was found when stochastic depth was applied, or is found on inputs that are made up."""
+def _inside(own: Mapping[Branch, Site | StochasticDepth]) -> dict[Branch, Branch]:
+    """By branch that is in another, the innermost one around it."""
+    held = {b: {m for top in o.modules_of(b) for m in top.modules()} for b, o in own.items()}
+    inside = {}
+    for branch, owner in own.items():
+        home = owner.block if isinstance(owner, Site) else owner
+        around = [b for b, modules in held.items() if home in modules and b is not branch]
+        if around:
+            inside[branch] = min(around, key=lambda b: len(held[b]))
+    return inside
+
+
+def _each_once(findings: Findings, known: list[Refused]) -> list[Refused]:
+    """What was refused now, and before."""
+    now = dict.fromkeys((*findings.refused, *findings.unused))
+    names = {refused.name for refused in now}
+    return [*now, *(refused for refused in known if refused.name not in names)]
+
+
+def _is_in(name: str, blocks: list[str]) -> bool:
+    """Whether what is called so is in one of the blocks that are dropped as a whole."""
+    return any(is_below(name.partition(":")[0], block) for block in blocks)
+
+
+def _known(model: nn.Module, names: Mapping[Branch, str]) -> tuple[list[str], list[Refused]]:
+    """What was found, and refused, each time that stochastic depth was applied, by its name now."""
+    looks: dict[int, tuple[Findings, dict[str, str]]] = {}
     for site in sites(model):
-        return site.findings
-    guess = guess_inputs(model)
-    return Findings() if guess is None else find(model, *guess, samples=None)
+        branch = site.branches[0]
+        _, homes = looks.setdefault(id(site.findings), (site.findings, {}))
+        homes[block_of(branch)] = names[branch].partition(":")[0]
+    found: dict[str, None] = {}
+    refused: dict[Refused, None] = {}
+    for findings, homes in looks.values():
+        for branch in findings.branches:
+            if (name := _name_now(branch.name, homes)) is not None:
+                found[name] = None
+        for name, reason in (*findings.refused, *findings.unused):
+            if (name := _name_now(name, homes)) is not None:
+                refused[Refused(name, reason)] = None
+    return list(found), list(refused)
+
+
+def _name_now(name: str, homes: Mapping[str, str]) -> str | None:
+    """The name of what was found, in this model; None for what is not in it.
+
+    Args:
+        name: in the module that was given to ``apply``.
+        homes: by the names of blocks there, those in this model.
+    """
+    path, colon, label = name.partition(":")
+    home, now = next(iter(homes.items()))
+    if path in homes:
+        return homes[path] + colon + label
+    if f".{now}".endswith(f".{home}") or not home:  # that module is a part of this model
+        return name_in_model(name, now.removesuffix(home).removesuffix("."))
+    if f".{home}".endswith(f".{now}") or not now:  # this model is a part of that module
+        above = home.removesuffix(now).removesuffix(".")
+        return name.removeprefix(above).removeprefix(".") if is_below(path, above) else None
+    return name
 
 
 def _size(args: Any, kwargs: Any) -> int:

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,54 +11,25 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch import tree_leaves, tree_map_only
-from ..applied import branches, sites
+from ..applied import branches, names_in, owners, sites
 from ..branch import Branch
 from ..calls import call_of
 from ..drop.collectives import existing_of
+from ..drop.draws import ASIDE
 from ..drop.force import forced, plain
+from ..drop.layer import StochasticDepth
 from ..find import find, run_weighed
+from ..find.plan import Findings
 from ..find.state import NORMS, copied, in_mode, untouched
-from ..tables import table_html
 from .noise import ByName, NoDropout, NoNoise, Rounding
 from .outcome import Outcome, compare, differ
+from .verification import Check, Verification
+from .whole import weighed_block
 
-__all__ = ["Check", "Verification", "verify"]
+__all__ = ["verify"]
 
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was checked; ``failure`` says in words what is wrong, None that it holds."""
-
-    name: str
-    failure: str | None
-
-
-@dataclass(frozen=True, repr=False)
-class Verification:
-    """What :func:`verify` found; prints as a list in words."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check held."""
-        return all(check.failure is None for check in self.checks)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            f"ok      {check.name}"
-            if check.failure is None
-            else f"FAILED  {check.name}: {check.failure}"
-            for check in self.checks
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        lines = [(check.name, check.failure or "ok") for check in self.checks]
-        return table_html([("check", "result"), *lines])
+_UNSEEN = "this call does not show it: verify the module that apply was given, as it is called"
 
 
 def verify(model: nn.Module, example_inputs: Any) -> Verification:
@@ -68,11 +39,13 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
     gives NaN. In the checks of training, dropout is off and BatchNorm uses its running statistics,
     which keeps the samples of a batch apart.
 
-    1. In evaluation the output is the plain model's.
+    1. In evaluation the output is the plain model's; with ``scale="eval"``, that in which each
+       branch counts 1-p times.
     2. In training with every branch kept, so are output, gradients and buffers.
     3. At p = 1 no module with parameters inside a branch runs.
     4. A branch that is dropped alone leaves what the plain model gives without that one sum, and
-       one that counts twice, what it gives with that sum counted twice.
+       one that counts twice, what it gives with that sum counted twice. A block that is dropped as
+       a whole leaves its input, or goes twice as far from it. What cannot be compared is listed.
     5. Where samples are selected, each sample is what it is where all are computed and the dropped
        ones masked. (Statistics of those that are computed, in buffers, are not.)
 
@@ -102,7 +75,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
     if any(isinstance(t, Tensor) and t.is_meta for t in values):
         raise ValueError("verify compares values, and tensors on the meta device have none")
     with untouched(model):
-        return Verification(tuple(_Verifier(model, args, kwargs).checks()))
+        verifier = _Verifier(model, args, kwargs)
+        return Verification(tuple(verifier.checks()), tuple(verifier.unchecked.items()))
 
 
 class _Verifier:
@@ -110,43 +84,78 @@ class _Verifier:
         self.model = model
         self.args, self.kwargs = args, kwargs
         try:  # rounding says least in double precision
-            self.model = copy.deepcopy(model).double()
+            self.model = copy.deepcopy(model, {ASIDE: None}).double()
             self.args, self.kwargs = tree_map_only(Tensor, _double, (args, kwargs))
             runs = not self._step(plain()).has_nan()
         except Exception:  # of any kind: it cannot be copied, or does not run so
             runs = False
         if not runs:
             self.model, self.args, self.kwargs = model, args, kwargs
-        self.branches = branches(self.model)
+        self.branches, self.names = branches(self.model), names_in(self.model)
+        self.unchecked: dict[str, str] = {}
         with torch.no_grad(), plain(), Rounding() as rounding:
             self._call(self.model)
         self.eps = rounding.eps
 
     def checks(self) -> Iterator[Check]:
-        yield self._check("evaluation is the plain model's", self._evaluation)
+        weighed = [b for b in self.branches if b.scale == "eval" and b.is_active]
+        how = ", with branches weighed by 1-p" if weighed else ""
+        yield self._check(f"evaluation is the plain model's{how}", self._evaluation, weighed)
         yield self._check("training with all branches kept is the plain model's", self._kept)
         yield self._check("a dropped branch is not executed", self._dropped)
-        yield self._check("a branch dropped or weighed alone changes just its sum", self._alone)
+        alone = self._check("a branch dropped or weighed alone changes just its sum", self._alone)
+        if len(self.unchecked) < len(self.branches):
+            yield alone
         selected = [b for b in self.branches if b.place is not None and b.kind != "block"]
         if selected:
             yield self._check("selected samples are what they are where masked", self._samples)
 
-    def _check(self, name: str, check: Callable[[], str | None]) -> Check:
+    def _check(self, name: str, check: Callable[..., str | None], *args: Any) -> Check:
         with untouched(self.model), in_mode(self.model, False):
             try:
-                return Check(name, check())
+                return Check(name, check(*args))
             except Exception as error:  # of any kind: it is the answer
                 return Check(name, f"{type(error).__name__}: {error}".split("\n")[0][:300])
 
-    def _evaluation(self) -> str | None:
+    def _evaluation(self, weighed: list[Branch]) -> str | None:
+        if weighed:
+            found, same = self._found()
+            weights = {same[b]: 1.0 - b.p for b in weighed if b in same}
+            others = {b: (False, 1.0) for b in weighed if b not in same}
+            return self._differs(found, weights, others)
         with torch.no_grad():
             with untouched(self.model):
                 got = self._call(self.model)
             with plain():
                 expected = self._call(self.model)
-        if any(branch.scale == "eval" and branch.is_active for branch in self.branches):
-            return None  # which is that of the weighed model, by choice
         return differ("the output", expected, got, exact=True)
+
+    def _found(self) -> tuple[Findings, dict[Branch, Branch]]:
+        """What this call of the plain model shows, and by branch the same one in it, or a block."""
+        with plain():
+            found = find(self.model, self.args, self.kwargs, samples=None)
+        by_name = {branch.name: branch for branch in found.branches}
+        same = {b: b if b.kind == "block" else by_name.get(self.names[b]) for b in self.branches}
+        return found, {b: shown for b, shown in same.items() if shown is not None}
+
+    def _differs(
+        self,
+        found: Findings,
+        weights: dict[Branch, float],
+        decisions: dict[Branch, tuple[bool, float]],
+    ) -> str | None:
+        """Where evaluation with decisions differs from the plain model with weighed branches."""
+        own = owners(self.model)
+        sums = {branch: weight for branch, weight in weights.items() if branch not in own}
+        with torch.no_grad(), _seeded(), NoNoise():  # type: ignore[no-untyped-call]
+            with plain(), ExitStack() as stack:
+                for block in weights.keys() - sums.keys():
+                    stack.enter_context(weighed_block(own[block], weights[block]))
+                expected = run_weighed(self.model, self.args, self.kwargs, sums, found)
+            with forced(decisions) if decisions else nullcontext():
+                got = self._call(self.model)
+        reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
+        return differ("the output", reference, got, exact=False, eps=self.eps)
 
     def _kept(self) -> str | None:
         kept = dict.fromkeys(self.branches, (False, 1.0))
@@ -161,13 +170,12 @@ class _Verifier:
         names = {id(m): name for name, m in self.model.named_modules()}
         inside = {
             m
-            for site in sites(self.model)
-            for branch in site.branches
-            for module in site.modules_of(branch)
+            for branch, owner in owners(self.model).items()
+            for module in owner.modules_of(branch)
             for m in module.modules()
             if any(True for _ in m.parameters(recurse=False))
         }
-        elsewhere = self._also_called_elsewhere(inside)
+        elsewhere = self._also_called_elsewhere(inside) | self._in_projections()
         dropped = dict.fromkeys(self.branches, (True, 1.0))
         with torch.no_grad(), forced(dropped):
             self._call(self.model)  # a block that is called in a new form is watched, and runs
@@ -195,60 +203,53 @@ class _Verifier:
         try:
             with torch.no_grad(), plain():
                 self._call(self.model)
-            plain_counts = dict(counts)
-            found = find(self.model, self.args, self.kwargs, samples=None)
-            for m in counts:
-                counts[m] = 0
-            weights = dict.fromkeys(found.branches, 0.0)
-            run_weighed(self.model, self.args, self.kwargs, weights, found)
         finally:
             for handle in handles:
                 handle.remove()
-        shared = {m for m, n in plain_counts.items() if n > 1}
-        return {m for m in shared if len(self._users(m)) != plain_counts[m]}
+        return {m for m, n in counts.items() if n > 1 and len(self._users(m)) != n}
+
+    def _in_projections(self) -> set[nn.Module]:
+        """The modules that wrappers call in the place of what they drop, which may be in it."""
+        wrappers = [m for m in self.model.modules() if isinstance(m, StochasticDepth)]
+        projections = [w.projection for w in wrappers if isinstance(w.projection, nn.Module)]
+        return {m for projection in projections for m in projection.modules()}
 
     def _users(self, module: nn.Module) -> list[Branch]:
         return [
             branch
-            for site in sites(self.model)
-            for branch in site.branches
-            if any(m is module for own in site.modules_of(branch) for m in own.modules())
+            for branch, owner in owners(self.model).items()
+            if any(m is module for own in owner.modules_of(branch) for m in own.modules())
         ]
 
     def _alone(self) -> str | None:
-        found = find(self.model, self.args, self.kwargs, samples=None)
-        by_name = {branch.name: branch for branch in found.branches}
+        found, same = self._found()
+        reasons = {refused.name: refused.reason for refused in found.refused}
         kept = dict.fromkeys(self.branches, (False, 1.0))
         for branch in self.branches:
-            same = by_name.get(branch.name)
-            if same is None:
-                continue  # a block as a whole, or found in another form of call
+            name = self.names[branch]
+            if branch not in same:
+                self.unchecked[name] = reasons.get(name, _UNSEEN)
+                continue
             for weight, decision in ((0.0, (True, 1.0)), (2.0, (False, 2.0))):
-                with torch.no_grad(), _seeded(), NoNoise():  # type: ignore[no-untyped-call]
-                    weights = {same: weight}
-                    expected = run_weighed(self.model, self.args, self.kwargs, weights, found)
-                    with forced({**kept, branch: decision}):
-                        got = self._call(self.model)
-                reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
-                failure = differ("the output", reference, got, exact=False, eps=self.eps)
+                failure = self._differs(found, {same[branch]: weight}, {**kept, branch: decision})
                 if failure:
                     how = "dropped" if weight == 0.0 else "counted twice"
-                    return f"{branch.name}, {how}: {failure}"
+                    return f"{name}, {how}: {failure}"
         return None
 
     def _samples(self) -> str | None:
-        names = [b.name for b in self.branches if b.place is not None and b.kind != "block"]
-        failure = self._samples_of(names)
+        selected = [b for b in self.branches if b.place is not None and b.kind != "block"]
+        failure = self._samples_of(selected)
         if failure is None:
             return None
-        culprits = [name for name in names if self._samples_of([name]) is not None]
+        culprits = [self.names[b] for b in selected if self._samples_of([b]) is not None]
         return f"{failure} (branches: {', '.join(culprits) or 'only together'})"
 
-    def _samples_of(self, names: list[str]) -> str | None:
+    def _samples_of(self, selected: list[Branch]) -> str | None:
         for seed in range(3):
             outcomes = []
             for select in (False, True):
-                with self._drawing(seed, names, select):
+                with self._drawing(seed, selected, select):
                     # Buffers may hold statistics, of the samples that are computed.
                     outcomes.append(replace(self._step(), buffers={}))
             failure = compare(outcomes[0], outcomes[1], exact=False, eps=self.eps)
@@ -257,19 +258,19 @@ class _Verifier:
         return None
 
     @contextmanager
-    def _drawing(self, seed: int, names: list[str], select: bool) -> Iterator[None]:
+    def _drawing(self, seed: int, drawn: list[Branch], select: bool) -> Iterator[None]:
         """Draw decisions for samples of these branches, and select or mask what is dropped."""
         with ExitStack() as stack:
             for branch in self.branches:
                 before = dict(vars(branch))
                 stack.callback(vars(branch).update, before)
                 vars(branch).update(mode="row", scale="train")
-                branch.set_rate(0.5 if branch.name in names else 0.0)
+                branch.set_rate(0.5 if branch in drawn else 0.0)
                 if not select and branch.place is not None:
                     branch.mask, branch.place = branch.place, None
             for site in sites(self.model):
                 stack.callback(setattr, site, "draws", site.draws)
-                site.draws = ByName(seed)
+                site.draws = ByName(seed, self.names)
             yield
 
     def _call(self, model: nn.Module) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..applied import branches as applied_branches
 from ..branch import Branch, block_of, is_below
+from ..drop.draws import ASIDE
 from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..install import remove
@@ -129,7 +130,7 @@ def shallow(
         Elhoushi et al., LayerSkip, ACL 2024 (arXiv:2404.16710), for a model that drafts for itself.
     """
     check_model(model)
-    shared: dict[int, Any] = {}
+    shared: dict[int, Any] = {ASIDE: None}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             shared[id(tensor)] = tensor

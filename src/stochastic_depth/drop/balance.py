@@ -25,6 +25,7 @@ __all__ = [
     "Rounds",
     "Way",
     "balanced_order",
+    "chances_to_run",
     "coins",
     "cost_classes",
     "slowest",
@@ -210,12 +211,14 @@ def slowest(
     draw: Way = "independent",
     *,
     classes: Sequence[int] | None = None,
+    around: Sequence[int | None] | None = None,
     steps: int = 200,
     generator: Generator | None = None,
 ) -> float:
     """The expected share of the branches' compute that the slowest of ``ranks`` executes a step.
 
-    Computed, but for balanced draws where the costs in a class differ: these are simulated.
+    Computed, but for balanced draws where the costs in a class differ, or branches are inside of
+    others: these are simulated.
 
     Args:
         rates: the probability to drop of each branch.
@@ -224,32 +227,84 @@ def slowest(
         draw: ``"independent"``, by each rank for each branch; ``"shared"``, all ranks drop the
             same branches; ``"balanced"``, equally many of each class.
         classes: of balanced draws; None is the :func:`cost_classes` of ``costs``.
+        around: by branch, the number of the one that it is inside of, if any: it runs only where
+            that is kept, and its cost is a part of that one's.
         steps: that are simulated.
         generator: for the simulation; None is one with a fixed seed.
     """
-    total = sum(costs)
+    outer = [None] * len(rates) if around is None else list(around)
+    own = list(costs)
+    for i, holder in enumerate(outer):
+        if holder is not None:
+            own[holder] -= costs[i]
+    total = sum(own)
     if not total:
         return 1.0
+    shares = [max(cost, 0.0) / total for cost in own]
     if draw == "independent" and ranks > 1:
-        return _slowest_independent(rates, [c / total for c in costs], ranks)
+        return _slowest_independent(rates, shares, outer, ranks)
     classes = cost_classes(costs) if classes is None else list(classes)
-    equal = len(set(zip(classes, costs, strict=True))) == len(set(classes))
-    if draw != "balanced" or ranks == 1 or equal:
-        return sum((1.0 - p) * c for p, c in zip(rates, costs, strict=True)) / total
-    weights = torch.tensor(costs, dtype=torch.float64, device="cpu") / total
-    draws = simulated(rates, classes, ranks, steps, generator or Generator().manual_seed(0))
-    return 1.0 - sum((dropped.double() @ weights).min().item() for dropped in draws) / steps
+    equal = len(set(zip(classes, own, strict=True))) == len(set(classes))
+    if draw != "balanced" or ranks == 1 or (equal and not any(o is not None for o in outer)):
+        reached = chances_to_run(rates, outer)
+        return sum(chance * share for chance, share in zip(reached, shares, strict=True))
+    weights = torch.tensor(shares, dtype=torch.float64, device="cpu")
+    runs = _simulated_runs(rates, classes, outer, ranks, steps, generator)
+    return sum([(run.double() @ weights).max().item() for run in runs], 0.0) / steps
 
 
-def _slowest_independent(rates: Sequence[float], shares: Sequence[float], ranks: int) -> float:
+def chances_to_run(rates: Sequence[float], around: Sequence[int | None]) -> list[float]:
+    """Of each branch, how probable it is that it is kept, and all branches around it."""
+
+    def chance(i: int) -> float:
+        outer = around[i]
+        return (1.0 - rates[i]) * (1.0 if outer is None else chance(outer))
+
+    return [chance(i) for i in range(len(rates))]
+
+
+def _slowest_independent(
+    rates: Sequence[float], shares: Sequence[float], around: Sequence[int | None], ranks: int
+) -> float:
     """From the distribution of what one rank executes, F: the mean of the highest is Σ 1 - F^N."""
     units = [round(share * (1 << 14)) for share in shares]
-    chances = torch.zeros(sum(units) + 1, dtype=torch.float64, device="cpu")
-    chances[0] = 1.0
-    for p, unit in zip(rates, units, strict=True):  # roll: what would come round is 0 as yet
-        chances = p * chances + (1.0 - p) * chances.roll(unit)
-    below = chances.cumsum(0).clamp(max=1.0) ** ranks
+    inside: dict[int | None, list[int]] = {}
+    for i, outer in enumerate(around):
+        inside.setdefault(outer, []).append(i)
+
+    def with_those_in(outer: int | None, chances: Tensor) -> Tensor:
+        for i in inside.get(outer, ()):  # roll: what would come round is 0 as yet
+            kept = with_those_in(i, chances.roll(units[i]))
+            chances = rates[i] * chances + (1.0 - rates[i]) * kept
+        return chances
+
+    nothing = torch.zeros(sum(units) + 1, dtype=torch.float64, device="cpu")
+    nothing[0] = 1.0
+    below = with_those_in(None, nothing).cumsum(0).clamp(max=1.0) ** ranks
     return 1.0 - below[:-1].mean().item()
+
+
+def _simulated_runs(
+    rates: Sequence[float],
+    classes: Sequence[int],
+    around: Sequence[int | None],
+    ranks: int,
+    steps: int,
+    generator: Generator | None,
+) -> Tensor:
+    """By step and rank, which branches run; those that are equally deep in others are one draw."""
+    generator = generator or Generator().manual_seed(0)
+    runs = torch.ones(steps, ranks, len(rates), dtype=torch.bool, device="cpu")
+    level, members = 0, [i for i, outer in enumerate(around) if outer is None]
+    while members:
+        own = [rates[i] for i in members], [classes[i] for i in members]
+        dropped = torch.stack(list(simulated(*own, ranks, steps, generator)))
+        if level:  # their u is not that of the branches around them
+            dropped = dropped[torch.randperm(steps, generator=generator)]
+            runs[..., members] = runs[..., [around[i] for i in members]]
+        runs[..., members] &= ~dropped
+        level, members = level + 1, [i for i, outer in enumerate(around) if outer in members]
+    return runs
 
 
 def simulated(

@@ -15,7 +15,9 @@ from .deck import Deck, deal
 from .ranks import from_first_rank, is_distributed, rank, world_size
 from .replay import Tape, may_be_recomputed, ticket_of
 
-__all__ = ["Draw", "Draws", "Ranks"]
+__all__ = ["ASIDE", "Draw", "Draws", "Ranks"]
+
+ASIDE = -1  # in the memo of a deep copy that the library makes for itself: none that counts
 
 Draw = Literal["auto", "independent", "balanced"]
 Ranks = Literal["auto", "shared", "separate"]
@@ -72,7 +74,7 @@ class Draws:
         memo[id(self)] = copied
         copied.decks = copy.deepcopy(self.decks, memo)
         if self.seed is not None:
-            self._copies += 1
+            self._copies += ASIDE not in memo
             copied.seed = _mixed(self.seed, "copy", self._copies)
         return copied
 

@@ -4,7 +4,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from threading import get_ident
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +45,6 @@ class Frame:
         self.slots = site.reach()
         self.counts: dict[str, int] = {}
         self.gradients = torch.is_grad_enabled()
-        self.is_elsewhere = False  # something was called that had not been watched
         self.hooks: Any = None
         self.task = -1
         self.graph: Callable[[], Any] = _gone  # what lives as long as the graph behind it
@@ -111,28 +110,24 @@ class Frame:
             kwargs: the same.
             again: checkpointing repeats the call that has this on record.
         """
-        gates, index = self.plan.gates.get(path, ()), 0
-        if len(gates) > 1:
-            if again is None:
-                index = self.counts[path] = self.counts.get(path, -1) + 1
-            else:
-                index = again.turn
-            gate = gates[min(index, len(gates) - 1)]
-        elif len(gates) == 1:
-            gate = gates[0]
-        else:
-            gate = _OTHER
-            if path not in self.plan.others:
-                self.is_elsewhere = True
+        gates, index, gate = self.plan.gates.get(path), 0, _OTHER
+        if gates is not None:
+            index = self.counts.get(path, 0) if again is None else again.turn
+            self.counts[path] = index + 1
+            gate = gates[index] if index < len(gates) else self._one_more(path, gates)
         part = first_part(args)
         if part is None and kwargs:
             part = first_part(kwargs.values())
-        run = None
-        if getattr(type(slot.module), "takes_parts", False):  # of a branch that was pruned
+        if gates is None and part is None and path not in self.plan.others:
+            self._tell_new(path, slot.module)
+        run, kind = None, type(slot.module)
+        is_drop = gate.drops == kind.__qualname__  # and nothing that has taken its place
+        if getattr(kind, "takes_parts", False):  # of a branch that was pruned
             gate = _OTHER
         elif part is not None:
             run = part._run
-            if gate.branch is None or self.runs[gate.branch] is not run:  # not as it was watched
+            known = gate.branch is not None and self.runs[gate.branch] is run
+            if not known or (gate.drops and not is_drop):  # not as it was watched
                 last = any([p._last for p in parts_in((*args, *kwargs.values()))])
                 gate = Gate(self.runs.index(run) if run in self.runs else None, last)
         elif gate.branch is not None:
@@ -144,7 +139,7 @@ class Frame:
         if run is not None:
             run.called = True
         drops = self.site.replaces and not self.is_plain
-        if run is not None and gate.drops and (run.dropped or drops):
+        if run is not None and is_drop and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
         if run is not None and not self.outer:
             run.apart, run.in_checkpoint = function is not None, function in (None, CHECKPOINT)
@@ -196,7 +191,8 @@ class Frame:
         """What the block returns.
 
         Raises:
-            RuntimeError: a value of a branch is in it, which was not so when it was watched.
+            RuntimeError: a value of a branch is in it, or has not come to its sum, which was not so
+                when it was watched.
         """
         if not isinstance(out, Tensor) and first_part(_contents(out)) is not None:
             leaves, structure = tree_flatten(out)
@@ -210,23 +206,79 @@ class Frame:
                         "one that was found; give apply() example_inputs like those of training"
                     )
             out = tree_unflatten(leaves, structure)
+        if here.forced:
+            here.joined |= {run.branch for run in self.runs if run.joined}
         for run in self.runs:
             run.split, run.closed = None, True  # a frame on record keeps no tensors
-            if self.is_elsewhere and not run.called and run.branch.modules:
-                _tell_not_called(run.branch, self.site)
+            if not (run.joined or self.compiling or self.outer or self.is_plain):
+                self._check_way(run)
         if self.site.is_repeated:
             self._watch_backward(out)
         return out
+
+    def _one_more(self, path: str, gates: tuple[Gate, ...]) -> Gate:
+        """The gate of a call more than were watched: the last, where each is a branch of its own.
+
+        Raises:
+            RuntimeError: what the call belongs to cannot be told.
+        """
+        last, block = gates[-1], type(self.site.block).__name__
+        alike = {replace(gate, branch=None) for gate in gates} == {replace(last, branch=None)}
+        if not alike or len({gate.branch for gate in gates}) < len(gates):
+            raise RuntimeError(
+                f"stochastic depth: {block} calls {path} more often than when it was watched, and "
+                "which branch that belongs to cannot be told; give apply() example_inputs like "
+                "those of training, or exclude its branches"
+            )
+        self._tell(
+            f"{block} calls {path} more often than when it was watched, and the further calls are "
+            "dropped when the last one is"
+        )
+        return last
+
+    def _tell_new(self, path: str, module: nn.Module) -> None:
+        if any(True for _ in module.parameters()):
+            self._tell(
+                f"{type(self.site.block).__name__} calls {path}, which it did not when it was "
+                "watched; if that is a residual branch, it is not dropped"
+            )
+
+    def _tell(self, what: str) -> None:
+        """Warn, once, of a call that goes another way than when it was watched."""
+        site, in_graph = self.site, self.compiling or torch.compiler.is_compiling()
+        if not (in_graph or site.has_told or here.forced is not None) and site.block.training:
+            site.has_told = True
+            warnings.warn(
+                f"stochastic depth: {what}; give apply() example_inputs like those of training",
+                stacklevel=2,
+            )
+
+    def _check_way(self, run: Run) -> None:
+        """Say so where a branch has gone another way than when it was watched."""
+        weighed, alone = run.is_weighed and not run.dropped, not run.branch.modules
+        if not weighed and (run.called or (alone and not run.dropped)):
+            return
+        chosen = run.decided and (run.kept is not None or run.weight != 1.0)
+        if run.called and weighed and chosen:
+            raise run.error(
+                "is computed and does not come to the sum that was found, where it would be "
+                "weighed; call apply() again after a change of the model"
+            )
+        if run.branch.is_active and not self.site.findings.unused:
+            what = "does not come to the sum that was found, and is not dropped"
+            if not (run.called or alone):
+                what = "was not called in a call of its block; what is in its place is not dropped"
+            self._tell(f"{run.branch.name} {what}")
 
 
 def fences_around(block: nn.Module, frame: Frame) -> list[Any]:
     """Around a block's forward, where it has hooks of its own: these are no part of it."""
     if frame.compiling or not has_hooks(block):
         return []
-    here.frame, thread = INSIDE, get_ident()
+    here.frame, here.entering = INSIDE, frame
 
     def enter(block: nn.Module, args: Any) -> None:
-        if get_ident() == thread and here.frame is INSIDE:
+        if here.entering is frame and here.frame is INSIDE:  # and in no call within this one
             here.frame = frame
 
     def leave(block: nn.Module, args: Any, out: Any) -> None:
@@ -237,18 +289,6 @@ def fences_around(block: nn.Module, frame: Frame) -> list[Any]:
         block.register_forward_pre_hook(enter),
         block.register_forward_hook(leave, prepend=True),
     ]
-
-
-def _tell_not_called(branch: Branch, site: Any) -> None:
-    """Warn, once, of a call that went another way than when it was watched."""
-    if not site.has_told:
-        site.has_told = True
-        warnings.warn(
-            f"stochastic depth: {branch.name} was not called in a call of its block, as it was "
-            "when that was watched, and what was called instead is not dropped; give apply() "
-            "example_inputs like those of training",
-            stacklevel=2,
-        )
 
 
 class _Alive:

@@ -59,6 +59,7 @@ class Merging:
     apart = False  # a custom autograd.Function makes the call of now
     in_checkpoint = True  # if one does, reentrant checkpointing's
     called = False  # a call of it has come
+    joined = False  # a value of it has come to its sum, or to what else it enters
     closed = False  # the call of its block has returned
     is_late = False  # it had been computed when its samples were chosen, and will be again
     slot: Tensor | None = None  # of each sample, that of a computed one
@@ -128,6 +129,7 @@ class Merging:
 
     def joining(self, part: Part) -> Tensor:
         """The part as a tensor of full size, weighed, with zeros for what is dropped."""
+        self.joined = True
         x, place = part._value, part._place
         if x is None:
             return self.nothing(form(part))
@@ -184,6 +186,7 @@ class Merging:
         first: bool = False,
     ) -> Tensor:
         """``shortcut + factor * part``, as decided; ``first`` keeps the layout of the part."""
+        self.joined = True
         v, place = part._value, part._place
         at = place or self._place_of_sum()
         self._decide_by(shortcut, at)
@@ -228,6 +231,7 @@ class Merging:
 
     def interpolate(self, shortcut: Tensor, part: Part, weight: Any) -> Tensor:
         """``shortcut.lerp(part, weight)``, as decided."""
+        self.joined = True
         self._decide_by(shortcut, part._place or self._place_of_sum())
         if self.dropped:
             return self.leave_out(shortcut)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_given_to_function, tree_leaves, tree_map
+from .._torch import is_given_to_function, is_given_to_hook, tree_leaves, tree_map
 from ..find.functions import writes
 from .instruction import is_asked, unpacked
 from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
@@ -61,8 +61,17 @@ class Part:
         Torch's own, and anything in C, would take it for one in memory, and crash.
         """
         frame = sys._getframe(1)
-        if is_given_to_function(frame):
-            self._check_gradients()
+        if is_given_to_function(frame) and self._has_gradient():
+            raise self._run.error(
+                "hands one of its values to a custom autograd.Function (reentrant checkpointing is "
+                "one), which it did not when it was watched; checkpoint with use_reentrant=False, "
+                "or have the function work in evaluation, too, before you call apply() again"
+            )
+        if is_given_to_hook(frame) and self._has_gradient():
+            raise self._run.error(
+                "hands one of its values to a module with a full backward hook; register that on "
+                "the block, or on a module that the branch calls"
+            )
         return Tensor if is_asked(frame) else Part
 
     @classmethod
@@ -125,14 +134,9 @@ class Part:
         known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
 
-    def _check_gradients(self) -> None:
-        """Raise where a custom autograd.Function, which passes on those of tensors, is given it."""
-        if self._value is not None and self._value.requires_grad and torch.is_grad_enabled():
-            raise self._run.error(
-                "hands one of its values to a custom autograd.Function (reentrant checkpointing is "
-                "one), which it did not when it was watched; checkpoint with use_reentrant=False, "
-                "or have the function work in evaluation, too, before you call apply() again"
-            )
+    def _has_gradient(self) -> bool:
+        """Whether what passes on the gradients of tensors only would lose one."""
+        return self._value is not None and self._value.requires_grad and torch.is_grad_enabled()
 
     def _derived(self, make: Callable[[], Any]) -> "Part":
         return Part(self._run, None, self._last, None, make)

@@ -27,14 +27,15 @@ class Reads(TorchFunctionMode):
     def __init__(self, frame: Any) -> None:
         super().__init__()
         self.frame = frame
-        self.runs = {
-            id(parameter): run
+        self.read = [  # held, as ids of what is gone come again
+            (parameter, run)
             for run in frame.runs
             for name, parameter in zip(
                 run.branch.weights, frame.site.parameters_of(run.branch), strict=True
             )
             if name in run.branch.parameters
-        }
+        ]
+        self.runs = {id(parameter): run for parameter, run in self.read}
         self.has_sums = any(run.branch.in_function for run in frame.runs)
         self.added: set[tuple[int, Spot]] = set()  # whose sums have been met, by expression
 

@@ -71,6 +71,7 @@ def residual(
         A new tensor of the shortcut's shape.
 
     Raises:
+        RuntimeError: the shortcut is a value of a branch of :func:`stochastic_depth.apply`.
         TypeError: ``p`` is not a number.
         ValueError: ``p`` is outside [0, 1]; unknown ``mode`` or ``scale``; the branch's output
             does not have the shortcut's shape; where samples are chosen, a shortcut without a
@@ -91,6 +92,9 @@ def residual(
     rate = check_p(p)
     check_choice(mode, Mode, "mode")
     check_choice(scale, Scale, "scale")
+    given: Any = shortcut
+    if type(given) is Part:
+        raise given._run.error("goes on into residual(): call that in a module of the branch's")
     inputs = inputs or (shortcut,)
     if mode != "batch":
         _check_samples(shortcut, inputs, mode, batch_dim)

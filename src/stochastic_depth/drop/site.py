@@ -274,7 +274,7 @@ class Site:
                 )
 
     def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
-        before = here.frame
+        before, entering = here.frame, here.entering
         frame = here.frame = Frame(self, plan, args, kwargs, self.is_outer(slot))
         fences = fences_around(self.block, frame)
         try:
@@ -286,7 +286,7 @@ class Site:
                 out = slot.through(*args, **kwargs)
             return frame.close(out)
         finally:
-            here.frame = before
+            here.frame, here.entering = before, entering
             for fence in fences:
                 fence.remove()
 

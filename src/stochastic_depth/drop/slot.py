@@ -9,6 +9,7 @@ What a slot does depends on ``here.frame``, the call of a block that is in progr
 None outside of blocks, INSIDE while a child runs, whose calls are its own affair.
 """
 
+import copy
 import threading
 from collections.abc import Callable
 from types import MethodType
@@ -60,8 +61,10 @@ class Inside:
 class _Here(threading.local):
     def __init__(self) -> None:  # dynamo's guards want the attribute on every thread
         self.frame: Any = None
+        self.entering: Any = None  # that of the newest call of a block with hooks
         # Decisions that were made by hand; an empty dict stops all sites.
         self.forced: dict[Any, tuple[int, float]] | None = None
+        self.joined: set[Any] = set()  # those whose sum has been met since
         # The branches that are dropped in evaluation, too.
         self.sampled: frozenset[Any] = frozenset()
         # Whether these two hold for users, whose backward passes may come after them.
@@ -70,7 +73,9 @@ class _Here(threading.local):
 
 here, INSIDE = _Here(), Inside()
 _GETSTATE = "__getstate__"
+_COPY = "__deepcopy__"
 _COMPILE = "compile"
+_OURS = {REPLICATE, _GETSTATE, _COPY, _COMPILE}  # what stands in a module beside the slot
 
 
 class Slot:
@@ -82,7 +87,6 @@ class Slot:
         inner: what runs in place of the class's call: compiled code.
         names: by which frames may know it: its module's names below their blocks.
         repeats: the calls that checkpointing inside of a block may repeat.
-        before: the dicts of the module's contents, which others stand in for.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -97,9 +101,10 @@ class Slot:
         self.inner: Any = None
         self.names: tuple[str, ...] = ()
         self.repeats: Repeats | None = None
-        self.before: dict[str, Any] = {}
         self.module.__dict__[REPLICATE] = self.replicate
         self.module.__dict__[_GETSTATE] = self.state_of_module
+        if hasattr(type(self.module), _COPY):
+            self.module.__dict__[_COPY] = self.copy_of_module
         if getattr(type(self.site), "decides_outside", False):  # a copy of a block
             self.decide_outside()
 
@@ -162,23 +167,32 @@ class Slot:
         module = self.module
         state = type(module).__getstate__(module)  # type: ignore[no-untyped-call]
         if isinstance(state, dict):
-            ours = {_GETSTATE, REPLICATE, _COMPILE}
-            alone = slot_of(module).site is None
+            ours = _OURS
+            slot = slot_of(module)  # None in a copy that its class has made without
+            alone = slot is None or slot.site is None
             if alone:
-                ours |= {CALL}
+                ours = {CALL, *_OURS}
             state = {name: value for name, value in state.items() if name not in ours}
             if alone:
                 tell_apart(state)
         return state
+
+    def copy_of_module(self, memo: dict[int, Any]) -> nn.Module:
+        """What the class makes itself, as ``torch.fx.GraphModule`` does, has no slot."""
+        module: Any = self.module
+        copied: nn.Module = type(module).__deepcopy__(module, memo)
+        memo[id(module)] = copied
+        if self.site is not None and slot_of(copied) is None:
+            put(copied).site = copy.deepcopy(self.site, memo)
+        return copied
 
     def replicate(self) -> nn.Module:
         """DataParallel's replicas share the ``__dict__``; their slots have to be their own."""
         replica = class_replicate(self.module)
         replica.__dict__.pop(COMPILED_CALL, None)
         slot = replica.__dict__[CALL] = Slot(replica)
-        site = slot_of(self.module).site
-        if site is not None:
-            slot.site = site.of_replica(replica)
+        if self.site is not None:
+            slot.site = self.site.of_replica(replica)
         return replica
 
 
@@ -207,7 +221,7 @@ def put(module: nn.Module) -> Slot:
     slot: Slot | None = slot_of(module)
     if slot is None:
         slot = own[CALL] = Slot(module)
-        slot.before = tell_apart(own)
+        tell_apart(own)
     compiled: Any = own.get(COMPILED_CALL)
     if compiled is None:
         return slot
@@ -220,7 +234,7 @@ def put(module: nn.Module) -> Slot:
 
 def keep_slots(model: nn.Module) -> Callable[[], None]:
     """What puts all slots of ``model`` back as they are now."""
-    names = {CALL, COMPILED_CALL, REPLICATE, _GETSTATE, _COMPILE, *CONTENTS}
+    names = {CALL, COMPILED_CALL, *_OURS, *CONTENTS}
     before = [
         (m, {name: x for name, x in m.__dict__.items() if name in names}) for m in model.modules()
     ]
@@ -244,8 +258,8 @@ def take_out(module: nn.Module) -> None:
     slot = own.get(CALL)
     if isinstance(slot, Slot):
         slot.site = None  # what ``module.compile()`` has made may hold it
-        for name in (CALL, REPLICATE, _GETSTATE, _COMPILE):
+        for name in (CALL, *_OURS):
             own.pop(name, None)
-        tell_apart(own, slot.before)
+        tell_apart(own)
     if isinstance(compiled := own.get(COMPILED_CALL), Slot):
         own[COMPILED_CALL] = compiled.inner

@@ -1,7 +1,7 @@
 """How much of a model's work each branch is: FLOPs, counted in one run."""
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -34,13 +34,17 @@ class FlopCounter(FlopCounterMode):
 
 
 class _Counting(Recorder):
-    """Notes how many FLOPs had been counted when each value was made."""
+    """Notes how many FLOPs its run had taken when each value was made."""
 
     def __init__(
-        self, total: Callable[[], int], flops: list[int], model: nn.Module, constants: list[Tensor]
+        self, counted: Callable[[], int], model: nn.Module, constants: list[Tensor]
     ) -> None:
-        self.total, self.flops = total, flops
+        self.counted, self.earlier = counted, counted()  # of a run that came to nothing
+        self.flops: list[int] = []
         super().__init__(model, constants)
+
+    def total(self) -> int:
+        return self.counted() - self.earlier
 
     def _add(self, node: Node, t: Any) -> int:
         number = super()._add(node, t)
@@ -50,7 +54,11 @@ class _Counting(Recorder):
 
 
 def flop_shares(
-    model: nn.Module, args: Any, kwargs: Any, findings: Findings
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    findings: Findings,
+    modules: Mapping[Branch, Collection[nn.Module]],
 ) -> dict[Branch, float]:
     """The share of one forward's FLOPs that each branch has, in evaluation.
 
@@ -62,27 +70,28 @@ def flop_shares(
         args: what it was called with when its branches were found.
         kwargs: the same.
         findings: what was found.
+        modules: of other branches, what they call.
     """
     counter = FlopCounter()
-    counts: list[int] = []
-    recorder = partial(_Counting, counter.get_total_flops, counts)
+    recorder = partial(_Counting, counter.get_total_flops)
     constants = findings.constants
     # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
     with counter, sdpa_kernel(SDPBackend.MATH):
         counted = record(model, args, kwargs, False, recorder, constants=constants)
     # A model may do more for attention in steps, so values are told by their keys.
-    until = dict(zip([node.key for node in counted.nodes], counts, strict=False))
+    until = dict(zip([node.key for node in counted.nodes], counted.watch.flops, strict=True))
     made, before = [], 0
     flow = record(model, args, kwargs, False, constants=constants)
     for node in flow.nodes:
         now = max(until.get(node.key, before), before)
         made.append(now - before)
         before = now
-    total = max(counter.get_total_flops(), 1)
-    return {
-        branch: sum(made[i] for i in _computed(flow, nodes)) / total
-        for branch, nodes in findings.nodes.items()
-    }
+    total = max(counted.watch.total(), 1)
+    computed = {branch: _computed(flow, nodes) for branch, nodes in findings.nodes.items()}
+    for branch, own in modules.items():
+        calls = [range(call.start, call.end) for call in flow.calls if call.module in own]
+        computed[branch] = set().union(*calls)
+    return {branch: sum(made[i] for i in nodes) / total for branch, nodes in computed.items()}
 
 
 def _computed(flow: Flow, nodes: frozenset[int]) -> set[int]:

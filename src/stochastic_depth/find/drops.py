@@ -22,7 +22,7 @@ from .nesting import find_regions
 from .plan import Findings, Refused, only
 from .record import Recorder
 from .regions import is_ours
-from .spot import spot
+from .spot import RESIDUAL, spot
 from .state import NORMS
 
 __all__ = ["Drops", "find_drops", "rate_of", "settle_drops", "tell_drops"]
@@ -245,7 +245,9 @@ def settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow)
     left = {}
     for branch in findings.branches:
         found = next((own[s] for s in (*branch.sums, *branch.joins) if s in own), None)
-        if found is not None:
+        if any(s.file == RESIDUAL for s in branch.sums):
+            left[branch] = "residual() drops it by itself, at the p that it is given there"
+        elif found is not None:
             left[branch] = (
                 f"the model drops it by itself, in {found.function} (line {found.line} of "
                 f"{found.file}), and it would be dropped twice: set that rate to 0"

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_compiler_loaded
+from .._torch import is_compiler_loaded, without_parametrize_cache
 from .flow import Flow
 from .record import Recorder
 from .state import Kept, copied, in_mode, untouched, unwritten
 
-__all__ = ["record", "record_examples", "uncompiled"]
+__all__ = ["plainly", "record", "record_examples"]
 
 _one_at_a_time = threading.RLock()
 
@@ -63,18 +63,18 @@ class _Met:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
-    """Without gradients, compiled code, or a cache of autocast's to outlive it."""
+def plainly() -> Iterator[None]:
+    """Without gradients, compiled code, or a cache of weights that would outlive it."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad(), _uncompiled(), without_parametrize_cache():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+def _uncompiled() -> AbstractContextManager[Any]:
     """Compiled code runs as it is written."""
     if not is_compiler_loaded():  # which takes a second, and nothing has been compiled
         return nullcontext()
@@ -145,7 +145,7 @@ def _recorded(
         stack.enter_context(in_mode(model, training, frozen))
         if training:
             stack.enter_context(unwritten(model))
-        stack.enter_context(_plainly())
+        stack.enter_context(plainly())
         stack.enter_context(_met(watch, model))
         watch.inputs(args, kwargs)
         with watch:

@@ -56,7 +56,7 @@ class Gate:
         returned: what its result consists of, by leaf.
         structure: how these leaves are nested, with their numbers in their places; None where it
             returns one tensor.
-        drops: a DropPath: the branch's own decision replaces it.
+        drops: the class of a DropPath, which the branch's own decision replaces; else empty.
     """
 
     branch: int | None
@@ -65,7 +65,7 @@ class Gate:
     single: tuple[tuple[int, int], ...] = ()
     returned: tuple[Leaf, ...] = ()
     structure: Any = None
-    drops: bool = False
+    drops: str = ""
 
 
 # Of a call: the dtype of its first tensor, or this and autocast's; None where it has no tensor.

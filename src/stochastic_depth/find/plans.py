@@ -155,7 +155,7 @@ class _Planner:
             last and not drops,
             returned=tuple(leaves),
             structure=call.structure,
-            drops=drops,
+            drops=type(call.module).__qualname__ if drops else "",
         )
 
     def last(self, member: Member) -> set[int]:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .flow import Flow
-from .meet import uncompiled
+from .meet import plainly
 from .regions import Region
 from .state import attributes, copied, in_mode, untouched
 from .tensors import memory_of, tensors_in, tensors_within
@@ -42,7 +41,7 @@ def remembering(
     names = {flow.held[n] for region in regions for n in held_in(flow, region)}
     if not names:
         return set()
-    with untouched(model), in_mode(model, False), torch.no_grad(), uncompiled():
+    with untouched(model), in_mode(model, False), plainly():
         given, named = copied((args, kwargs))
         model(*given, **named)
         kept = {

@@ -22,6 +22,7 @@ from .plans import Planned
 from .record import Recorder
 from .regions import Region
 from .remembering import held_in, remembering
+from .zeros import without, zeros_in
 
 __all__ = ["place_samples"]
 
@@ -179,7 +180,8 @@ def _evidence(
 
     if any(t.is_meta for t in inputs_in((args, kwargs))):
         raise ValueError("there are no values on the meta device")
-    more, other = run(_one_more, {}), run(_moved, drawn)
+    with without(zeros_in(model)):
+        more, other = run(_one_more, {}), run(_moved, drawn)
     unclear = dict(more.unclear)
     for node in watched:
         if node not in other.places or (node not in more.places and node not in unclear):

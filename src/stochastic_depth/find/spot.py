@@ -12,7 +12,7 @@ import torch
 
 from .plan import Spot
 
-__all__ = ["by_instruction", "is_of_library", "spot"]
+__all__ = ["RESIDUAL", "by_instruction", "is_of_library", "spot"]
 
 T = TypeVar("T")
 
@@ -25,6 +25,8 @@ _BETWEEN = (
     os.path.join(_TORCH, "_ops.py"),
     os.path.join(_TORCH, "utils") + os.sep,
 )
+_GENERATED = "<eval_with_key>"
+RESIDUAL = os.path.join(_OURS, "drop", "residual.py")  # whose sum is an expression of its own
 _NOWHERE = Spot("", "", 0, 0)
 
 _between: dict[str, bool] = {}  # by file
@@ -68,7 +70,7 @@ def spot(depth: int = 1) -> Spot:
         file = code.co_filename
         between = _between.get(file)
         if between is None:
-            between = _between[file] = file.startswith(_BETWEEN)
+            between = _between[file] = file.startswith(_BETWEEN) and file != RESIDUAL
         if not between and code.co_name != "__torch_function__":  # of somebody's mode
             break
         if frame.f_back is None:
@@ -80,6 +82,7 @@ def spot(depth: int = 1) -> Spot:
 @by_instruction
 def _spot(code: CodeType, instruction: int) -> Spot:
     line, _, column, _ = next(islice(code.co_positions(), instruction // 2, None))
-    return Spot(
-        code.co_filename, code.co_qualname, line or 0, instruction if column is None else column
-    )
+    file = code.co_filename
+    if file.startswith(_GENERATED):  # by torch.fx, with a number that is another each time
+        file = _GENERATED
+    return Spot(file, code.co_qualname, line or 0, instruction if column is None else column)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm as layers
 from torch.overrides import TorchFunctionMode
 
-from .._torch import is_flat_parameter, is_view_of_flat_parameter
+from .._torch import global_hooks, is_flat_parameter, is_view_of_flat_parameter
 from .functions import writes
 from .ranks import is_sharded
 from .tensors import memory_of, tensors_in, tensors_within
@@ -102,8 +102,10 @@ class Kept:
         self.seen: set[int] = set()
         self.contained: set[int] = set()  # seen by the containers alone
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # and what is in them
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], object]] = []
         self.alive: list[Any] = []  # so that no id is used again
+        for hook in global_hooks():
+            self._keep_hook(hook)
         for module in model.modules():
             self._keep_module(vars(module))
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
@@ -152,7 +154,7 @@ class Kept:
             self.undo.append(lambda: x.setstate(state))
         elif isinstance(x, torch.Generator):
             drawn = x.get_state()
-            self.undo.append(lambda: void(x.set_state(drawn)))
+            self.undo.append(lambda: x.set_state(drawn))
         elif hasattr(x, "bit_generator"):  # numpy's
             bits = x.bit_generator.state
             self.undo.append(lambda: setattr(x.bit_generator, "state", bits))
@@ -188,18 +190,30 @@ class Kept:
         if not isinstance(function, types.FunctionType):
             own, function = hook, type(hook).__call__
         names = _named_in(function, own)
-        found = [_cell(cell) for cell in getattr(function, "__closure__", None) or ()]
-        found += [x for n, x in getattr(function, "__globals__", {}).items() if n in names]
-        self._keep_containers(tuple(x for x in found if type(x) in _CONTAINERS), _DEPTH)
+        cells = getattr(function, "__closure__", None) or ()
+        enclosed = [(cell, "cell_contents", _cell(cell)) for cell in cells]
+        self.undo += [partial(setattr, *x) for x in enclosed if type(x[2]) in _COUNTS]
+        known = getattr(function, "__globals__", {})
+        named = {n: x for n, x in known.items() if n in names}
+        self.undo.append(partial(_set_again, known, named))
+        found = [x for _, _, x in enclosed] + list(named.values())
+        self._keep_counts(found)
         for x in [own, *found]:
             with suppress(Exception):  # of any kind: some objects do not like to be looked at
                 if isinstance(x, nn.Module | type | types.ModuleType):
                     continue
-                state = vars(x)
-                of_it = {n: value for n, value in state.items() if n in names}
-                self.undo.append(partial(_set_again, state, of_it))
-                held = [value for value in of_it.values() if type(value) in _CONTAINERS]
-                self._keep_containers(tuple(held), _DEPTH)
+                of_it = {n: value for n, value in vars(x).items() if n in names}
+                self.undo.append(partial(_set_again, vars(x), of_it))
+                self._keep_counts(list(of_it.values()))
+
+    def _keep_counts(self, values: list[Any]) -> None:
+        """Keep what can be counted or collected in."""
+        self._keep_containers(tuple(x for x in values if type(x) in _CONTAINERS), _DEPTH)
+        for x in values:
+            if type(x) is Tensor:
+                self._keep_tensor(x)
+            if type(x).__name__ == "ndarray":
+                self.undo.append(partial(x.__setitem__, ..., x.copy()))
 
     def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
         before = dict(x)
@@ -245,6 +259,7 @@ class Kept:
 _EMPTY: dict[Any, Any] = {}
 _OF_ALL = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(x, dict))
 _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, types.FunctionType}
+_COUNTS = {bool, int, float, str, Tensor}
 _MANY = 1000  # in a list that is looked into
 _CONTAINERS = {dict, list, set, tuple, OrderedDict, defaultdict}
 # Engines keep their own state, and ours are asked what they have seen.
@@ -275,10 +290,6 @@ def _set_again(state: dict[str, Any], before: dict[str, Any]) -> None:
     for name, value in before.items():
         if state.get(name) is not value:
             state[name] = value
-
-
-def void(_: Any) -> None:
-    """Nothing."""
 
 
 def _refill(x: Any, before: list[Any]) -> None:
