@@ -70,18 +70,27 @@ CONTENTS = "_modules", "_parameters"
 _OTHER: dict[type, Any] = {dict: OrderedDict, OrderedDict: dict}
 
 
-def tell_apart(own: dict[str, Any]) -> None:
+def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Change the type of the dicts with a module's contents, or back; ``own`` is its ``__dict__``.
 
     torch.compile takes a graph that it has made of one model for another of the same class, and
     does not look at what stands in the place of its call: a model compiled without stochastic depth
     would lend its graph to one that has it, and nothing would be dropped. It does look at the
     types of these dicts, which have been ordered ones and plain ones in torch's history.
+
+    Args:
+        own: the ``__dict__`` of the module.
+        before: what this returned; the same dicts are then put back.
+
+    Returns:
+        The dicts that were there.
     """
-    for name in CONTENTS:
-        other = _OTHER.get(type(own.get(name)))
-        if other is not None:
-            own[name] = other(own[name])
+    there = {name: own[name] for name in CONTENTS if type(own.get(name)) in _OTHER}
+    for name, contents in there.items():
+        own[name] = (before or {}).get(name, _OTHER[type(contents)]())
+        own[name].clear()
+        own[name].update(contents)
+    return there
 
 
 # ``parametrize.cached()`` keeps weights, which are without gradients where we watch.

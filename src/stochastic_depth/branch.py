@@ -46,6 +46,7 @@ class Spot(NamedTuple):
     function: str
     line: int
     column: int
+    end: tuple[int, int]  # line and column: a + b begins where a + b + c does
 
 
 @dataclass(eq=False, repr=False)

@@ -84,6 +84,42 @@ def test_the_influence_is_one_less_the_cosine():
     assert len(of_blocks.rows) == 5
 
 
+@pytest.mark.parametrize("width", [8, 12, 32])
+def test_the_influence_is_over_channels_whatever_the_width(width):
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up = nn.BatchNorm2d(8), nn.Conv2d(8, 32, 3, padding=1)
+            self.down = nn.Conv2d(32, 8, 1)
+
+        def forward(self, x):
+            return x + self.down(self.up(self.norm(x)))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conv(), nn.ReLU()).eval(), torch.randn(2, 8, width, width)
+    with torch.no_grad():
+        cosine = torch.cosine_similarity(x, model[0](x), dim=1).mean()
+    for of in ("branches", "blocks"):
+        (row,) = sd.importance(model, [x], of=of).rows
+        assert row.value == pytest.approx(float(1 - cosine), abs=1e-6)
+
+
+def test_the_influence_of_tokens_is_over_the_last_dimension():
+    class Conformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.LayerNorm(8), nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Conformer()).eval(), torch.randn(2, 8, 8)
+    with torch.no_grad():
+        cosine = torch.cosine_similarity(x, model(x), dim=-1).mean()
+    assert sd.importance(model, [x]).rows[0].value == pytest.approx(float(1 - cosine), abs=1e-6)
+
+
 def test_a_block_that_does_nothing_is_least_important():
     model = net()
     with torch.no_grad():
@@ -184,6 +220,8 @@ def test_batches_may_be_used_up():
     ("arguments", "error", "match"),
     [
         ({"batches": []}, ValueError, "at least one batch"),
+        ({"batches": x_for_net()}, TypeError, "put a single batch into a list"),
+        ({"batches": {"x": x_for_net()}}, TypeError, "put a single batch into a list"),
         ({"by": "size"}, ValueError, "by must be one of"),
         ({"of": "layers"}, ValueError, "of must be one of"),
         ({"by": "loss", "batches": [x_for_net()]}, ValueError, "give loss="),

@@ -157,6 +157,96 @@ def test_encoder_and_decoder_follow_by_themselves():
     assert (pruned.config.encoder_layers, pruned.config.decoder_layers) == (2, 3)
 
 
+def test_another_model_with_the_same_configuration_keeps_it():
+    model, inputs = made("llama")
+    other = type(model)(model.config)
+    pruned = sd.prune(model, keep=2, example_inputs=inputs)
+    assert (pruned.config.num_hidden_layers, other.config.num_hidden_layers) == (2, 3)
+    own = {id(m.config) for m in pruned.modules() if hasattr(m, "config")}
+    assert own == {id(pruned.config)}
+
+
+def test_lists_that_say_nothing_of_layers_are_left_alone():
+    model, inputs = made("bert")
+    n = model.config.num_hidden_layers
+    model.config.class_names = [f"class {i}" for i in range(n)]
+    pruned = sd.prune(model, remove="encoder.layer.1", example_inputs=inputs)
+    assert len(pruned.config.class_names) == n
+
+
+def test_lists_by_layer_are_cut_whatever_their_names():
+    class Config(transformers.PretrainedConfig):
+        model_type = "windows"
+
+        def __init__(self, num_hidden_layers=4, windows=(1, 9, 1, 9), labels=(0, 1, 2, 3), **other):
+            super().__init__(**other)
+            self.num_hidden_layers = num_hidden_layers
+            self.windows, self.labels = list(windows), list(labels)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, window):
+            super().__init__()
+            self.window, self.body = window, torch.nn.Linear(8, 8)  # longer than the examples
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    class Windows(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            windows = config.windows[: config.num_hidden_layers]
+            self.layers = torch.nn.ModuleList(map(Layer, windows))
+            self.post_init()
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Windows(Config()).eval()
+    sd.prune(model, remove=["layers.0", "layers.2"], example_inputs=torch.randn(2, 8))
+    assert model.config.windows == [9, 9]
+    assert model.config.labels == [0, 1, 2, 3]
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs).logits
+
+
+def test_configurations_of_models_inside_others_are_tried():
+    model, inputs = made("jamba")
+    outer = Wrapper(model).eval()
+    config = model.config.to_dict()
+    with pytest.raises(ValueError, match="makes another model than the pruned one"):
+        sd.prune(outer, remove="inner.model.layers.1", example_inputs=inputs)
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_removed_branches_are_listed_by_their_names_of_now(is_inside):
+    model, inputs = made("llama")
+    inputs = {**inputs, "use_cache": False}
+    outer, prefix = (Wrapper(model).eval(), "inner.") if is_inside else (model, "")
+    sd.prune(outer, remove=f"{prefix}model.layers.2:self_attn", example_inputs=inputs)
+    sd.prune(outer, remove=f"{prefix}model.layers.0", example_inputs=inputs)
+    assert model.config.pruned_branches == ["model.layers.1:self_attn"]
+    assert model.config.num_hidden_layers == 2
+    again = type(model)(copy.deepcopy(model.config)).eval()
+    sd.prune(again, remove=again.config.pruned_branches, example_inputs=inputs)
+    assert again.config.pruned_branches == model.config.pruned_branches
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(run(again, inputs)[0], run(model, inputs)[0])
+    sd.prune(outer, remove=f"{prefix}model.layers.1", example_inputs=inputs)
+    assert not hasattr(model.config, "pruned_branches")
+
+
 @pytest.mark.parametrize(
     ("name", "block", "match"),
     [

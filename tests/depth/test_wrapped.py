@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -59,3 +60,22 @@ def test_a_wrapped_model_is_refused(how, match):
             act()
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(model(x), before)
+
+
+def test_what_is_no_plain_model_is_refused():
+    class DistributedLike(DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+        def train(self, mode=True):
+            return self
+
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        sd.prune(DistributedLike(net()), keep=3)
+    with pytest.raises(ValueError, match="OptimizedModule"):
+        sd.prune(torch.compile(net(), backend="eager"), keep=3, example_inputs=x_for_net())
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        sd.prune("model", keep=3)
+    with pytest.raises(ValueError, match="meta device"):
+        sd.prune(net().to("meta"), keep=3, example_inputs=torch.randn(2, 4, device="meta"))

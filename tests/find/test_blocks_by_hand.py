@@ -251,6 +251,85 @@ class ExistingModule(Base):
         return x + self.drop(self.f(x))
 
 
+class TwoOfAWeighedShortcut(Base):
+    def forward(self, x):
+        y = 2 * x + self.g(x).relu()
+        return y + self.f(x)
+
+    def dropped(self, x):
+        return 2 * x
+
+
+class ShiftedBeside(Base):
+    def forward(self, x):
+        y = self.scale * x + self.f(x)
+        return y + x.roll(1, -1)
+
+    def dropped(self, x):
+        return self.scale * x + x.roll(1, -1)
+
+
+class Cascade(Base):
+    """What the branch works on is added, too."""
+
+    def forward(self, x):
+        h = self.start(x)
+        y = x + self.f(h)
+        return y + h
+
+    def dropped(self, x):
+        return x + self.start(x)
+
+
+class JoinedWithItsInput(Base):
+    def forward(self, x):
+        y = self.start(x)
+        return torch.cat([x + self.f(y), y], -1)[:, 4:12]
+
+    def dropped(self, x):
+        return torch.cat([x, self.start(x)], -1)[:, 4:12]
+
+
+class Coupled(Base):
+    """NICE."""
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([b + self.f(F.pad(a, (4, 0)))[:, 4:], a], -1)
+
+    def dropped(self, x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([b, a], -1)
+
+
+class Gated(Base):
+    def forward(self, x):
+        return torch.addcmul(x, self.start(x).sigmoid(), self.f(x))
+
+    def dropped(self, x):
+        return torch.addcmul(x, self.start(x).sigmoid(), torch.zeros_like(x))
+
+
+class Modulated(Base):
+    """adaLN."""
+
+    def forward(self, x):
+        a, b = self.start(x).chunk(2, -1)
+        x = x + a.repeat(1, 2) * self.f(x)
+        return x + b.repeat(1, 2) * self.g(x)
+
+
+class ComplexNumbers(Base):
+    def forward(self, x):
+        z, y = (torch.view_as_complex(t.unflatten(-1, (4, 2))) for t in (x, self.f(x)))
+        return torch.view_as_real(z + y).flatten(1)
+
+
+class ThreeTerms(Base):
+    def forward(self, x):
+        return self.f(x) + self.offset[: x.shape[1]] + x
+
+
 F_ONLY = [("identity", ("f",))]
 
 FOUND: list[tuple[type[Base], list[tuple[str, tuple[str, ...]]]]] = [
@@ -285,6 +364,15 @@ FOUND: list[tuple[type[Base], list[tuple[str, tuple[str, ...]]]]] = [
     (Asserts, F_ONLY),
     (UnusedWeights, [("identity", ("norm", "attention"))]),
     (ExistingModule, [("identity", ("f", "drop"))]),
+    (TwoOfAWeighedShortcut, [("projection", ("g",)), ("projection", ("f",))]),
+    (ShiftedBeside, [("projection", ("f",))]),
+    (Cascade, F_ONLY),
+    (JoinedWithItsInput, F_ONLY),
+    (Coupled, [("projection", ("f",))]),
+    (Gated, F_ONLY),
+    (Modulated, [("identity", ("f",)), ("identity", ("g",))]),
+    (ComplexNumbers, [("projection", ("f",))]),
+    (ThreeTerms, F_ONLY),
 ]
 BLOCKS = [block for block, _ in FOUND]
 
@@ -409,6 +497,22 @@ def when_kept(model: nn.Module, x: Tensor) -> Tensor:
         if branch.dropped == dropped:
             return out
     raise AssertionError("dropped 100 times in a row")
+
+
+class Routed(Base):
+    """Mixture of depths."""
+
+    def forward(self, x):
+        weight, index = self.start(x).sum(1).topk(2)
+        return x.index_add(0, index, weight.sigmoid()[:, None] * self.f(x[index]))
+
+
+def test_positions_that_a_router_chooses_are_no_part_of_the_branch() -> None:
+    model, x = applied(make(Routed), p=1.0, schedule="uniform"), batch()
+    assert [branch.modules for branch in sd.branches(model)] == [("f",)]
+    assert torch.equal(model(x), x)
+    sd.branches(model)[0].p = 0.0
+    assert torch.equal(model(x), make(Routed)(x))
 
 
 class ExistingFunction(Base):
@@ -1127,16 +1231,24 @@ class Corrected(nn.Module):
         return y + (scale - 1) * y + scale * self.up(self.down(x))
 
 
+class Adapted(Corrected):
+    """LoRA: a correction beside the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
 class WithCorrections(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layer: type[nn.Module]) -> None:
         super().__init__()
-        self.f, self.g = Corrected(), Corrected()
+        self.f, self.g = layer(), layer()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.g(torch.tanh(self.f(x)))
 
 
-def test_corrections_of_layers_are_no_blocks() -> None:
-    model = nn.Sequential(WithCorrections(), WithCorrections())
+@pytest.mark.parametrize("layer", [Corrected, Adapted])
+def test_corrections_of_layers_are_no_blocks(layer: type[nn.Module]) -> None:
+    model = nn.Sequential(WithCorrections(layer), WithCorrections(layer))
     sd.apply(model, 0.5, example_inputs=torch.randn(3, 8))
     assert [branch.name for branch in sd.branches(model)] == ["0:f", "1:f"]

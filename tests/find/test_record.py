@@ -146,6 +146,15 @@ def test_an_expression_has_one_place_for_tensors_and_stand_ins() -> None:
     assert len(set(recorded)) == 3
 
 
+def test_each_sum_of_one_expression_has_its_place() -> None:
+    class Three(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x + x
+
+    flow = record(Three(), (torch.randn(2),), {})
+    assert len({n.spot for n in flow.nodes if n.spot is not None}) == 2
+
+
 def test_nothing_stays_with_the_modules() -> None:
     model = Lambdas()
     before = [dict(vars(m)) for m in model.modules()]

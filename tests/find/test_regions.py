@@ -1,5 +1,7 @@
 """Which sums have a residual branch, and which only look like it."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,14 +80,118 @@ def test_a_projection() -> None:
     assert (branch.name, branch.kind) == ("0:f", "projection")
 
 
+def test_a_light_path_beside_a_projection_block_is_no_shortcut() -> None:
+    class Beside(small.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g, self.project = small.linear(), small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.project(x) + self.g(self.f(x).relu())
+            return y + self.norm(x)
+
+    (branch,) = look(nn.Sequential(Beside(), small.linear())).branches
+    assert (branch.modules, branch.kind) == (("0.f", "0.g"), "projection")
+
+
+def test_a_beginning_that_is_given_again_is_no_shortcut_of_the_whole() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.head = small.linear(), small.linear()
+            self.f = nn.ModuleList(small.linear() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = x = self.start(x)
+            for f in self.f:
+                x = x + f(x) + 0.1 * first
+            return self.head(x)
+
+    assert modules(Again()) == [("f.0",), ("f.1",), ("f.2",)]
+
+
+class Sampled(small.Block):
+    """The reparametrisation of a variational autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.deviation, self.head = small.linear(), small.linear(), small.linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean(x)
+        deviation = self.deviation(self.f(x).relu()).exp()
+        return self.head(mean + torch.randn_like(mean) * deviation)
+
+
+def test_a_sample_of_a_distribution_is_no_branch_and_is_told() -> None:
+    found = look(Sampled())
+    assert found.branches == []
+    assert [(r.name, "a sample of a distribution" in r.reason) for r in found.refused] == [
+        (":f", True)
+    ]
+
+
+class Cell(small.Block):
+    """The first step of a minimal gated recurrent unit, whose state is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = small.linear(), small.linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.gate(x).sigmoid()
+        return self.head((1 - z) * torch.zeros_like(x) + z * self.f(x))
+
+
+class Forgetting(small.Block):
+    """The first step of an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forget, self.gate, self.head = small.linear(), small.linear(), small.linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.forget(x).sigmoid() * torch.zeros_like(x)
+        return self.head(kept + x.sigmoid() * self.f(self.gate(x)).tanh())
+
+
+class Scores(small.Block):
+    """Attention's, to keys and to positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.g, self.head = small.linear(), small.linear(), nn.Linear(3, 3)
+        self.positions = nn.Parameter(torch.randn(3, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.query(x), self.g(self.f(x))
+        return self.head(q @ k.mT / 2 + q @ self.positions.mT)
+
+
+class Steps(small.Block):
+    """Of a recurrent layer, which begins with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g, self.head = small.linear(), small.linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.norm(x).chunk(2)
+        return self.head(self.f(second) + self.g(self.f(first).tanh()))
+
+
 @pytest.mark.parametrize(
     "model",
     [small.Gates(), small.Noisy(), small.ParameterAsShortcut(), small.TokenShift(),
-     small.WideAndDeep()],
+     small.WideAndDeep(), Cell(), Forgetting(), Scores()],
     ids=lambda model: type(model).__name__,
 )  # fmt: skip
 def test_no_branch_where_there_is_none(model: nn.Module) -> None:
     assert look(model).branches == []
+
+
+def test_what_starts_from_another_part_is_no_branch() -> None:
+    assert look(Steps(), 4, WIDTH).branches == []
 
 
 def test_positional_convolutions_are_no_branch_and_are_told() -> None:
@@ -105,6 +211,29 @@ def test_the_outer_of_two_branches_is_the_branch() -> None:
 
     assert [b.name for b in look(Outer(1)).branches] == [":body"]
     found = look(Outer(2))
+    assert [b.name for b in found.branches] == ["body.0:f", "body.1:f"]
+    assert "a long skip around 2" in found.refused[0].reason
+
+
+@pytest.mark.parametrize("shortcut", [nn.Identity(), small.linear()])
+def test_a_long_skip_around_blocks_with_weighed_or_projected_shortcuts(shortcut: nn.Module) -> None:
+    class Weighed(small.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g, self.shortcut = small.linear(), copy.deepcopy(shortcut)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.7 * self.shortcut(x) + self.g(self.f(x).relu())
+
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(Weighed(), Weighed()), small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.body(x))
+
+    found = look(Long())
     assert [b.name for b in found.branches] == ["body.0:f", "body.1:f"]
     assert "a long skip around 2" in found.refused[0].reason
 

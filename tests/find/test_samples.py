@@ -87,6 +87,28 @@ def test_copies_that_are_not_next_to_each_other_are_not_selected() -> None:
     assert "next to each other" in reason
 
 
+CUTS = {
+    "chunk": lambda t: t.chunk(2, 1),
+    "split": lambda t: t.split(WIDTH, 1),
+    "unbind": lambda t: t.unflatten(1, (2, WIDTH)).unbind(1),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_each_part_of_a_split_has_the_samples(cut: str) -> None:
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g, self.scales = small.linear(), small.linear(), nn.Linear(4, 2 * WIDTH)
+
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            a, b = CUTS[cut](self.scales(condition))
+            x = x + a * self.f(x)
+            return x + b * self.g(x)
+
+    assert places(Modulated(), torch.randn(3, WIDTH), torch.randn(3, 4)) == 2 * [(Place(0), "")]
+
+
 def test_samples_that_mix() -> None:
     model = small.Spelled(lambda x, y: x + y / y.abs().max())
     ((place, reason),) = places(model, torch.randn(3, WIDTH))

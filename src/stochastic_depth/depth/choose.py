@@ -1,6 +1,7 @@
 """Which blocks or branches go, where one says how many stay."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -27,15 +28,17 @@ def to_remove(model: nn.Module, look: Look, keep: Any, by: Ranking | None) -> li
         for name in look.blocks
         if name not in look.wholes or held_by(model, name) is None
     }
-    if isinstance(keep, bool) or not isinstance(keep, int | Iterable) or isinstance(keep, str):
-        raise TypeError(f"keep must be a number of blocks, or which, got {keep!r}")
-    if not isinstance(keep, int):
+    if not _is_number(keep):
+        if isinstance(keep, str) or not isinstance(keep, Iterable):
+            raise TypeError(f"keep must be a number of blocks, or which, got {keep!r}")
         return _others(look, list(keep), reasons)
     everything = look.blocks
     if by is not None:
         ranking = list(by.ranking if isinstance(by, Importance) else by)
         if not ranking or not all(isinstance(name, str) for name in ranking):
             raise ValueError(f"by must be an importance or a list of names, got {by!r}")
+        if twice := _twice(ranking):
+            raise ValueError(f"by= ranks {twice[0]!r} twice")
         if not set(ranking) <= set(everything):
             everything = [b.name for b in look.found.branches]
             reasons = {}
@@ -46,7 +49,7 @@ def to_remove(model: nn.Module, look: Look, keep: Any, by: Ranking | None) -> li
         can_go = [name for name in everything if name not in reasons]
     what = "blocks" if everything is look.blocks else "branches"
     if not everything:
-        raise ValueError("no block found: name branches with remove=")
+        raise ValueError(f"no block found: name branches with remove={look.about_layers()}")
     if not 1 <= keep < len(everything):
         raise ValueError(
             f"keep must be at least 1 and less than the {len(everything)} {what} that there are, "
@@ -67,7 +70,7 @@ def to_remove(model: nn.Module, look: Look, keep: Any, by: Ranking | None) -> li
 def _others(look: Look, keep: list[Any], reasons: dict[str, str]) -> list[str]:
     names = []
     for item in keep:
-        if isinstance(item, int) and not isinstance(item, bool):
+        if _is_number(item):
             if not -len(look.blocks) <= item < len(look.blocks):
                 raise ValueError(f"keep has {item}, and there are {len(look.blocks)} blocks")
             names.append(look.blocks[item])
@@ -75,12 +78,22 @@ def _others(look: Look, keep: list[Any], reasons: dict[str, str]) -> list[str]:
             names.append(item)
         else:
             raise ValueError(f"keep has {item!r}, which is none of the blocks {look.blocks}")
+    if twice := _twice(names):
+        raise ValueError(f"keep={keep!r} has {twice[0]!r} twice")
     gone = [name for name in look.blocks if name not in names]
     if not names or not gone:
         raise ValueError(f"keep={keep!r} would keep {len(names)} of {len(look.blocks)} blocks")
     if stuck := [name for name in gone if name in reasons]:
         raise ValueError(f"{stuck[0]!r} cannot be taken out: {reasons[stuck[0]]}")
     return gone
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _twice(names: list[str]) -> list[str]:
+    return [name for i, name in enumerate(names) if name in names[:i]]
 
 
 def _reason(model: nn.Module, look: Look, name: str) -> str:

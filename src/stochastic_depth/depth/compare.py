@@ -1,6 +1,7 @@
 """What a model gives with something left out, and whether two results are the same to the bit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
 from .._torch import tree_leaves
-from ..branch import Branch
+from ..branch import Branch, block_of
 from ..drop.force import forced
 from ..find.state import copied, in_mode, untouched
 from .looks import Look, opened
 
-__all__ = ["difference", "first_float", "is_handed_on", "output_of"]
+__all__ = ["difference", "first_float", "is_handed_on", "output_of", "running"]
 
 
 def output_of(
@@ -38,7 +39,10 @@ def output_of(
     chosen, weights = list(chosen), weights or {}
     seen: dict[str, list[Tensor | None]] = {}
     hooks = []
-    for key, name in (blocks or {name: name for name in look.blocks}).items():
+    whole = [block_of(branch) for branch in weights if branch.kind == "block"]
+    if blocks is None:  # a hook sees what a block gives before it is weighed as a whole
+        blocks = {name: name for name in look.blocks if name not in whole}
+    for key, name in blocks.items():
 
         def keep(_: Any, args: Any, out: Any, key: str = key) -> None:
             value = first_float(out)  # which may be overwritten
@@ -46,21 +50,29 @@ def output_of(
 
         hooks.append(model.get_submodule(name).register_forward_hook(keep))
     try:
-        with opened(model, look, [*chosen, *weights]) as stands:
-            decisions = {stands[b]: (False, weight) for b, weight in weights.items()}
-            decisions |= {stands[b]: (True, 1.0) for b in chosen}
-            with (
-                untouched(model),
-                in_mode(model, False),
-                torch.no_grad(),
-                forced(decisions),
-                BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
-            ):
-                args, kwargs = copied(look.inputs)
-                return model(*args, **kwargs), seen
+        decisions = {b: (False, weight) for b, weight in weights.items()}
+        with running(model, look, decisions | dict.fromkeys(chosen, (True, 1.0))):
+            args, kwargs = copied(look.inputs)
+            return model(*args, **kwargs), seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def running(
+    model: nn.Module, look: Look, decisions: Mapping[Branch, tuple[bool, float]]
+) -> Iterator[None]:
+    """Run the model or its blocks in evaluation, with these decisions; all is as before then."""
+    with (
+        opened(model, look, decisions, in_evaluation=True) as stands,
+        untouched(model),
+        in_mode(model, False),
+        torch.no_grad(),
+        forced({stands[b]: decision for b, decision in decisions.items()}),
+        BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
+    ):
+        yield
 
 
 def is_handed_on(

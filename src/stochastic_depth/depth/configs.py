@@ -2,15 +2,17 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..branch import Branch, block_of, is_below, name_in_model
+from .record import CONFIG_KEY
 from .surgery import Cuts, Undo
 
-__all__ = ["configured", "follow", "rebuilt"]
+__all__ = ["PerLayer", "configured", "follow", "follow_branches", "own_configs"]
 
 # The number of layers, under the names that configurations and models have for it.
 _OF_ENCODER = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers")
@@ -34,31 +36,72 @@ _NUMBERS_OF_LAYERS = {
 }  # fmt: skip
 
 
-def configured(model: nn.Module) -> nn.Module | None:
-    """The outermost transformers model in ``model``, if there is one."""
+@dataclass(eq=False)
+class PerLayer:
+    """A list in a configuration that may have an entry for each layer that there was.
+
+    Attributes:
+        own: what the configuration says.
+        name: of the list.
+        kept: the numbers of the layers that stay.
+    """
+
+    own: dict[str, Any]
+    name: str
+    kept: list[int]
+
+    def __post_init__(self) -> None:
+        self.whole = self.own[self.name]
+        self.says_so = "layer" in self.name or "block" in self.name
+
+    def cut(self, is_cut: bool) -> None:
+        """Leave the entries of these layers alone, or the list as it was."""
+        own, whole = self.own, self.whole
+        own[self.name] = type(whole)(whole[i] for i in self.kept) if is_cut else whole
+
+
+def configured(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformers models in ``model``, by name."""
     kind: Any = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
-    return next((m for m in model.modules() if isinstance(m, kind)), None)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind) and not any(is_below(name, other) for other in found):
+            found[name] = module
+    return found
 
 
-def follow(model: nn.Module, cuts: Cuts, undo: Undo) -> None:
+def own_configs(model: nn.Module, undo: Undo) -> None:
+    """Copy the configurations, which other models may have, too, wherever they are kept."""
+    copies: dict[int, Any] = {}
+    for module in model.modules() if configured(model) else ():
+        for name, value in list(vars(module).items()):
+            if _is_config(value):
+                undo.keep(vars(module))[name] = copy.deepcopy(value, copies)
+
+
+def follow(model: nn.Module, cuts: Cuts, undo: Undo) -> list[PerLayer]:
     """Change the configurations, and the numbers of layers that modules keep.
+
+    Returns:
+        Lists in the configurations, which are cut if their name says that they are by layer.
 
     Raises:
         ValueError: no entry of the configuration says how many layers there were.
     """
-    outer = configured(model)
-    name_of_outer = next((n for n, m in model.named_modules() if m is outer), "")
+    outermost = configured(model)
+    lists: list[PerLayer] = []
     for home, (old, kept) in cuts.kept.items():
         around = list(_around(model, cuts.name(home)))
         for module in around:
             for name in (*_OF_ALL, *_OF_ENCODER, *_OF_DECODER):
                 if vars(module).get(name) is not None and _is_number(vars(module)[name], old):
                     undo.keep(vars(module))[name] = len(kept)
-        if outer is None or not (home == name_of_outer or _is_in(home, name_of_outer)):
+        outer = next((m for name, m in outermost.items() if is_below(cuts.name(home), name)), None)
+        if outer is None:
             continue
         configs = {id(c): c for m in around if _is_config(c := vars(m).get("config"))}
         inner = next(iter(configs.values()), None)
-        done = [_follow(c, home, old, kept, undo, is_inner=c is inner) for c in configs.values()]
+        done = [_follow(c, home, old, kept, undo, c is inner, lists) for c in configs.values()]
         if not any(done):
             raise ValueError(
                 f"no entry of {type(outer.config).__name__} says that {home!r} has {old} layers, "
@@ -66,10 +109,36 @@ def follow(model: nn.Module, cuts: Cuts, undo: Undo) -> None:
                 "or give config=False, and prune again after from_pretrained, before the weights "
                 "are loaded"
             )
+    return lists
 
 
-def _is_in(home: str, outer: str) -> bool:
-    return not outer or home.startswith(f"{outer}.")
+def follow_branches(
+    model: nn.Module, cuts: Cuts, gone: Iterable[str], alone: Iterable[Branch], undo: Undo
+) -> None:
+    """List branches that were removed alone, now or before, for whoever loads the model.
+
+    Args:
+        model: the model, already cut.
+        cuts: what became of its lists of blocks.
+        gone: the old names of the blocks that were removed.
+        alone: the branches that were removed now.
+        undo: takes note of what changes.
+    """
+    gone, alone = list(gone), list(alone)
+    for now, inner in configured(model).items():
+        own, before = undo.keep(vars(inner.config)), cuts.old_name(now)
+        names = [name_in_model(name, before) for name in own.get(CONFIG_KEY, ())]
+        names += [branch.name for branch in alone if is_below(block_of(branch), before)]
+        blocks = [name.partition(":") for name in dict.fromkeys(names)]
+        stay = [
+            cuts.name(block) + colon + label
+            for block, colon, label in blocks
+            if not any(is_below(block, other) for other in gone)
+        ]
+        if stay:
+            own[CONFIG_KEY] = [name[len(now) :].removeprefix(".") for name in stay]
+        else:
+            own.pop(CONFIG_KEY, None)
 
 
 def _is_config(x: Any) -> bool:
@@ -87,7 +156,10 @@ def _around(model: nn.Module, home: str) -> Iterator[nn.Module]:
         yield model.get_submodule(".".join(parts[:i]))
 
 
-def _follow(config: Any, home: str, old: int, kept: list[int], undo: Undo, is_inner: bool) -> bool:
+def _follow(
+    config: Any, home: str, old: int, kept: list[int], undo: Undo, is_inner: bool,
+    lists: list[PerLayer],
+) -> bool:  # fmt: skip
     """Change what one configuration says of a list of layers; whether it says anything."""
     own = undo.keep(vars(config))
     depths = own.get("depths")
@@ -125,7 +197,8 @@ def _follow(config: Any, home: str, old: int, kept: list[int], undo: Undo, is_in
         if name in _NUMBERS_OF_LAYERS and isinstance(value, list):
             own[name] = [kept.index(i) for i in value if i in kept]
         elif isinstance(value, list | tuple) and len(value) == old and all(map(_is_plain, value)):
-            own[name] = type(value)(value[i] for i in kept)
+            lists.append(PerLayer(own, name, kept))
+            lists[-1].cut(lists[-1].says_so)
     if own.get("attention_types") and isinstance(own.get("attention_layers"), list):  # GPT-Neo's
         own["attention_types"] = [[own["attention_layers"], 1]]
     first = own.get("first_k_dense_replace")
@@ -156,60 +229,3 @@ def _get(config: Any, name: str) -> Any:
 
 def _is_plain(x: Any) -> bool:
     return isinstance(x, str | int | float | bool)
-
-
-def rebuilt(model: nn.Module) -> nn.Module:
-    """A model made of the configuration as it would be saved, with the weights of ``model``.
-
-    Raises:
-        ValueError: the configuration makes another model.
-    """
-    name = type(model).__name__
-    config: Any = model.config
-    how = (
-        "; remove other layers, or branches, or give config=False to leave the configuration as it "
-        "is, and prune again after from_pretrained"
-    )
-    try:
-        again = type(config).from_dict(copy.deepcopy(config.to_dict()))
-    except Exception as error:
-        raise ValueError(
-            f"the configuration of {name} would not load again: {error}{how}"
-        ) from error
-    if (attention := getattr(config, "_attn_implementation", None)) is not None:
-        again._attn_implementation = attention
-    state = model.state_dict()
-    with torch.random.fork_rng(devices=[]):
-        fresh = _made(lambda: type(model)(copy.deepcopy(again)), state, model)
-        if isinstance(fresh, Exception):
-            raise ValueError(
-                f"the configuration of {name} makes another model than the pruned one: {fresh}{how}"
-            ) from fresh
-    return fresh.train(model.training)
-
-
-def _made(
-    make: Callable[[], nn.Module], state: dict[str, Tensor], like: nn.Module
-) -> nn.Module | Exception:
-    """Made without memory of its own, where its class can be."""
-    problem: Exception
-    for device in ("meta", "cpu"):
-        try:
-            with torch.device(device):
-                fresh = make()
-            fresh.load_state_dict(state, strict=True, assign=True)
-            buffers = dict(like.named_buffers())
-            for module_name, module in fresh.named_modules():
-                for key, buffer in module._buffers.items():
-                    full = f"{module_name}.{key}" if module_name else key
-                    if buffer is not None and buffer.is_meta:
-                        module._buffers[key] = buffers[full]
-            tie: Any = getattr(fresh, "tie_weights", None)
-            if callable(tie):
-                tie()
-            return fresh
-        except Exception as error:
-            problem = error
-            if "size mismatch" in str(error) or "key(s) in state_dict" in str(error):
-                return RuntimeError(" ".join(str(error).split())[:300])
-    return problem

@@ -1,12 +1,12 @@
 """``importance``: how much each branch or block of a model matters, on given batches."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..branch import Branch, check_choice
 from ..calls import call_of
@@ -77,6 +77,11 @@ def importance(
     check_model(model)
     check_choice(by, By, "by")
     check_choice(of, Of, "of")
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be a list of batches or a DataLoader, got a {type(batches).__name__}: "
+            "put a single batch into a list"
+        )
     if iter(batches) is batches:
         batches = list(batches)
     first = next(iter(batches), None)

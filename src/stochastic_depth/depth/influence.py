@@ -18,6 +18,9 @@ from .looks import Inputs, Look
 
 __all__ = ["Influences", "influence_of_blocks", "influence_of_branches"]
 
+# What convolutions and norms call the number of channels.
+_CHANNELS = ("in_channels", "out_channels", "num_features", "num_channels")
+
 
 class Influences:
     """Means over positions, samples and batches."""
@@ -58,10 +61,26 @@ class Influences:
 
 
 def _features(x: Tensor, block: nn.Module) -> int | None:
-    """The dimension of the features: the last, or the channels', by the block's vectors."""
+    """The dimension of the features: the last, or the channels', by the block's layers."""
+    if x.dim() > 2 and _has_channels(x, block):
+        return 1
     sizes = {p.numel() for p in block.parameters() if p.dim() == 1}
     return next(
         (d for d in (x.dim() - 1, 1) if d > 0 and x.dim() > d and x.shape[d] in sizes), None
+    )
+
+
+def _has_channels(x: Tensor, block: nn.Module) -> bool:
+    """Whether dimension 1 has the channels, for the block's convolutions and norms."""
+    layers: list[Any] = [
+        m for m in block.modules() if isinstance(getattr(m, "weight", None), Tensor)
+    ]
+    if x.dim() == 3:
+        layers = layers[:1]  # later ones may be given it transposed
+    return any(
+        x.shape[1] in [getattr(m, name, None) for name in _CHANNELS]
+        for m in layers
+        if m.weight.dim() in (1, x.dim())
     )
 
 

@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import BaseTorchFunctionMode
 
 from .._torch import is_flat_parameter, tree_leaves
-from ..applied import branches as applied_branches
-from ..applied import sites
+from ..applied import names_in, sites
 from ..branch import Branch, block_of, is_below
 from ..calls import call_of
 from ..drop.draws import Draws
+from ..drop.layer import StochasticDepth
 from ..drop.over import Aside, Over, WholeAside, skipped_in
 from ..drop.slot import keep_slots
 from ..find import WHOLE, find, find_blocks, guess_inputs
@@ -31,8 +31,8 @@ __all__ = [
     "Target",
     "check_model",
     "inputs_of",
-    "items_of",
     "look_at",
+    "names_of",
     "opened",
 ]
 
@@ -49,12 +49,14 @@ class Look:
         whole: whole blocks, by the same.
         blocks: the names of all blocks, in the order of execution.
         inputs: what the model was called with.
+        layers: the names of its StochasticDepth layers.
     """
 
     found: Findings
     whole: Findings
     blocks: list[str]
     inputs: Inputs
+    layers: list[str]
     wholes: dict[str, Branch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,15 +71,15 @@ class Look:
         refused = [r for r in self.found.refused if is_below(block_of(r), block)]
         return [f"{r.name}: {r.reason}" for r in refused]
 
-    def select(self, what: Any) -> list[Branch]:
-        """What names, globs and Branches stand for, in the order of execution.
+    def select(self, names: Iterable[str]) -> list[Branch]:
+        """What names and globs stand for, in the order of execution.
 
         Raises:
-            TypeError, ValueError: something that selects nothing, with the reason.
+            ValueError: something that selects nothing, with the reason.
         """
         chosen: dict[Branch, None] = {}
-        for item in items_of(what):
-            chosen |= dict.fromkeys(self._matching(item))
+        for name in names:
+            chosen |= dict.fromkeys(self._matching(name))
         if not chosen:
             raise ValueError("nothing to leave out: an empty list was given")
         return sorted(chosen, key=self._all().index)
@@ -85,11 +87,7 @@ class Look:
     def _all(self) -> list[Branch]:
         return [*self.whole.branches, *self.found.branches]
 
-    def _matching(self, item: Any) -> list[Branch]:
-        if isinstance(item, Branch):
-            item = item.name
-        if not isinstance(item, str):
-            raise TypeError(f"what to leave out must be names, globs or Branches, got {item!r}")
+    def _matching(self, item: str) -> list[Branch]:
         block = item.removesuffix(f":{WHOLE}")
         if block in self.wholes:
             return [self.wholes[block]]
@@ -106,21 +104,43 @@ class Look:
         for refused in (*self.found.refused, *self.whole.refused):
             if refused.name in (item, f"{item}:{WHOLE}"):
                 raise ValueError(f"{item!r} cannot be left out: {refused.reason}")
-        known = ", ".join([*self.blocks[:4], *[b.name for b in self.found.branches[:6]]])
-        raise ValueError(f"{item!r} is no branch or block that can be left out; there are {known}")
+        known = [*self.blocks[:4], *[b.name for b in self.found.branches[:6]]]
+        there = f"there are {', '.join(known)}" if known else f"none was found{self.about_layers()}"
+        raise ValueError(f"{item!r} is no branch or block that can be left out; {there}")
+
+    def about_layers(self) -> str:
+        """What to do about StochasticDepth layers, if there are any."""
+        if not self.layers:
+            return ""
+        return (
+            f". The model has StochasticDepth layers ({', '.join(self.layers[:4])}), and no "
+            "branches are looked for in them: skip() leaves a layer out, and to remove one, take "
+            "it out of its list yourself"
+        )
 
 
-def items_of(what: Any) -> list[Any]:
-    """What is named, as a list.
+def names_of(model: nn.Module, what: Any) -> list[str]:
+    """What is to be left out, by names and globs on the names in ``model`` as it is now.
 
     Raises:
         TypeError: it is nothing that names anything.
+        ValueError: a branch of another model.
     """
+    wanted = "what to leave out must be names, globs or Branches"
     if isinstance(what, str | Branch):
-        return [what]
+        what = [what]
     if not isinstance(what, Iterable):
-        raise TypeError(f"what to leave out must be names, globs or Branches, got {what!r}")
-    return list(what)
+        raise TypeError(f"{wanted}, got {what!r}")
+    known, names = names_in(model), []
+    for item in what:
+        if isinstance(item, Branch):
+            if item not in known:
+                raise ValueError(f"{item!r} is not applied to this model (now): give its name")
+            item = known[item]
+        elif not isinstance(item, str):
+            raise TypeError(f"{wanted}, got {item!r}")
+        names.append(item)
+    return names
 
 
 def check_model(model: nn.Module) -> None:
@@ -177,7 +197,7 @@ def look_at(
     Args:
         model: the model; its stochastic depth is left aside and is there again afterwards.
         example_inputs: what it is called with, or None to guess.
-        names: of more modules that may be blocks.
+        names: of more modules, or branches, that may be blocks.
         inputs: the same as ``example_inputs``, as arguments and keywords.
     """
     args, kwargs = inputs or inputs_of(model, example_inputs)
@@ -190,12 +210,14 @@ def look_at(
         modules = dict(model.named_modules())
         homes = [block_of(r) for r in found.refused]
         homes += [block_of(b) for b in found.branches]
-        more = [n for n in names if n in modules and any(is_below(h, n) for h in homes)]
+        more = [n.removesuffix(f":{WHOLE}") for n in names]
+        more = [n for n in more if n in modules and any(is_below(h, n) for h in homes)]
         wanted = list(dict.fromkeys([*blocks, *[n for n in more if n]]))
         whole = find_blocks(model, args, kwargs, wanted, samples=None)
     finally:
         put_back()
-    return Look(found, whole, blocks, (args, kwargs))
+    layers = [name for name, m in model.named_modules() if isinstance(m, StochasticDepth)]
+    return Look(found, whole, blocks, (args, kwargs), layers)
 
 
 def blocks_of(model: nn.Module, found: Findings) -> list[str]:
@@ -232,10 +254,14 @@ def _is_of_one_kind(parent: nn.Module, item: str, homes: list[str]) -> bool:
 
 @contextmanager
 def opened(
-    model: nn.Module, look: Look, chosen: Iterable[Branch]
+    model: nn.Module, look: Look, chosen: Iterable[Branch], in_evaluation: bool = False
 ) -> Iterator[dict[Branch, Branch]]:
-    """Slots for branches and blocks that can be skipped then, by what stands for each."""
-    by_name = {b.name: b for b in applied_branches(model)}
+    """Slots for branches and blocks that can be skipped then, by what stands for each.
+
+    In evaluation they can be weighed, too: the model's own drop modules, which would only hand on
+    what comes, are not called.
+    """
+    by_name = {name: b for b, name in names_in(model).items()}
     own = {b: site for site in sites(model) for b in site.branches}
     stands: dict[Branch, Branch] = {}
     wanted: dict[tuple[str, bool], list[Branch]] = {}
@@ -252,7 +278,8 @@ def opened(
             findings = look.whole if is_whole else look.found
             block = model.get_submodule(name)
             all_here = [b for b in findings.branches if block_of(b) == name]
-            named = {b.name: b for b in skipped_in(block)} | by_name
+            skipped = {name + b.name[b.name.index(":") :]: b for b in skipped_in(block)}
+            named = skipped | by_name
             known_here = {b: named[b.name] for b in all_here if b.name in named}
             members = [known_here.get(b, b) for b in all_here]
             plans = {form: _with(plan, known_here) for form, plan in findings.plans[name].items()}
@@ -261,6 +288,7 @@ def opened(
             site = kind(block, members, plans, draws, watch_block, Findings())
             over = Over(site, frozenset(members) - own.keys())
             over.enter()
+            site.replaces = in_evaluation
             stack.callback(over.leave)
             stands |= {b: known_here.get(b, b) for b in fresh}
         yield stands

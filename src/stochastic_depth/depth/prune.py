@@ -6,18 +6,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..applied import branches as applied_branches
+from ..applied import names_in, sites
 from ..branch import Branch, block_of, is_below
 from ..drop.draws import ASIDE
+from ..drop.force import forced
 from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..install import remove
 from .choose import Keep, Ranking, to_remove
 from .compare import difference, is_handed_on, output_of
-from .configs import configured, follow, rebuilt
-from .fold import fold
-from .looks import Look, Target, check_model, items_of, look_at
-from .record import CONFIG_KEY, KEY, Pruned, pruned
+from .configs import follow, follow_branches, own_configs
+from .fold import fold, is_close
+from .looks import Look, Target, check_model, look_at, names_of
+from .rebuilt import check_configs
+from .record import Pruned, keep_record
 from .surgery import Cuts, Undo, cut_blocks, cut_branches, cut_parameters, held_by
 
 __all__ = ["prune", "shallow"]
@@ -41,12 +43,14 @@ def prune(
     ``from_pretrained`` and generation work as always, without this library. If only a branch is
     removed, its modules and parameters go and its block stays. A transformers configuration lists
     such branches as ``pruned_branches``; a model made from it has to be pruned with
-    ``remove=config.pruned_branches`` before its weights are loaded.
+    ``remove=config.pruned_branches`` before its weights are loaded. The pruned model gets a
+    configuration of its own, as others may have the one from before.
 
-    Stochastic depth is removed first (``scale="eval"`` is folded into the weights); apply it again
-    to go on training with it. Before anything is final, the result is compared bit for bit, on
-    ``example_inputs``, with the model that skips the same. If they differ, or anything else goes
-    wrong, the model is left as it was.
+    Stochastic depth is removed first; apply it again to go on training with it. What
+    ``scale="eval"`` counts less in evaluation is multiplied into weights that the branch, or the
+    whole block, is linear in; where there are none, that is an error. Before anything is final, the
+    result is compared bit for bit, on ``example_inputs``, with the model that skips the same. If
+    they differ, or anything else goes wrong, the model is left as it was.
 
     Args:
         model: the model.
@@ -54,13 +58,15 @@ def prune(
             or evenly spaced ones if there is no ranking. Or which ones: the numbers of blocks in
             order of execution, ``range(k)`` for the first k, or names.
         remove: what goes instead: names of blocks (``"layer3.1"``) or branches
-            (``"layer3.1:conv1"``), globs, Branches, or what :func:`pruned` says of another model.
+            (``"layer3.1:conv1"``) in this model, globs, Branches of
+            :func:`stochastic_depth.branches`, or what :func:`pruned` says of another model.
         by: a ranking for ``keep``: what :func:`importance` returned, or a list of names, the least
             important first.
         example_inputs: what the model is called with (a tensor, a tuple of arguments or a dict of
             keywords); made up where it is None.
-        config: whether a transformers configuration follows, and is tried: a model made of it,
-            with the pruned weights, has to give the same. False leaves it as it is.
+        config: whether the configurations of transformers models, also inside of others, follow
+            and are tried: a model made of one, with the pruned weights, has to give the same. False
+            leaves them as they are.
 
     Returns:
         The model; :func:`pruned` says what was removed, and the new names.
@@ -68,7 +74,8 @@ def prune(
     Raises:
         TypeError, ValueError: a name that stands for nothing or for what cannot be removed, more
             or less to keep than there is, a model in DistributedDataParallel or FSDP, a
-            configuration that cannot follow.
+            configuration that cannot follow, a weight in evaluation that cannot be folded, or that
+            ``example_inputs`` do not reach.
         RuntimeError: the pruned model computes something else than the one that skips.
 
     Example:
@@ -83,8 +90,8 @@ def prune(
         Fan et al., Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2020
         (arXiv:1909.11556): every other layer left out after training.
     """
-    check_model(model)
-    _prune(model, keep, remove, by, example_inputs, config, is_shared=False)
+    names = _names(model, keep, remove, by)
+    _prune(model, keep, names, by, example_inputs, config, is_shared=False)
     return model
 
 
@@ -99,7 +106,8 @@ def shallow(
 ) -> M:
     """A shallower view of a model: the same parameters and buffers, less depth.
 
-    The model stays as it was, and training one trains the other. With transformers, pass a view as
+    The model stays as it was, and training one trains the other. Only weights that ``scale="eval"``
+    is folded into are copies, which are trained apart. With transformers, pass a view as
     ``model.generate(..., assistant_model=view)``: the tokens are those of the model alone.
     ``range(k)`` keeps the first k blocks: an early exit.
 
@@ -129,36 +137,37 @@ def shallow(
     Reference:
         Elhoushi et al., LayerSkip, ACL 2024 (arXiv:2404.16710), for a model that drafts for itself.
     """
-    check_model(model)
+    names = _names(model, keep, remove, by)
     shared: dict[int, Any] = {ASIDE: None}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             shared[id(tensor)] = tensor
     view = copy.deepcopy(model, shared)
-    _prune(view, keep, remove, by, example_inputs, config, is_shared=True)
+    _prune(view, keep, names, by, example_inputs, config, is_shared=True)
     return view
 
 
-def _prune(
-    model: nn.Module, keep: Any, remove_: Any, by: Any, example_inputs: Any, config: bool,
-    is_shared: bool,
-) -> None:  # fmt: skip
+def _names(model: nn.Module, keep: Any, remove_: Any, by: Any) -> list[str]:
+    """What is to go, by its names in the model; nothing where ``keep`` says it."""
+    check_model(model)
     if (keep is None) == (remove_ is None):
         raise TypeError("give either keep= or remove=")
     if by is not None and keep is None:
         raise TypeError("by= ranks what to keep: give keep= with it, or remove= alone")
     if isinstance(remove_, Pruned):
         remove_ = remove_.removed
-    weights = {
-        b.name: 1.0 - b.p for b in applied_branches(model) if b.scale == "eval" and b.p > 0.0
-    }
+    return [] if remove_ is None else names_of(model, remove_)
+
+
+def _prune(
+    model: nn.Module, keep: Any, names: list[str], by: Any, example_inputs: Any, config: bool,
+    is_shared: bool,
+) -> None:  # fmt: skip
     put_back, undo = keep_slots(model), Undo()
-    remove(model)
     try:
-        names = _names(remove_)
         look = look_at(model, example_inputs, names)
-        chosen = look.select(remove_ if keep is None else to_remove(model, look, keep, by))
-        fold(model, look, weights, undo, is_shared)
+        chosen = look.select(names if keep is None else to_remove(model, look, keep, by))
+        _fold(model, look, chosen, undo, is_shared)
         chosen = _outermost(chosen)
         _check_rest(look, chosen)
         with_blocks = _with_empty_blocks(model, look, chosen)
@@ -172,17 +181,44 @@ def _prune(
             with_blocks = chosen  # the empty blocks have to stay
             gone, cuts = _cut(model, look, chosen, undo, config)
         undo.add(attempt)
-        _keep_record(model, with_blocks, gone, cuts, undo)
+        keep_record(model, with_blocks, gone, cuts, undo)
     except BaseException:
         undo.put_back()
         put_back()
         raise
 
 
-def _names(what: Any) -> list[str]:
-    items = [] if what is None else items_of(what)
-    names = [item.name if isinstance(item, Branch) else item for item in items]
-    return [name.removesuffix(f":{WHOLE}") for name in names if isinstance(name, str)]
+def _fold(model: nn.Module, look: Look, chosen: list[Branch], undo: Undo, is_shared: bool) -> None:
+    """Remove stochastic depth; what evaluation counts less of what stays goes to the weights."""
+    names, applied = names_in(model), [b for site in sites(model) for b in site.branches]
+    counted = {names[b]: b for b in applied if b.scale == "eval" and b.is_active}
+    found = {b.name: b for b in (*look.whole.branches, *look.found.branches)}
+    gone = [block_of(b) for b in chosen if b.kind == "block"]
+    weights: dict[Branch, float] = {}
+    for name, branch in counted.items():
+        if found.get(name) in chosen or any(is_below(name.partition(":")[0], g) for g in gone):
+            continue
+        if name not in found:
+            raise ValueError(
+                f"scale='eval' counts {name} {1.0 - branch.p:.3g} times in evaluation, and a run "
+                "on these inputs does not show where: give example_inputs that reach it, set its "
+                "p to 0, or train with scale='train'"
+            )
+        weights[found[name]] = 1.0 - branch.p
+    if not weights:
+        remove(model)
+        return
+    blocks = {n: n for n in look.blocks if f"{n}:{WHOLE}" not in counted}  # hooks are within those
+    of_name = {branch.name: weight for branch, weight in weights.items()}
+    with forced({b: (False, of_name.get(name, 1.0)) for name, b in counted.items()}):
+        wanted = output_of(model, look, blocks=blocks)
+    remove(model)
+    fold(model, look, weights, undo, is_shared)
+    if not is_close(output_of(model, look, blocks=blocks), wanted, 2**12):
+        raise ValueError(
+            "scale='eval' cannot become a part of the weights: the model computes something else "
+            "in evaluation then; set the branches' p to 0, or train with scale='train'"
+        )
 
 
 def _outermost(chosen: list[Branch]) -> list[Branch]:
@@ -222,12 +258,26 @@ def _with_empty_blocks(model: nn.Module, look: Look, chosen: list[Branch]) -> li
         and held_by(model, name) is not None
         and not look.refused_below(name)
         and set(look.below(name)) <= set(chosen)
-        and look.below(name)
+        and _is_used_up(model, name, look.below(name))
     ]
     if not empty:
         return chosen
     same = is_handed_on(model, look, chosen, empty)
     return _outermost([*[look.wholes[n] for n in empty if n in same], *chosen])
+
+
+def _is_used_up(model: nn.Module, block: str, branches: list[Branch]) -> bool:
+    """Whether these branches have all the parameters of a block: no other input reaches more."""
+    own = {
+        id(parameter)
+        for branch in branches
+        for name in branch.modules
+        for parameter in model.get_submodule(name).parameters()
+    }
+    for branch in branches:
+        home = model.get_submodule(block_of(branch))
+        own |= {id(home.get_parameter(name)) for name in branch.weights}
+    return bool(branches) and all(id(p) in own for p in model.get_submodule(block).parameters())
 
 
 def _cut(
@@ -243,20 +293,13 @@ def _cut(
     left = [n for n in look.blocks if not any(is_below(n, block) for block in gone)]
     names = {name: cuts.name(name) for name in left}
     if config:
-        follow(model, cuts, undo)
+        own_configs(model, undo)
+        lists = follow(model, cuts, undo)
+        follow_branches(model, cuts, gone, alone, undo)
     if blocks:
         _check(model, look, wanted, "blocks", names)
-        if config and configured(model) is model and not _has_adapters(model):
-            again = rebuilt(model)
-            given = [output_of(m, look, blocks=names) for m in (again, model)]
-            problem = difference(*given)
-            if problem:
-                raise ValueError(
-                    f"a {type(model).__name__} made of the configuration of the pruned one gives "
-                    f"something else ({problem}): its layers differ in a way that the "
-                    "configuration cannot say of these; remove others, or branches, or give "
-                    "config=False"
-                )
+        if config:
+            check_configs(model, look, map(cuts.name, cuts.kept), names, lists)
     if alone:
         gone += cut_branches(model, alone, look.found, cuts, undo)
         of_parameters = Undo()
@@ -272,10 +315,6 @@ def _cut(
         else:
             undo.add(of_parameters)
             gone += parameters
-        if config and configured(model) is model:  # saved with it, for whoever loads it
-            own = undo.keep(vars(model.config))
-            now = [cuts.name(block_of(b)) + ":" + b.name.partition(":")[2] for b in alone]
-            own[CONFIG_KEY] = [*own.get(CONFIG_KEY, ()), *now]
     return gone, cuts
 
 
@@ -292,42 +331,3 @@ def _check(model: nn.Module, look: Look, wanted: Any, what: str, names: dict[str
             f"without these {what} the model computes something else than when it skips them "
             f"({problem}), so it is as it was: something else depends on them"
         )
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    return any(type(m).__module__.startswith("peft.") for m in model.modules())
-
-
-def _keep_record(
-    model: nn.Module, chosen: list[Branch], gone: list[str], cuts: Cuts, undo: Undo
-) -> None:
-    before = pruned(model)
-    steps: list[Any] = list(vars(model).get(KEY, {}).get("steps", ()))
-    removed = [b.name.removesuffix(f":{WHOLE}") for b in chosen]
-    for step in reversed(steps):
-        removed = [_old_name(name, Cuts(step)) for name in removed]
-    names = {name: name for name in _all_names(model, cuts)} if before is None else before.names
-    kept = {
-        first: cuts.name(now)
-        for first, now in names.items()
-        if not any(now == name or now.startswith(f"{name}.") for name in gone)
-    }
-    undo.keep(vars(model))[KEY] = {
-        "removed": [*(before.removed if before else ()), *removed],
-        "names": kept,
-        "steps": [*steps, cuts.keys],
-    }
-
-
-def _old_name(name: str, cuts: Cuts) -> str:
-    block, colon, label = name.partition(":")
-    return cuts.old_name(block) + colon + label
-
-
-def _all_names(model: nn.Module, cuts: Cuts) -> list[str]:
-    """The old names of what is left."""
-    named = (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    )
-    return [cuts.old_name(name) for values in named for name, _ in values]

@@ -5,7 +5,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Pruned", "pruned"]
+from ..branch import Branch
+from ..find import WHOLE
+from .surgery import Cuts, Undo
+
+__all__ = ["Pruned", "keep_record", "pruned"]
 
 KEY = "_stochastic_depth_pruned"
 CONFIG_KEY = "pruned_branches"
@@ -45,3 +49,39 @@ def pruned(model: nn.Module) -> Pruned | None:
     """
     data: Any = vars(model).get(KEY)
     return None if data is None else Pruned(tuple(data["removed"]), dict(data["names"]))
+
+
+def keep_record(
+    model: nn.Module, chosen: list[Branch], gone: list[str], cuts: Cuts, undo: Undo
+) -> None:
+    """Add what was taken out to what is known of the model: branches, and all the old names."""
+    before = pruned(model)
+    steps: list[Any] = list(vars(model).get(KEY, {}).get("steps", ()))
+    removed = [b.name.removesuffix(f":{WHOLE}") for b in chosen]
+    for step in reversed(steps):
+        removed = [_old_name(name, Cuts(step)) for name in removed]
+    names = {name: name for name in _all_names(model, cuts)} if before is None else before.names
+    kept = {
+        first: cuts.name(now)
+        for first, now in names.items()
+        if not any(now == name or now.startswith(f"{name}.") for name in gone)
+    }
+    undo.keep(vars(model))[KEY] = {
+        "removed": [*(before.removed if before else ()), *removed],
+        "names": kept,
+        "steps": [*steps, cuts.keys],
+    }
+
+
+def _old_name(name: str, cuts: Cuts) -> str:
+    block, colon, label = name.partition(":")
+    return cuts.old_name(block) + colon + label
+
+
+def _all_names(model: nn.Module, cuts: Cuts) -> list[str]:
+    """The old names of what is left."""
+    named = (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    )
+    return [cuts.old_name(name) for values in named for name, _ in values]

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..applied import branches, sites
+from ..applied import names_in
 from ..branch import Branch
 from ..drop.force import left_out
-from ..drop.layer import StochasticDepth
 from ..find import WHOLE
-from .looks import Target, check_model, items_of, look_at, opened
+from .looks import Target, check_model, look_at, names_of, opened
 
 __all__ = ["skip"]
 
@@ -28,10 +27,10 @@ def skip(
 
     Args:
         model: a model; stochastic depth need not be applied to it.
-        what: names of branches (``"layer3.1:conv1"``) or globs on them, Branches, names of blocks
-            (``"layer3.1"``), or a list of these. A block that returns a tensor of its input's
-            shape is left out as a whole; of any other block, all branches are. (These differ where
-            something follows the last sum, as the norm of a post-norm block does.)
+        what: names in this model of branches (``"layer3.1:conv1"``), globs on them, Branches, names
+            of blocks (``"layer3.1"``), or a list of these. A block that returns a tensor of its
+            input's shape is left out as a whole; of any other block, all branches are. (These
+            differ where something follows the last sum, as the norm of a post-norm block does.)
         example_inputs: what the model is called with (a tensor, a tuple of arguments or a dict of
             keywords), to find what is named; made up where it is None. Not needed for branches of
             :func:`stochastic_depth.branches`.
@@ -54,29 +53,20 @@ def skip(
         :func:`stochastic_depth.shallow`.
     """
     check_model(model)
-    items = items_of(what)
-    known = _known(model, items)
+    names = names_of(model, what)
+    known = _known(model, names)
     if known is not None:
         with left_out(known):
             yield
         return
-    names = [item.removesuffix(f":{WHOLE}") for item in items if isinstance(item, str)]
-    names += [b.name.removesuffix(f":{WHOLE}") for b in items if isinstance(b, Branch)]
     look = look_at(model, example_inputs, names)
-    with opened(model, look, look.select(items)) as stands, left_out(stands.values()):
+    with opened(model, look, look.select(names)) as stands, left_out(stands.values()):
         yield
 
 
-def _known(model: nn.Module, items: list[Any]) -> list[Branch] | None:
+def _known(model: nn.Module, names: list[str]) -> list[Branch] | None:
     """The applied branches that are named, if all that is named is such."""
-    own = {b for site in sites(model) for b in site.branches}
-    own |= {m.branch for m in model.modules() if isinstance(m, StochasticDepth)}
-    named = {b.name: b for b in branches(model)}
-    found: list[Branch] = []
-    for item in items:
-        if isinstance(item, str):
-            item = named.get(item, named.get(f"{item}:{WHOLE}"))
-        if not isinstance(item, Branch) or item not in own:
-            return None
-        found.append(item)
-    return found or None
+    named = {name: branch for branch, name in names_in(model).items()}
+    found = [named.get(name, named.get(f"{name}:{WHOLE}")) for name in names]
+    known = [branch for branch in found if branch is not None]
+    return known if known and len(known) == len(found) else None

@@ -51,6 +51,11 @@ class Node:
     name: str = ""
     key: Key | None = None
 
+    @property
+    def is_continuous(self) -> bool:
+        """Whether it is of real or complex numbers."""
+        return self.dtype is not None and (self.dtype.is_floating_point or self.dtype.is_complex)
+
 
 @dataclass(slots=True)
 class Call:

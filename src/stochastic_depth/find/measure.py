@@ -3,10 +3,12 @@
 from collections.abc import Collection
 
 from .flow import Flow
-from .functions import ADD, VIEWS
+from .functions import ADD, SUBTRACT, VIEWS
 
 __all__ = ["Measures"]
 
+_NO_SHORTCUT = {"embedding", "sigmoid", "sigmoid_", "tanh", "tanh_", "softmax", "softplus", "exp"}
+_NORMAL = {"randn", "randn_like", "normal", "normal_"}
 _LIGHT = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
@@ -33,11 +35,6 @@ class Measures:
         read = {x for i in values for x in self.nodes[i].sources if self.nodes[x].weights}
         shapes = [self.nodes[x].shape for x in read]
         return sum(_numel(shape) for shape in shapes if shape and _numel(shape) > max(shape))
-
-    def corrects(self, branch: Collection[int], s: int, block: int) -> bool:
-        """Whether a branch corrects what a layer has just made in its block, with fewer weights."""
-        made_here = s >= self.calls[block].start and any(self.weights(s))
-        return made_here and self.size_of({s}) > self.size_of(branch)
 
     def depth(self, values: set[int]) -> tuple[int, int]:
         """The weight matrices, and the depthwise filters, one after the other in ``values``."""
@@ -73,9 +70,9 @@ class Measures:
         return self.nodes[i].op == "opaque" and self.nodes[i].function
 
     def is_little(self, own: set[int]) -> bool:
-        """Whether it has one layer at most, and multiplies no two of its values, as a gate does."""
+        """Whether it has one layer at most, and no gate: values squashed, or two multiplied."""
         nodes = self.nodes
-        if any(nodes[i].op == "embedding" for i in own) or self.depth(own)[0] > 1:
+        if any(nodes[i].op in _NO_SHORTCUT for i in own) or self.depth(own)[0] > 1:
             return False
         for i in own:
             node = nodes[i]
@@ -85,6 +82,32 @@ class Measures:
                 return False
         return True
 
+    def factors(self, b: int) -> set[int]:
+        """The values that a branch is a product of at last, its scaling apart."""
+        nodes = self.nodes
+        while True:
+            factors = {x for x in nodes[b].sources if nodes[x].varies or nodes[x].random}
+            if len(factors) != 1 or any(self.weights(b)):
+                return set() if nodes[b].op in ADD | SUBTRACT | VIEWS else factors
+            (b,) = factors
+
+    def is_gated(self, b: int, branch: set[int], starts: set[int]) -> bool:
+        """Whether a branch is at last its start times what is made of others: scores, a cell."""
+        light, made = set(starts), set(starts)
+        for i in sorted(branch):
+            read = {x for x in self.nodes[i].sources if self.nodes[x].varies}
+            if not made.isdisjoint(read):
+                made.add(i)
+            if read <= light and not any(self.weights(i)):
+                light.add(i)
+        factors = self.factors(b)
+        return not light.isdisjoint(factors) and not factors <= made
+
+    def is_noise(self, i: int) -> bool:
+        """Whether it is made of normal random numbers alone."""
+        node = self.nodes[i]
+        return node.random and (node.op in _NORMAL or any(map(self.is_noise, node.sources)))
+
     def is_grouped(self, i: int) -> bool:
         node = self.nodes[i]
         if not node.op.startswith("conv") or len(node.sources) < 2:
@@ -92,6 +115,18 @@ class Measures:
         image, weight = (self.nodes[x].shape for x in node.sources[:2])
         grouped = len(weight) > 2 and len(image) == len(weight) and weight[1] < image[1]
         return grouped and max(weight[2:]) > 1
+
+    def is_made_of(self, i: int, values: set[int], first: int) -> bool:
+        """Whether a value is computed from one of ``values``, by what comes from ``first`` on."""
+        waiting, seen = ([i] if i >= first else []), {i}
+        while waiting:
+            for x in self.nodes[waiting.pop()].sources:
+                if x in values:
+                    return True
+                if x >= first and x not in seen:
+                    seen.add(x)
+                    waiting.append(x)
+        return False
 
     def is_followed(self, m: int) -> bool:
         """Whether a layer with weights works on the sum."""

@@ -28,20 +28,15 @@ def _settle_nesting(
     """Keep the outermost of nested branches, but not one around several, unless it is dropped.
 
     x + f(x) inside of a branch is a part of that branch; but a sum around a stack of residual
-    blocks is a long skip, and the blocks are the branches. Corrections of layers (DoRA) are no
-    blocks. Where the model drops the outer one by itself, its author has decided: that is the
-    branch.
+    blocks is a long skip, and the blocks are the branches. Where the model drops the outer one by
+    itself, its author has decided: that is the branch.
     """
     chosen: dict[int, Region] = {}
     for outer in sorted(found, key=lambda r: len(r.nodes)):
         within = outer.nodes if len(outer.nodes) < len(chosen) else chosen
         inner = [chosen[i] for i in within if i in chosen and i in outer.nodes]
         drops = set(outer.drops).difference(*(r.drops for r in inner))
-        blocks = [
-            r
-            for r in inner
-            if r.kind == "identity" and not finder.corrects(r.nodes, r.shortcut, r.block)
-        ]
+        blocks = [r for r in inner if finder.is_block(r)]
         if len(blocks) >= 2 and not drops:
             reason = f"a long skip around {len(inner)} residual branches, which are dropped instead"
             rejected.append(Rejected(outer.block, outer.calls, reason, outer.sum))

@@ -41,7 +41,8 @@ class Parts(Measures):
         super().__init__(flow)
         self.stream: frozenset[int] = frozenset()  # what the branch in question starts from
 
-    def without_leaks(self, branch: set[int], ends: set[int]) -> set[int]:
+    def without_leaks(self, branch: set[int], ends: set[tuple[int, int]]) -> set[int]:
+        """``branch`` less what others read too; ``ends`` are where it enters what goes on."""
         branch = set(branch)
         for i in sorted(branch, reverse=True):
             if i in branch and self.leaks(i, branch, ends):
@@ -58,12 +59,12 @@ class Parts(Measures):
                     branch.remove(x)
                     waiting.append(x)
 
-    def leaks(self, i: int, branch: set[int], ends: set[int]) -> bool:
+    def leaks(self, i: int, branch: set[int], ends: set[tuple[int, int]]) -> bool:
         if i in self.flow.kept:
             return True
-        return any(r not in branch and r not in ends for r in self.readers[i])
+        return any(r not in branch and (r, i) not in ends for r in self.readers[i])
 
-    def whole_calls(self, branch: set[int], m: int, ends: set[int]) -> set[int]:
+    def whole_calls(self, branch: set[int], m: int, ends: set[tuple[int, int]]) -> set[int]:
         """``branch`` less the calls that it holds only a part of, those around the sum apart."""
         branch = set(branch)
         if not branch:

@@ -24,6 +24,7 @@ __all__ = ["Finder", "Region", "Rejected", "is_ours"]
 
 _SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
 _COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
+_WITH_FACTORS = {"addcmul", "addcmul_", "addmm", "addmm_", "baddbmm", "index_add", "index_add_"}
 _JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
 
 
@@ -73,21 +74,23 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
 
 
-def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The ways to see a node as a sum: the shortcut, and the other values."""
-    if node.op in ADD and len(node.parts) == 2:
-        yield node.parts[0], node.parts[1:]
+def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
+    """The ways to see a node as a sum: the shortcut, and the other value."""
+    parts = node.parts
+    if node.op in ADD and len(parts) == 2:
+        yield parts[0], parts[1]
         if node.factor == 1:
-            yield node.parts[1], node.parts[:1]
-    elif (
-        node.op in SUBTRACT | {"lerp", "lerp_", "addcmul", "addcmul_"} and len(node.parts) > 1
-    ) or (node.op in ("addmm", "addmm_", "baddbmm", "index_add", "index_add_") and node.parts):
-        yield node.parts[0], node.parts[1:]
+            yield parts[1], parts[0]
+    elif node.op in SUBTRACT | {"lerp", "lerp_"} and len(parts) > 1:
+        yield parts[0], parts[1]
+    elif node.op in _WITH_FACTORS:
+        for part in reversed(parts[1:]):  # the later one is a layer's, the other its gate
+            yield parts[0], part
     elif node.op == "sum" and node.sources and nodes[node.sources[0]].op == "stack":
         terms = nodes[node.sources[0]].sources
         if len(terms) == 2 and nodes[terms[0]].shape == node.shape:
-            yield terms[0], terms[1:]
-            yield terms[1], terms[:1]
+            yield terms[0], terms[1]
+            yield terms[1], terms[0]
 
 
 class Finder(Parts):
@@ -104,54 +107,50 @@ class Finder(Parts):
         for m, node in enumerate(self.nodes):
             if not self.live[m] or not ours.isdisjoint(self.flow.around(node.call)):
                 continue
-            for shortcut, others in _sides(node, self.nodes):
-                region = self.region(m, shortcut, others)
+            for shortcut, branch in _sides(node, self.nodes):
+                region = self.region(m, shortcut, branch)
                 if region is not None:
                     self.found[region.sum] = region
                     break
 
     # One sum.
 
-    def region(self, m: int, s: int, others: tuple[int, ...]) -> Region | None:
+    def region(self, m: int, s: int, b: int) -> Region | None:
         nodes = self.nodes
-        dtype = nodes[m].dtype
-        varying = [b for b in others if nodes[b].varies]
-        if not varying or s in others or dtype is None or not dtype.is_floating_point:
+        if not nodes[b].varies or s == b:
+            return None
+        if not (nodes[m].is_continuous and nodes[b].is_continuous):
             return None
         if nodes[s].shape != nodes[m].shape:
             return None  # attention scores and their mask, say
-        of_branch, of_shortcut = self.apart(varying, s)
-        if not any(b in of_branch for b in varying):
+        of_branch, of_shortcut = self.apart(b, s)
+        if b not in of_branch:
             return None
         trunk, own, starts = self.trunk(s, of_shortcut)
         if own and not self.is_little(own):
             return None
         self.stream = starts.union(trunk)
-        m, merges = self.merges(m, s, of_branch)
-        of_branch.update(i for i in (x.branch for x in merges) if self.is_cut_of(i, of_branch))
-        ends = {merge.node for merge in merges}
+        m, merges = self.merges(m, b, of_branch)
+        of_branch.update(merge.branch for merge in merges)
+        ends = {(merge.node, merge.branch) for merge in merges}
         tight = self.without_leaks(of_branch, ends)
         whole = self.whole_calls(tight, m, ends)
-        found = self.placed(m, s, varying, trunk, own, of_branch, whole, merges)
+        found = self.placed(m, s, b, trunk, own, of_branch, whole, merges)
         if isinstance(found, Rejected) and tight != whole:
             # Look into the calls that do more than it.
-            found = self.placed(m, s, varying, trunk, own, of_branch, tight, merges)
+            found = self.placed(m, s, b, trunk, own, of_branch, tight, merges)
         if isinstance(found, Rejected):
             self.rejected.append(found)
             return None
-        return found
+        return None if found is not None and self.has_stream(found) else found
 
-    def apart(self, branch: list[int], shortcut: int) -> tuple[set[int], set[int]]:
+    def apart(self, branch: int, shortcut: int) -> tuple[set[int], set[int]]:
         """What the one side needs alone, and what the other; inputs are nobody's."""
         nodes = self.nodes
-        marks: dict[int, int] = {}
-        for side, starts in ((1, branch), (2, [shortcut])):
-            for i in starts:
-                if nodes[i].varies:
-                    marks[i] = marks.get(i, 0) | side
+        marks = {branch: 1, shortcut: 2} if nodes[shortcut].varies else {branch: 1}
         heap = [-i for i in marks]
         heapq.heapify(heap)
-        alone = sum(mark != 3 for mark in marks.values())
+        alone = len(marks)
         found: tuple[set[int], set[int]] = set(), set()
         while heap and alone:
             i = -heapq.heappop(heap)
@@ -174,7 +173,7 @@ class Finder(Parts):
         return found
 
     def placed(
-        self, m: int, s: int, varying: list[int], trunk: list[int], own: set[int],
+        self, m: int, s: int, b: int, trunk: list[int], own: set[int],
         branch: set[int], kept: set[int], merges: tuple[Merge, ...],
     ) -> Region | Rejected | None:  # fmt: skip
         for block in self.flow.around(self.nodes[m].call):  # the innermost in which it is residual
@@ -183,7 +182,7 @@ class Finder(Parts):
                 continue
             near = {i for i in branch if start <= i < end}
             inside = {i for i in kept if start <= i < end}
-            if not self.is_residual(trunk, own, near, inside):
+            if not self.is_residual(b, trunk, own, near, inside):
                 continue
             calls = self.largest(inside or near, block, m)
             name = self.calls[block].name
@@ -194,26 +193,30 @@ class Finder(Parts):
             return None
         if not self.is_substantial(near, m):
             return None
-        if reason := self.objection(inside, near, varying, m):
+        if reason := self.objection(inside, near, b, m):
             return Rejected(block, calls, reason, m)
-        if self.is_shared(own, branch, m):
+        if own and any(map(self.is_noise, self.factors(b))):
+            reason = "it scales normal random numbers: a sample of a distribution"
+            return Rejected(block, calls, reason, m)
+        if self.is_shared(own, branch.union(trunk), m):
             reason = "a sum of two branches of a cell, neither of which is its shortcut"
             return Rejected(block, calls, reason, m)
         if any(self.depth(own)) and block == 0 and not self.is_followed(m):
             reason = "two ways to the model's output, wide and deep: no shortcut"
             return Rejected(block, calls, reason, m)
-        output = next(b for b in varying if b in inside)
         drops = tuple(
             c for c in self.drops if any(n in inside for n in self.calls[c].made if n is not None)
         )
         kind: Literal["identity", "projection"] = "projection" if own else "identity"
         nodes = frozenset(inside)
         return Region(
-            m, s, output, nodes, block, calls, kind, merges, drops, self.stream, frozenset(branch)
+            m, s, b, nodes, block, calls, kind, merges, drops, self.stream, frozenset(branch)
         )
 
-    def is_residual(self, trunk: list[int], own: set[int], near: set[int], kept: set[int]) -> bool:
-        """Whether the branch starts where the shortcut does."""
+    def is_residual(
+        self, b: int, trunk: list[int], own: set[int], near: set[int], kept: set[int]
+    ) -> bool:
+        """Whether the branch starts where the shortcut does, and is no product with that."""
         read = {x for i in near for x in self.nodes[i].sources}
         if not self.nodes[trunk[-1]].varies:  # learned queries: what is computed of them alone
             waiting = [x for x in read if not self.nodes[x].varies]
@@ -229,9 +232,12 @@ class Finder(Parts):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
+        readers = [i for i in own | near if not start.isdisjoint(self.nodes[i].sources)]
+        if all(self.nodes[i].op in _SLICES for i in readers):
+            return False  # of several parts of it, as of two steps
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
-        return len(start) == 1 and deeper
+        return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
     def is_shared(self, own: set[int], branch: set[int], m: int) -> bool:
         """Whether others read what a projection of the shortcut makes with its weights."""
@@ -242,9 +248,9 @@ class Finder(Parts):
         readers = {r for i in made for r in self.readers[i]}
         return not readers <= own | branch | {m}
 
-    def objection(self, branch: set[int], near: set[int], varying: list[int], m: int) -> str:
+    def objection(self, branch: set[int], near: set[int], b: int, m: int) -> str:
         nodes = self.nodes
-        if not any(b in branch for b in varying) or not self.is_substantial(branch, m):
+        if b not in branch or not self.is_substantial(branch, m):
             return self.leak(near, branch)
         if not self.largest(branch, 0, m) and not any(self.depth(branch)):
             weighs = "it only weighs values: a token shift, an interpolation"
@@ -264,7 +270,7 @@ class Finder(Parts):
         trunk, starts = [s], frozenset[int]()
         while own:
             inner, node = self.found.get(trunk[-1]), self.nodes[trunk[-1]]
-            if inner is not None and inner.kind == "identity":
+            if inner is not None:
                 own = own - inner.needs - {trunk[-1]}
                 trunk.append(inner.shortcut)
                 call = self.calls[inner.block]
@@ -276,34 +282,59 @@ class Finder(Parts):
                 break
         return trunk, own, starts
 
+    def has_stream(self, region: Region) -> bool:
+        """Whether a branch ends in a sum that brings along what its shortcut is made of.
+
+        So does x + f(x) in x + f(x) + light(x), where light(x) is taken for the shortcut.
+        """
+        trunk, own, _ = self.trunk(region.output, set(region.needs))
+        sums = [self.found[i] for i in trunk if i in self.found]
+        is_made = any(self.depth(own)) and all(r.kind == "identity" for r in sums)
+        if not sums or is_made or not self.is_little(own):  # what it starts from is made in it
+            return False
+        starts = self.entries(own) or {trunk[-1]}
+        if not starts.isdisjoint(region.stream):
+            return False
+        return self.is_made_of(region.shortcut, starts, self.calls[region.block].start)
+
+    def is_block(self, region: Region) -> bool:
+        """Whether a branch makes a block: not a layer of several parts, or one with a correction.
+
+        The correction (DoRA) has fewer weights than what the layer has just made.
+        """
+        s = region.shortcut
+        made = {s} if s >= self.calls[region.block].start else set()
+        if region.kind == "projection":
+            _, made, _ = self.trunk(s, self.apart(region.output, s)[1])
+            if self.depth(set(region.nodes))[0] < 2:
+                return False
+        return self.size_of(made) <= self.size_of(region.nodes)
+
     # Where it enters what goes on.
 
-    def merges(self, m: int, s: int, branch: set[int]) -> tuple[int, tuple[Merge, ...]]:
+    def merges(self, m: int, b: int, branch: set[int]) -> tuple[int, tuple[Merge, ...]]:
         """The sum of slices, ``cat([b[:, :k] + s, b[:, k:]])``, is a sum of the whole."""
-        node = self.nodes[m]
+        node, readers = self.nodes[m], self.readers[m]
         if node.op == "sum":
-            stack = node.sources[0]
-            term = next(t for t in self.nodes[stack].sources if t != s)
-            return m, (self.merge(stack, term, plain=False),)
+            return m, (self.merge(node.sources[0], b, plain=False),)
         plain = node.op in ADD or node.op in SUBTRACT or node.op.startswith("lerp")
-        entering = next(p for p in node.parts if p != s and p in branch)
-        merges = [self.merge(m, entering, plain)]
-        if len(self.readers[m]) == 1:
-            cat = self.readers[m][0]
-            if self.nodes[cat].op in _JOINS:
-                rest = [x for x in self.nodes[cat].sources if x != m]
-                if rest and all(x in branch or self.is_cut_of(x, branch) for x in rest):
-                    merges += [self.merge(cat, x, plain=False) for x in rest]
-                    return cat, tuple(merges)
+        merges = [self.merge(m, b, plain)]
+        whole = self.cut_of(b)
+        if whole in branch and len(readers) == 1 and self.nodes[readers[0]].op in _JOINS:
+            rest = [x for x in self.nodes[readers[0]].sources if x != m]
+            if rest and all(self.cut_of(x) == whole for x in rest):
+                merges += [self.merge(readers[0], x, plain=False) for x in rest]
+                return readers[0], tuple(merges)
         return m, tuple(merges)
 
     def merge(self, m: int, branch: int, plain: bool) -> Merge:
         node = self.nodes[m]
         return Merge(m, branch, plain, node.key, node.sources.index(branch))
 
-    def is_cut_of(self, i: int, branch: set[int]) -> bool:
+    def cut_of(self, i: int) -> int | None:
+        """What a value is a slice of."""
         node = self.nodes[i]
-        return node.op in _SLICES and node.sources[0] in branch
+        return node.sources[0] if node.op in _SLICES else None
 
     def units(self, region: Region, top: int) -> tuple[int, ...]:
         """The calls that are in a branch as a whole, where ``top`` is its frame."""

@@ -191,8 +191,8 @@ def _evidence(
         more.places, unclear, set(), set(), set(), remembering(model, args, kwargs, flow, regions)
     )
     for node, samples in more.samples.items():
-        dtype = flow.nodes[node].dtype
-        eps = torch.finfo(dtype).eps if dtype is not None and dtype.is_floating_point else 0.0
+        made = flow.nodes[node]
+        eps = torch.finfo(made.dtype).eps if made.is_continuous and made.dtype else 0.0
         moved = other.samples.get(node)
         if moved is None or not _is_moved(samples, moved, eps):
             evidence.changed.add(node)
@@ -248,8 +248,12 @@ def _watched(flow: Flow, planned: Planned) -> Iterator[int]:
 def _entries(flow: Flow, region: Region) -> set[int]:
     """What enters a branch."""
     nodes = flow.nodes
-    read = {x for i in region.nodes for x in nodes[i].sources if nodes[x].varies}
-    return read - region.nodes
+    return {
+        i if nodes[x].dtype is None else x  # of a split, its parts
+        for i in region.nodes
+        for x in nodes[i].sources
+        if nodes[x].varies and x not in region.nodes
+    }
 
 
 def _values(flow: Flow, region: Region) -> set[int]:

@@ -27,7 +27,7 @@ _BETWEEN = (
 )
 _GENERATED = "<eval_with_key>"
 RESIDUAL = os.path.join(_OURS, "drop", "residual.py")  # whose sum is an expression of its own
-_NOWHERE = Spot("", "", 0, 0)
+_NOWHERE = Spot("", "", 0, 0, (0, 0))
 
 _between: dict[str, bool] = {}  # by file
 
@@ -81,8 +81,8 @@ def spot(depth: int = 1) -> Spot:
 
 @by_instruction
 def _spot(code: CodeType, instruction: int) -> Spot:
-    line, _, column, _ = next(islice(code.co_positions(), instruction // 2, None))
-    file = code.co_filename
+    line, last, column, end = next(islice(code.co_positions(), instruction // 2, None))
+    begin, file = instruction if column is None else column, code.co_filename
     if file.startswith(_GENERATED):  # by torch.fx, with a number that is another each time
         file = _GENERATED
-    return Spot(file, code.co_qualname, line or 0, instruction if column is None else column)
+    return Spot(file, code.co_qualname, line or 0, begin, (last or 0, end or 0))
