@@ -150,7 +150,7 @@ def add_finetune(commands: Any) -> None:
         "compared, 0 being without stochastic depth (default: 0.2; 0,0.5 on the built-in data)",
     )
     training = finetune.add_argument_group("training")
-    training.add_argument("--epochs", type=positive, help="default: 8; 12 on the built-in data")
+    training.add_argument("--epochs", type=positive, help="default: 8; fewer with --quick")
     training.add_argument(
         "--batch-size", type=positive, help="of all devices together (default: 32)"
     )

@@ -503,6 +503,13 @@ def test_a_seed_fixes_the_decisions_whatever_else_is_drawn(mode: str) -> None:
     assert len({tuple(call) for call in first}) > 1
 
 
+@pytest.mark.parametrize("options", [{}, {"ranks": "shared"}, {"draw": "balanced"}])
+def test_seeds_differ_in_all_of_their_bits(options: dict[str, Any]) -> None:
+    given = {"p": 0.5, "schedule": "uniform", **options}
+    runs = [pattern(applied(small(), seed=seed, **given)) for seed in (1, 1 + (1 << 32), 1)]
+    assert runs[0] == runs[2] != runs[1]
+
+
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_without_a_seed_torch_s_own_generator_fixes_the_decisions(mode: str) -> None:
     patterns = []

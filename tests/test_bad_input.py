@@ -267,6 +267,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropped_grad": "zeros"}, ValueError, "dropped_grad must be one of"),
     ({"include": failing}, KeyError, "mine"),
     ({"exclude": [None]}, TypeError, "exclude must be globs .* got None"),
+    ({"include": []}, ValueError, r"include=\[\]: nothing is included"),
+    ({"blocks": ()}, ValueError, r"blocks=\(\): nothing is included"),
+    ({"seed": 1 << 64}, ValueError, "seed must be one that torch takes, of 64 bits, got 1844674"),
     ({"example_inputs": 3}, ValueError, "example_inputs must be what the model is called with"),
 ]
 
@@ -296,3 +299,22 @@ def test_a_bad_rate_for_a_branch_leaves_the_old_one(p: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
         branch.p = p
     assert branch.p == 0.4
+
+
+@pytest.mark.parametrize("name", ["mode", "scale", "dropped_grad"])
+def test_what_is_set_of_a_branch_has_to_be_one_of_the_choices(name: str) -> None:
+    branch = sd.branches(sd.apply(model(), 0.4, example_inputs=torch.ones(2, 4)))[1]
+    before = getattr(branch, name)
+    with pytest.raises(ValueError, match=f"{name} must be one of .*{before}.* got 'rwo'"):
+        setattr(branch, name, "rwo")
+    assert getattr(branch, name) == before
+
+
+def test_samples_that_nobody_has_looked_for_cannot_be_chosen() -> None:
+    branch = sd.branches(sd.apply(model(), 0.4, example_inputs=torch.ones(2, 4)))[1]
+    with pytest.raises(ValueError, match=r"has not looked for those of .*: apply with mode='row'"):
+        branch.mode = "row"
+    assert branch.mode == "batch"
+    branch = sd.branches(sd.apply(model(), 0.4, mode="row", example_inputs=torch.ones(2, 4)))[1]
+    for mode in ("batch", "subset"):
+        branch.mode = mode

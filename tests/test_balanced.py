@@ -136,6 +136,15 @@ def test_a_block_that_runs_twice_and_a_part_that_runs_alone() -> None:
         assert sum(dropped(model, lambda: model(X))) == 3
 
 
+def test_what_is_left_of_a_model_is_balanced() -> None:
+    model = stack()
+    model(X)
+    for part in (model[1], model[2]):
+        sd.remove(part)
+    model(X)
+    assert {sum(step) for step in steps(model, 50)} == {2}
+
+
 def test_what_is_sampled_in_evaluation_leaves_the_decisions_of_training_alone() -> None:
     one, other = stack(seed=1), stack(seed=1)
     for _ in range(20):
@@ -164,10 +173,22 @@ def test_a_seed_repeats_a_run_and_torch_s_seed_does_where_there_is_none() -> Non
     for seed in (5, 5, 6):
         model = stack()
         torch.manual_seed(seed)
+        first = steps(model, 1)
         state = torch.get_rng_state()
-        runs.append(steps(model, 20))
-        assert torch.equal(torch.get_rng_state(), state)  # nobody's numbers change
+        runs.append([*first, *steps(model, 19)])
+        assert torch.equal(torch.get_rng_state(), state)  # one number chooses a seed, for good
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"draw": "independent", "ranks": "shared"}])
+@pytest.mark.parametrize("other", [copy.deepcopy, lambda _: stack()], ids=["copy", "equal model"])
+def test_models_that_begin_together_decide_differently(other: Any, options: dict) -> None:
+    model = stack(**options)
+    twin = other(model)
+    torch.manual_seed(5)
+    decided = [steps(model, 1) == steps(twin, 1) for _ in range(100)]
+    # At 6 branches of rate 0.5 there are at least 20 outcomes; 1 in 20 agrees: P(> 20) < 1e-7.
+    assert sum(decided) <= 20
 
 
 @pytest.mark.parametrize(
@@ -332,7 +353,7 @@ def use_rounds_of_rank_0(rank: int) -> None:
     # As transformers' Trainer: one file of rank 0, which all ranks load, as JSON.
     import json
 
-    from stochastic_depth.state import draws_of
+    from stochastic_depth.applied import draws_of
 
     model = stack(12, p=0.6, schedule="linear", draw="auto")
     steps(model, 3)

@@ -138,3 +138,59 @@ def test_a_drop_module_may_be_called_with_a_keyword() -> None:
     expected = x + 2 * model.mlp.linear(x)
     assert all(torch.equal(y, x) or torch.allclose(y, expected) for y in outputs)
     assert 0 < branch.dropped < 20
+
+
+class Nameless(DropPath):
+    """A drop module whose rate has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = self.__dict__.pop("drop_prob")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(len(x), 1) >= self.share) if self.training else x
+
+
+def test_p_model_says_which_rate_it_cannot_read() -> None:
+    model = nn.Sequential(Inside(0.3), Inside(0.3))
+    model[1].mlp.drop = Nameless()
+    with pytest.raises(ValueError, match=r"cannot read the rate of 1\.mlp\.drop, a Nameless"):
+        sd.apply(model, "model", example_inputs=torch.randn(3, 4))
+
+
+def test_a_drop_module_inside_of_a_whole_block_is_taken_over_and_comes_back() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Inside(0.1), Inside(0.3)), torch.randn(3, 4)
+    plain = copy.deepcopy(model).eval()
+    sd.apply(model, "model", blocks="all", example_inputs=x)
+    assert [branch.p for branch in sd.branches(model)] == [0.1, 0.3]
+    sd.apply(model, KEPT, blocks="all", example_inputs=x)
+    with sd.skip(model, "0", x):
+        pass
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(x), plain(x))
+    assert sd.verify(model, x).passed
+    sd.remove(model)
+    torch.testing.assert_close(model[0](x), x + 100 * model[0].mlp.linear(x))
+
+
+class ByItself(nn.Module):
+    """A block whose forward drops samples without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return x + (h * (torch.rand(len(x), 1) >= 0.5) if self.training else h)
+
+
+def test_what_whole_blocks_do_not_replace_is_reported() -> None:
+    model, x = nn.Sequential(Inside(), Inside(), ByItself()), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="stochastic depth of its own") as told:
+        sd.apply(model, 0.5, blocks=["1", "2"], example_inputs=x)
+    (message,) = [str(w.message) for w in told]
+    assert "0.mlp.drop: it is not on a branch that was found" in message
+    assert "2: it drops by itself, in ByItself.forward (line" in message
+    assert "1.mlp.drop" not in message

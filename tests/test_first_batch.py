@@ -166,6 +166,26 @@ def test_the_factor_of_a_schedule_holds_from_the_first_batch_on(batch: Any) -> N
     assert [branch.p for branch in sd.branches(model)] == [0.9] * 3
 
 
+def test_each_branch_keeps_the_share_that_its_schedule_has_given_it() -> None:
+    model = sd.apply(Parts(), 0.4, schedule="uniform")
+    early, late = sd.RateSchedule(model.a, "early", 4), sd.RateSchedule(model.b, "late", 4)
+    before = [branch.p for branch in sd.branches(model)]
+    model(torch.randn(4, WIDTH))
+    assert [branch.p for branch in sd.branches(model)] == before
+    assert before == [early.factor * 0.4] * 2 + [late.factor * 0.4] * 2 == [0.4, 0.4, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude", "blocks"])
+def test_patterns_that_can_be_read_once_hold_after_the_first_batch(argument: str) -> None:
+    names = ["0.0", "1.0"] if argument == "blocks" else ["0", "1"]
+    plain = nn.Sequential(*[nn.Sequential(Block()) for _ in range(4)])
+    model = sd.apply(plain, 0.5, **{argument: (name for name in names)})
+    before = told(model)
+    assert len(before) == 2
+    model(torch.randn(4, WIDTH))
+    assert told(model) == before
+
+
 class Rivals(nn.Module):
     """Two networks that are called by themselves, in any order."""
 

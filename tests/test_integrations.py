@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import stochastic_depth as sd
+from stochastic_depth.integrations import common
 from stochastic_depth.integrations import lightning as on_lightning
 from stochastic_depth.integrations import transformers as on_transformers
 
@@ -176,6 +177,22 @@ def test_lightning_leaves_an_applied_model_and_its_rates(tmp_path):
         fit(tmp_path / "b", Applied(p=0.1))
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_callback_without_a_schedule_leaves_the_rates_to_another(by_hand: bool) -> None:
+    layers = [sd.StochasticDepth(nn.Linear(4, 4), 0.4) if by_hand else Block() for _ in range(2)]
+    model = nn.Sequential(*layers)
+    if not by_hand:
+        sd.apply(model, 0.4, example_inputs=torch.ones(2, 4))
+    mine = sd.RateSchedule(model, "linear", steps=4)
+    common.ensure_applied(model, {})
+    theirs = common.rate_schedule(model, None, None, 100)
+    for share in (0.0, 0.25, 0.5):
+        assert [b.p for b in sd.branches(model)] == [share * b.target for b in sd.branches(model)]
+        assert theirs.metrics() == pytest.approx(mine.metrics())
+        theirs.step()
+        mine.step()
+
+
 # transformers
 
 
@@ -268,6 +285,26 @@ def test_the_trainer_refuses_what_would_go_on_with_other_rates(tmp_path):
     train(tmp_path / "plain", Nothing())
     with pytest.raises(ValueError, match="saved without this callback"):
         train(tmp_path / "plain", hf_callback(), resume=tmp_path / "plain" / "checkpoint-5")
+
+
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+@pytest.mark.parametrize("engine", ["lightning", "trainer"])
+def test_a_model_that_waits_for_its_first_batch_resumes_to_the_bit(tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(sys.modules["stochastic_depth.apply"], "guess_inputs", lambda _: None)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    if engine == "lightning":
+        expected, *_ = fit(whole, lightning_callback(seed=3))
+        with pytest.raises(Stop):
+            fit(cut, lightning_callback(seed=3), StopAt(2))
+        resumed, *_ = fit(cut, lightning_callback(seed=3), resume=next(cut.glob("epoch=1*.ckpt")))
+    else:
+        expected, *_ = train(whole, hf_callback(seed=3))
+        with pytest.raises(Stop):
+            train(cut, hf_callback(seed=3), stop_after=13)
+        resumed, *_ = train(cut, hf_callback(seed=3), resume=cut / "checkpoint-10")
+    assert_same(weights(resumed), weights(expected))
+    counts = [[(b.p, b.decided, b.dropped) for b in sd.branches(m)] for m in (resumed, expected)]
+    assert counts[0] == counts[1]
 
 
 def test_the_package_imports_no_engine():

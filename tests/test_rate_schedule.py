@@ -171,6 +171,34 @@ def test_a_model_that_was_applied_anew_is_noticed():
         schedule.step()
 
 
+class Forks(nn.Module):
+    """On inputs that are made up it goes another way than on the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Linear(4, 4), Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.a(x) if x.dim() == 2 else self.b(x)
+
+
+def test_a_model_that_waits_for_its_first_batch_is_the_same_after_it_and_not_if_applied_anew():
+    model = sd.apply(Forks(), p=0.3)
+    schedule = sd.RateSchedule(model, "linear", steps=2)
+    before = [branch.name for branch in sd.branches(model)]
+    model.train()(torch.ones(2, 3, 4))
+    assert [branch.name for branch in sd.branches(model)] == ["b:linear"] != before
+    schedule.step()
+    assert rates(model) == [0.15]
+    assert schedule.metrics()["expected_depth"] == 0.85
+    model = sd.apply(Forks(), p=0.3)
+    schedule = sd.RateSchedule(model, "linear", steps=2)
+    sd.apply(model, p=0.2)
+    with pytest.raises(RuntimeError, match="applied anew"):
+        schedule.step()
+
+
 def test_targets_are_the_rates_that_were_set_and_not_those_of_another_schedule():
     model = build()
     sd.RateSchedule(model, "late", steps=3)

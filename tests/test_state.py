@@ -17,6 +17,7 @@ from torch import nn
 import stochastic_depth as sd
 from models import small, small_batch
 from resumable import checkpoints, read
+from stochastic_depth.branch import choices
 
 MODES = ["batch", "row", "subset"]
 SCRIPT = Path(__file__).with_name("resumable.py")
@@ -117,6 +118,69 @@ def test_a_state_saved_before_the_first_batch_and_one_after_it_fit(mode: str) ->
     outs = [third(small_batch()), model(small_batch())]
     assert torch.equal(*outs)
     assert counts(third) == counts(model)
+
+
+class Told(nn.Module):
+    """Its inputs cannot be guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList([small(False)])
+
+    def forward(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.nets[0](given["x"])
+
+
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"draw": "balanced"}], ids=str)
+def test_a_model_that_waits_for_its_first_batch_takes_a_state_then(options: dict) -> None:
+    given, x = {"schedule": "uniform", **options}, {"x": small_batch()}
+    model, other, third = (sd.apply(Told(), p, **given) for p in (0.5, 0.1, 0.1))
+    model(x)
+    sd.branches(model)[0].p = 0.7
+    state = sd.state_dict(model)
+    expected = [model(x) for _ in range(8)]
+    sd.load_state_dict(other, state)
+    assert sd.branches(other) == []
+    assert all(torch.equal(other(x), out) for out in expected)
+    assert counts(other) == counts(model)
+    state["branches"].pop()
+    sd.load_state_dict(third, state)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="apply stochastic depth as it was when the state was"):
+            third(x)
+
+
+def test_what_was_set_of_branches_goes_on_too() -> None:
+    x, options = small_batch(), {"schedule": "uniform", "mode": "row"}
+    model, resumed = (sd.apply(small(), 0.5, example_inputs=x, **options) for _ in range(2))
+    layer, other = (sd.StochasticDepth(nn.Linear(5, 5), p=0.5) for _ in range(2))
+    sd.branches(model)[0].mode = "subset"
+    sd.branches(model)[1].scale = "none"
+    sd.branches(model)[2].dropped_grad = "zero"
+    layer.mode, layer.scale = "row", "none"
+    sd.load_state_dict(nn.Sequential(resumed, other), sd.state_dict(nn.Sequential(model, layer)))
+    for mine, theirs in zip(sd.branches(resumed), sd.branches(model), strict=True):
+        assert choices(mine) == choices(theirs)
+    assert (other.mode, other.scale) == ("row", "none")
+
+
+@pytest.mark.parametrize("other", [{"draw": "balanced"}, {"ranks": "shared"}, {"seed": 1}, {}])
+def test_the_state_of_other_settings_is_refused(other: dict) -> None:
+    options = {"example_inputs": small_batch()}
+    model = sd.apply(small(), 0.5, **options, **other)
+    mode = "batch" if other else "row"
+    state = sd.state_dict(sd.apply(small(), 0.5, mode=mode, **options))
+    before, random = counts(model), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"this one has|apply with mode='row'"):
+        sd.load_state_dict(model, {**state, "torch": torch.zeros_like(random)})
+    assert counts(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_is_no_state_is_refused() -> None:
+    with pytest.raises(ValueError, match="state has no 'branches', 'draws', 'torch': give what"):
+        sd.load_state_dict(sd.apply(small(), 0.5), {})
 
 
 def test_rates_that_a_schedule_has_scaled_are_kept_with_their_targets() -> None:

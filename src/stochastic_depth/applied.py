@@ -6,12 +6,13 @@ from typing import Any
 from torch import nn
 
 from .branch import Branch
+from .drop.draws import Draws
 from .drop.layer import StochasticDepth
 from .drop.site import Site
 from .drop.slot import outer_slot, slot_of
 from .tables import table_html
 
-__all__ = ["awaited", "branches", "is_applied", "names_in", "owners", "sites"]
+__all__ = ["awaited", "branches", "draws_of", "is_applied", "names_in", "owners", "sites"]
 
 
 def branches(model: nn.Module) -> list[Branch]:
@@ -98,15 +99,35 @@ def owners(model: nn.Module) -> dict[Branch, Site | StochasticDepth]:
 def awaited(model: nn.Module) -> Iterator[Any]:
     """What stands in the slots of modules whose first training call settles their branches."""
     for module in model.modules():
-        slot = outer_slot(module) or slot_of(module)
-        if slot is not None and hasattr(slot.site, "factor"):
-            yield slot.site
+        yield from (site for site in _standing(module) if hasattr(site, "factor"))
+
+
+def draws_of(model: nn.Module) -> list[Draws]:
+    """Where the decisions of ``model`` are drawn, or will be, each source once."""
+    found: list[Draws] = []
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            found.append(module.draws)
+        for site in _standing(module):
+            if hasattr(site, "factor"):
+                found.append(site.settings.draws)
+            elif isinstance(site, Site):
+                found.append(site.draws)
+    return list(dict.fromkeys(found))
 
 
 def _site(module: nn.Module) -> object:
-    slot = outer_slot(module) or slot_of(module)
-    site: Any = None if slot is None else slot.site
-    # What stands before a site: a first call that is awaited, or something that is skipped now.
-    while not isinstance(site, Site) and getattr(site, "under", None) is not None:
-        site = site.under
+    site = None
+    for site in _standing(module):
+        if isinstance(site, Site):
+            break
     return site
+
+
+def _standing(module: nn.Module) -> Iterator[Any]:
+    """What a call of ``module`` meets: a site, or something that stands before it and so on."""
+    slot = outer_slot(module) or slot_of(module)
+    site = None if slot is None else slot.site
+    while site is not None:
+        yield site
+        site = getattr(site, "under", None)

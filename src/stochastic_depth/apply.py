@@ -1,6 +1,5 @@
 """The verbs that change a model: apply and remove."""
 
-import operator
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar
@@ -14,12 +13,14 @@ from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, cho
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
 from .drop.slot import keep_slots, put, slot_of
-from .find import Samples, find, find_blocks, guess_inputs
+from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
-from .patterns import Filter, matching_modules, outermost
+from .options import samples_of, seed_of
+from .patterns import Filter, listed, matching_modules, outermost
 from .rates import DepthSchedule
+from .resume import load_own_state
 from .trial import refuse_what_fails
 
 __all__ = ["apply", "remove", "settle"]
@@ -77,7 +78,7 @@ def apply(
         exclude: branches to leave alone, in the same forms.
         blocks: drop whole blocks (LayerDrop): globs on the names of modules, types, functions
             (name, module) -> bool, or a list of these; ``"all"`` is every block in which branches
-            are found. A dropped block returns the first tensor that it is given.
+            are found and that is in no other. A dropped one returns the first tensor it is given.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
             keywords, with at least two samples.
         samples: the dimension in which the inputs have the samples of the batch, which
@@ -135,7 +136,7 @@ def apply(
     elif p is not None:
         p = check_p(p)
     if seed is not None:
-        seed = _integer(seed)
+        seed = seed_of(seed)
     if draw == "balanced" and mode != "batch":
         raise ValueError(
             f"draw='balanced' is for mode='batch', got mode={mode!r}; mode='subset' computes "
@@ -151,8 +152,9 @@ def apply(
             "alone: apply first and wrap then (fully_shard may come first)"
         )
     settings = Settings(
-        p, schedule, mode, scale, dropped_grad, include, exclude, blocks,
-        Draws(seed, ranks, draw), _samples(samples, mode),
+        p, schedule, mode, scale, dropped_grad,
+        listed(include, "include"), listed(exclude, "exclude"), listed(blocks, "blocks"),
+        Draws(seed, ranks, draw), samples_of(samples, mode),
     )  # fmt: skip
     with few_collections():
         put_back = keep_slots(model)
@@ -163,30 +165,6 @@ def apply(
             put_back()
             raise
     return model
-
-
-def _samples(samples: Any, mode: Mode) -> Samples:
-    """The argument of this name."""
-    if samples is None:
-        return Samples()
-    dim, rows = samples if isinstance(samples, tuple) and len(samples) == 2 else (samples, 1)
-    if not (type(dim) is int and type(rows) is int and dim >= 0 and rows >= 1):
-        raise ValueError(
-            "samples must be a dimension of the inputs (0, 1, ...), or (dimension, rows of one "
-            f"sample), got {samples!r}"
-        )
-    if mode == "batch":
-        raise ValueError("samples is for mode='row' and 'subset': 'batch' drops whole batches")
-    return Samples(dim, rows)
-
-
-def _integer(seed: Any) -> int:
-    try:
-        if isinstance(seed, bool):
-            raise TypeError
-        return operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be an integer or None, got {seed!r}") from None
 
 
 def _apply(model: nn.Module, example_inputs: Any, settings: Settings) -> None:
@@ -295,9 +273,9 @@ def complete(
 def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     """Find on a real batch what was found on inputs that were made up, or not at all.
 
-    A branch that is found again keeps its identity, and what was set of it since ``apply``. All
-    keep the share of their target that a RateSchedule has given them. What was applied to a part
-    since stays as it is, and so does what was removed.
+    A branch that is found again keeps its identity, what was set of it since ``apply``, and the
+    share of its target that a RateSchedule has given it; others get that of the schedule. What was
+    applied to a part since stays as it is, and so does what was removed.
     """
     model, part, settings, given = pending.model, pending.part, pending.settings, pending.given
     others = _install.others_in(part, settings)
@@ -306,7 +284,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     before = {branch.name: branch for branch in branches(part) if branch not in foreign}
     changed = {b: choices(b) for b in before.values()}
     changed = {b: chosen for b, chosen in changed.items() if chosen != given.get(b)}
-    factor = next((b.p / b.target for b in before.values() if b.target > 0.0), pending.factor)
+    factors = {b: b.p / b.target for b in before.values() if b.target > 0.0}
     name = next(name for name, module in model.named_modules() if module is part)
     beside = None if part is model else _beside(pending, before.values())
     refused = _install.refused_beside(pending, name)
@@ -318,17 +296,19 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
         findings.refused += refused
         tell = not before  # else it was said of the inputs that were made up
         complete(model, keep_identity(findings, before), settings, tell, beside)
+        if slot_of(part) is not None:
+            slot.site = slot_of(part).site  # for a part that has been compiled with its slot
+        for branch in branches(part):
+            vars(branch).update(changed.get(branch, {}))
+            branch.set_rate(factors.get(branch, pending.factor) * branch.target)
+        for site in _install.sites_of(pending):
+            site.findings.refused = findings.refused
+        _install.put_others(others, gone)
+        if pending.saved is not None:
+            load_own_state(*pending.saved)
     except BaseException:
         put_back()
         raise
-    if slot_of(part) is not None:
-        slot.site = slot_of(part).site  # for a part that has been compiled with its slot
-    for branch in branches(part):
-        vars(branch).update(changed.get(branch, {}))
-        branch.set_rate(factor * branch.target)
-    for site in _install.sites_of(pending):
-        site.findings.refused = findings.refused
-    _install.put_others(others, gone)
 
 
 def _beside(pending: Pending, own: Collection[Branch]) -> list[Branch] | None:
@@ -354,5 +334,6 @@ def remove(model: M) -> M:
         >>> sd.branches(sd.remove(model))
         []
     """
+    _install.withdraw(model)
     _install.remove(model)
     return model

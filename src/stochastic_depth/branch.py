@@ -26,6 +26,7 @@ Kind = Literal["identity", "projection", "block"]
 Mode = Literal["batch", "row", "subset"]
 Scale = Literal["train", "eval", "none"]
 DroppedGrad = Literal["none", "zero"]
+_CHOICES = {"mode": Mode, "scale": Scale, "dropped_grad": DroppedGrad}
 
 
 class Place(NamedTuple):
@@ -83,6 +84,7 @@ class Branch:
         decided: how many decisions training has made: one per call, or one per sample in the
             modes that choose samples.
         dropped: how many of those dropped.
+        knows_samples: whether its samples were looked for, which may be chosen then.
     """
 
     name: str
@@ -106,6 +108,14 @@ class Branch:
     target: float = 0.0
     decided: int = 0
     dropped: int = 0
+    knows_samples: bool = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHOICES:
+            check_choice(value, _CHOICES[name], name)
+        if name == "mode":
+            self.check_mode(value)
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         self.set_rate(self.target)
@@ -124,6 +134,14 @@ class Branch:
     def decides_calls(self) -> bool:
         """Whether one decision is for the whole batch: by its mode, or as samples are unknown."""
         return self.mode == "batch" or (self.place is None and self.mask.dim < 0)
+
+    def check_mode(self, mode: Mode) -> None:
+        """Raise where samples would be chosen that nobody has looked for."""
+        if mode != "batch" and not self.knows_samples:
+            raise ValueError(
+                f"mode={mode!r} chooses samples, and apply() with mode='batch' has not looked for "
+                f"those of {self.name}: apply with mode={mode!r}"
+            )
 
     def set_rate(self, p: float) -> None:
         """Drop with probability ``p`` from now on, and leave the target as it is."""

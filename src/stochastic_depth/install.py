@@ -44,6 +44,7 @@ __all__ = [
     "refused_beside",
     "remove",
     "sites_of",
+    "withdraw",
 ]
 
 
@@ -101,6 +102,7 @@ def install(
         branch.order = order
     for branch in chosen:
         branch.p = rates[branch]
+        branch.knows_samples = settings.mode != "batch"
         branch.mode, branch.scale = settings.mode, settings.scale
         branch.dropped_grad = settings.dropped_grad
     about = replace(findings, plans={}, nodes={}, merges={}, constants=[])
@@ -152,13 +154,21 @@ def rates_of(model: nn.Module, chosen: list[Branch], settings: Settings) -> dict
 
 
 def _own_rates(model: nn.Module, chosen: list[Branch]) -> list[float]:
-    own = [[rate_of(model.get_submodule(name)) for name in branch.existing] for branch in chosen]
-    if all(rate is None for rates in own for rate in rates):
+    modules = {name: model.get_submodule(name) for b in chosen for name in b.existing}
+    # timm has an Identity where the rate is 0.
+    own = {n: rate_of(m) for n, m in modules.items() if not isinstance(m, nn.Identity)}
+    if not own:
         raise ValueError(
             "p='model' keeps the rates of a model's DropPath modules, but "
             f"{type(model).__name__} has none in its residual branches; give p as a number"
         )
-    return [max((rate or 0.0 for rate in rates), default=0.0) for rates in own]
+    for name, rate in own.items():
+        if rate is None:
+            raise ValueError(
+                f"p='model' cannot read the rate of {name}, a {type(modules[name]).__name__}: "
+                "give it an attribute drop_prob, or give p as a number"
+            )
+    return [max((own.get(name) or 0.0 for name in b.existing), default=0.0) for b in chosen]
 
 
 def nothing_found(model: nn.Module, findings: Findings, blocks: Filter) -> str:
@@ -213,6 +223,7 @@ class Pending:
         self.model, self.part, self.settings = model, part, settings
         self.under = put(part).site  # the part's own site, if it is a block
         self.factor = 1.0  # what a RateSchedule multiplies targets with
+        self.saved: Any = None  # the model and the state that was loaded, to be restored then
         self.given = {branch: choices(branch) for branch in branches(part)}
         self.blocks = [site.block for site in sites(part)]
 
@@ -289,6 +300,12 @@ def prefixed(findings: Findings, prefix: str) -> Findings:
     findings.refused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.refused]
     findings.unused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.unused]
     return findings
+
+
+def withdraw(model: nn.Module) -> None:
+    """Balance what is left without the branches of ``model``."""
+    for site in sites(model):
+        site.draws.withdraw(site.branches)
 
 
 def remove(model: nn.Module) -> None:

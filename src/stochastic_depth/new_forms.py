@@ -72,7 +72,7 @@ def _take_new(site: Site, plan: Plan) -> None:
     for found, known in zip(plan.branches, _known(plan.branches, site), strict=True):
         if known is None and _label(found) not in before:
             put_below(found, block_of(like))
-            vars(found).update(choices(like))
+            vars(found).update(choices(like), knows_samples=like.knows_samples)
             found.set_rate(like.p)
             found.order = site.branches[-1].order
             site.branches.append(found)

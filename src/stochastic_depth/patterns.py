@@ -8,10 +8,22 @@ from torch import nn
 
 from .branch import Branch, block_of, is_below
 
-__all__ = ["Filter", "choose", "matching_modules", "outermost"]
+__all__ = ["Filter", "choose", "listed", "matching_modules", "outermost"]
 
 Pattern = str | type[nn.Module] | Callable[..., bool]
 Filter = Pattern | Iterable[Pattern] | None
+
+
+def listed(given: Filter, argument: str) -> Filter:
+    """A filter that can be read again: patterns of an iterable are listed.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    patterns = _patterns(given)
+    if not patterns and argument != "exclude":
+        raise ValueError(f"{argument}={given!r}: nothing is included; None includes everything")
+    return given if patterns == [given] else patterns
 
 
 def choose(
@@ -97,10 +109,10 @@ def matching_modules(model: nn.Module, patterns: Filter) -> list[str]:
     return [name for name in named if name in names]
 
 
-def _patterns(given: Filter) -> Iterable[Any]:
+def _patterns(given: Filter) -> list[Any]:
     if isinstance(given, str | type) or not isinstance(given, Iterable):
         return [given]
-    return given
+    return list(given)
 
 
 def outermost(found: list[Branch]) -> list[str]:

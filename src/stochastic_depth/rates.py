@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from .applied import awaited, branches, is_applied
+from .applied import awaited, branches, draws_of
 from .branch import Branch, check_p
 
 __all__ = [
@@ -213,7 +213,8 @@ class RateSchedule:
         self.steps = steps
         self.steps_done = 0
         self._branches: list[Branch] = branches(model)
-        if not self._branches and not is_applied(model):
+        self._draws = draws_of(model)  # of each apply its own
+        if not self._draws:
             raise ValueError("model has no stochastic depth: apply it first (sd.apply)")
         self._set_rates()
 
@@ -241,14 +242,13 @@ class RateSchedule:
 
     def _refresh(self) -> None:
         """Take in the branches that were only found in the first call."""
-        now = branches(self.model)
-        gone = self._branches and not set(now) & set(self._branches)
-        if gone or not (now or is_applied(self.model)):
+        draws = draws_of(self.model)
+        if not set(draws) & set(self._draws):
             raise RuntimeError(
                 "stochastic depth was removed or applied anew since this RateSchedule was made; "
                 "make another one"
             )
-        self._branches = now
+        self._branches, self._draws = branches(self.model), draws
 
     def metrics(self) -> dict[str, float]:
         """What to log: the factor, the sum of 1-p, and what was decided and dropped so far.
@@ -256,11 +256,12 @@ class RateSchedule:
         Calls are counted, or samples in the modes that choose samples, of all branches since
         ``apply``.
         """
+        own = branches(self.model)
         return {
             "factor": self.factor,
-            "expected_depth": sum(1.0 - branch.p for branch in self._branches),
-            "decided": sum(branch.decided for branch in self._branches),
-            "dropped": sum(branch.dropped for branch in self._branches),
+            "expected_depth": sum(1.0 - branch.p for branch in own),
+            "decided": sum(branch.decided for branch in own),
+            "dropped": sum(branch.dropped for branch in own),
         }
 
     def state_dict(self) -> dict[str, Any]:

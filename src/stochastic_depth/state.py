@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .applied import branches, sites
-from .drop.draws import Draws
-from .drop.layer import StochasticDepth
+from .resume import load_own_state, own_state
 
-__all__ = ["draws_of", "load_state_dict", "state_dict"]
+__all__ = ["load_state_dict", "state_dict"]
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -19,8 +17,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     Save it beside the model's and the optimizer's state (in a process group, one per rank), and a
     resumed run continues bit for bit. It holds the RNG state of torch's default CPU generator
     and, where CUDA is in use, of the current device's, the states of the model's own generators
-    (``seed``, ``ranks``), and the rates and counts of every branch. RNG states of Python and NumPy
-    are not in it.
+    (``seed``, ``ranks``), and of every branch its rates, its counts, and what may be set of it. RNG
+    states of Python and NumPy are not in it.
 
     Args:
         model: a module, with or without stochastic depth.
@@ -40,20 +38,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         >>> torch.equal(model(x), out)
         True
     """
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "draws": [draws.state() for draws in draws_of(model)],
-        "branches": [
-            {
-                "name": branch.name,
-                "p": branch.p,
-                "target": branch.target,
-                "decided": branch.decided,
-                "dropped": branch.dropped,
-            }
-            for branch in branches(model)
-        ],
-    }
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), **own_state(model)}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -64,11 +49,13 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     Args:
         model: a module to which stochastic depth has been applied in the same way.
-        state: the state; if it doesn't fit, nothing is changed. A RateSchedule's state may be
-            loaded before or after it.
+        state: the state; if it doesn't fit, nothing is changed. Where no branches are found before
+            the first batch, that restores them. A RateSchedule's state may be loaded before or
+            after it.
 
     Raises:
-        ValueError: the state is that of a model with other branches.
+        ValueError: the state is that of a model with other branches, or with another ``draw`` or
+            ``ranks``, or of one with a ``seed`` where this one has none; or it is no such state.
 
     Example:
         >>> import io, torch, torchvision, stochastic_depth as sd
@@ -77,27 +64,12 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         >>> resumed = sd.apply(torchvision.models.resnet18(), p=0.5)
         >>> sd.load_state_dict(resumed, torch.load(io.BytesIO(file.getvalue())))
     """
-    sources, own = draws_of(model), branches(model)
-    saved = [branch["name"] for branch in state["branches"]]
-    if saved != [branch.name for branch in own] or len(state["draws"]) != len(sources):
+    missing = sorted({"torch", "draws", "branches"} - state.keys())
+    if missing:
         raise ValueError(
-            f"the state is that of a model with the branches {saved}, and this one has "
-            f"{[branch.name for branch in own]}: apply stochastic depth as it was when the state "
-            "was saved"
+            f"state has no {', '.join(map(repr, missing))}: give what sd.state_dict(model) returned"
         )
+    load_own_state(model, state)
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-    for draws, generators in zip(sources, state["draws"], strict=True):
-        draws.set_state(generators)
-    for branch, values in zip(own, state["branches"], strict=True):
-        branch.p = values["target"]
-        branch.set_rate(values["p"])
-        branch.decided, branch.dropped = values["decided"], values["dropped"]
-
-
-def draws_of(model: nn.Module) -> list[Draws]:
-    """Where the decisions of ``model`` are drawn, each source once."""
-    found = [site.draws for site in sites(model)]
-    found += [m.draws for m in model.modules() if isinstance(m, StochasticDepth)]
-    return list({id(draws): draws for draws in found}.values())

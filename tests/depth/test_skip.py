@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 
@@ -184,6 +185,43 @@ def test_gradients_do_not_reach_what_is_skipped():
     assert without_gradient == {
         f"blocks.2.{n}" for n in ("norm2.weight", "norm2.bias", "mlp.weight", "mlp.bias")
     }
+
+
+class Repeating(nn.Module):
+    """Its blocks are checkpointed, two at a time."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.net, self.use_reentrant = net(), use_reentrant
+
+    def forward(self, x):
+        blocks, x = self.net.blocks, self.net.stem(x)
+        for i in range(0, len(blocks), 2):
+            x = checkpoint(nn.Sequential(*blocks[i : i + 2]), x, use_reentrant=self.use_reentrant)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("verb", ["skip", "sampling"])
+def test_reentrant_checkpointing_which_would_not_repeat_it_is_an_error(verb, applied):
+    outs, x = [], x_for_net()
+    for use_reentrant in (False, True):
+        model = Repeating(use_reentrant).eval()
+        if applied or verb == "sampling":
+            sd.apply(model, 0.9, example_inputs=x)
+        torch.manual_seed(0)
+        with sd.skip(model, "net.blocks.3", x) if verb == "skip" else sd.sampling(model):
+            with torch.no_grad():
+                outs.append(model(x))
+            if use_reentrant:
+                with pytest.raises(RuntimeError, match="would be wrong; use checkpoint"):
+                    model(x)
+            else:
+                out = model(x)
+        if not use_reentrant:
+            out.sum().backward()
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ class _Verifier:
             for branch in self.branches:
                 before = dict(vars(branch))
                 stack.callback(vars(branch).update, before)
-                branch.mode, branch.scale = "row", "train"
+                vars(branch).update(mode="row", scale="train")
                 branch.set_rate(0.5 if branch in drawn else 0.0)
                 if not select and branch.place is not None:
                     branch.mask, branch.place = branch.place, None

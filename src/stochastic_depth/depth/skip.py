@@ -8,7 +8,7 @@ from torch import nn
 
 from ..applied import names_in
 from ..branch import Branch
-from ..drop.force import forced
+from ..drop.force import left_out
 from ..find import WHOLE
 from .looks import Target, check_model, look_at, names_of, opened
 
@@ -56,14 +56,11 @@ def skip(
     names = names_of(model, what)
     known = _known(model, names)
     if known is not None:
-        with forced(dict.fromkeys(known, (True, 1.0))):
+        with left_out(known):
             yield
         return
     look = look_at(model, example_inputs, names)
-    with (
-        opened(model, look, look.select(names)) as stands,
-        forced(dict.fromkeys(stands.values(), (True, 1.0))),
-    ):
+    with opened(model, look, look.select(names)) as stands, left_out(stands.values()):
         yield
 
 

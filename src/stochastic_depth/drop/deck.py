@@ -26,6 +26,7 @@ class Deck:
         self.branches = list(branches)
         self.name = branches[0].name
         self._keys = {branch: key for key, branch in enumerate(branches)}
+        self._gone: set[Branch] = set()
         self._rounds = {kind: Rounds(classes) for kind in ("separate", "shared")}
 
     def is_dropped(self, branch: Branch, kind: str, generator: Generator, rank: int) -> bool:
@@ -33,8 +34,12 @@ class Deck:
         key = self._keys[branch]
         return self._rounds[kind].take(key, self._rates, generator, rank) < branch.p
 
+    def withdraw(self, branch: Branch) -> None:
+        """Balance the others among themselves from the next call of the model on."""
+        self._gone.add(branch)
+
     def _rates(self) -> list[float]:
-        return [branch.p if branch.decides_calls else 0.0 for branch in self.branches]
+        return [b.p if b.decides_calls and b not in self._gone else 0.0 for b in self.branches]
 
     def state(self, kind: str) -> dict[str, Any]:
         return self._rounds[kind].state()

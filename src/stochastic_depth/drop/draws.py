@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from .balance import stream
 from .collectives import needs_all_ranks
 from .deck import Deck, deal
 from .ranks import from_first_rank, is_distributed, rank, world_size
-from .replay import Tape, may_be_recomputed
+from .replay import Tape, may_be_recomputed, ticket_of
 
 __all__ = ["ASIDE", "Draw", "Draws", "Ranks"]
 
@@ -92,6 +92,12 @@ class Draws:
             if first in before:
                 deck.resume(before[first])
             self.decks |= dict.fromkeys(deck.branches, deck)
+
+    def withdraw(self, branches: Iterable[Branch]) -> None:
+        """Balance no more with these branches, which are removed."""
+        for branch in branches:
+            if branch in self.decks:
+                self.decks.pop(branch).withdraw(branch)
 
     def decide(self, branches: Sequence[Branch], block: nn.Module) -> list[Decision]:
         """The decisions for one call of ``block``, in one draw.
@@ -180,20 +186,21 @@ class Draws:
     def _seeded(self, source: _Source) -> torch.Generator:
         if source == "separate":
             assert self.seed is not None
-            seed = _mixed(self.seed, rank()) if is_distributed() else self.seed
-            return torch.Generator().manual_seed(seed)
+            return _seeded(_mixed(self.seed, rank()) if is_distributed() else self.seed)
         common = self._common_seed()
         if source == "shared":
-            return torch.Generator().manual_seed(common)
+            return _seeded(common)
         return stream(_mixed(common, *source))
 
     def _common_seed(self) -> int:
+        """The given seed, or a number of torch's default generator, which the next model gets not.
+
+        Where the call may be repeated, which chooses no seed again, the tape's ticket sees to that.
+        """
         if self.seed is not None:
             return self.seed
         if self._common is None:
-            state = torch.get_rng_state()  # peek: nobody's numbers change
-            self._common = int(torch.randint(1 << 62, (), device="cpu"))
-            torch.set_rng_state(state)
+            self._common = ticket_of(default=may_be_recomputed())
             if is_distributed():
                 self._common = from_first_rank(self._common)
         return self._common
@@ -201,7 +208,8 @@ class Draws:
     def state(self) -> dict[str, Any]:
         """The states of those generators that have been used: tensors, numbers, dicts and lists."""
         decks = {deck.name: deck for deck in self.decks.values()}
-        state: dict[str, Any] = {"common": self._common, "decks": {}}
+        state: dict[str, Any] = {"seed": self.seed, "ranks": self.ranks, "draw": self.draw}
+        state |= {"common": self._common, "decks": {}}
         for source, generator in self._generators.items():
             if isinstance(source, str):
                 state[source] = generator.get_state()
@@ -212,8 +220,20 @@ class Draws:
                 state["decks"].setdefault(name, {})[kind] = [generator.get_state(), now]
         return state
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise where a :meth:`state` is not one of such draws; another seed will do for a seed."""
+        settings = "seed", "ranks", "draw"
+        own = {name: getattr(self, name) for name in settings}
+        saved = {name: state.get(name) for name in settings}
+        if (own["seed"] is None) != (saved["seed"] is None) or own != saved | {"seed": self.seed}:
+            raise ValueError(
+                f"the state is that of a model with {saved}, and this one has {own}: apply "
+                "stochastic depth as it was when the state was saved"
+            )
+
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state`, in which tensors may have become lists."""
+        self.seed = state["seed"]
         self._alone.clear()  # what is restored is not seeded again
         self._common = state["common"]
         self._generators = {kind: _restored(state[kind]) for kind in _KINDS if kind in state}
@@ -228,6 +248,11 @@ class Draws:
 
 def _restored(state: Any) -> torch.Generator:
     return torch.Generator().set_state(torch.as_tensor(state, dtype=torch.uint8, device="cpu"))
+
+
+def _seeded(seed: int) -> torch.Generator:
+    """A generator; torch's looks at the lower 32 bits of its seed."""
+    return torch.Generator().manual_seed(seed if 0 <= seed < 1 << 32 else _mixed(seed))
 
 
 def _mixed(*numbers: Hashable) -> int:

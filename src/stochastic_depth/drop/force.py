@@ -1,12 +1,19 @@
 """Decide otherwise on this thread for a while: by hand, not at all, or in evaluation, too."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
+import torch
+from torch import Tensor
+
+from .._torch import tree_leaves
 from ..branch import Branch
+from ..find.tensors import is_function
 from .slot import here
 
-__all__ = ["forced", "plain", "sampled"]
+__all__ = ["check_repeats", "forced", "left_out", "plain", "sampled"]
 
 
 @contextmanager
@@ -27,6 +34,13 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
 
 
 @contextmanager
+def left_out(branches: Iterable[Branch]) -> Iterator[None]:
+    """Drop branches for a user."""
+    with forced(dict.fromkeys(branches, (True, 1.0))), _for_users():
+        yield
+
+
+@contextmanager
 def plain() -> Iterator[None]:
     """Run the model as it is without stochastic depth, on this thread."""
     before, here.forced = here.forced, {}
@@ -42,6 +56,45 @@ def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     before = here.sampled
     here.sampled = before | frozenset(branches)
     try:
-        yield
+        with _for_users():
+            yield
     finally:
         here.sampled = before
+
+
+@contextmanager
+def _for_users() -> Iterator[None]:
+    before, here.is_for_users = here.is_for_users, True
+    try:
+        yield
+    finally:
+        here.is_for_users = before
+
+
+def check_repeats(branches: Iterable[Branch], training: bool) -> None:
+    """Raise where reentrant checkpointing would repeat a call as it is after the ``with``.
+
+    Decisions that are drawn in training are on record, and found again.
+
+    Args:
+        branches: of the call.
+        training: whether the block is.
+    """
+    if not here.is_for_users or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return
+    here_only = {*(here.forced or {}), *(() if training else here.sampled)}
+    if not here_only.isdisjoint(branches) and _is_repeated_later(sys._getframe(1)):
+        raise RuntimeError(
+            "skip() and sampling() do not hold where reentrant checkpointing repeats a call in the "
+            "backward pass, so gradients would be wrong; use checkpoint(..., use_reentrant=False)"
+        )
+
+
+def _is_repeated_later(frame: FrameType | None) -> bool:
+    """Whether it runs in a custom Function that is given something which needs a gradient."""
+    while frame is not None:
+        if is_function(frame.f_code):
+            given = tree_leaves(list(frame.f_locals.values()))
+            return any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        frame = frame.f_back
+    return False

@@ -12,6 +12,7 @@ from ..branch import Branch, Mode, Place, Scale, check_choice, check_p
 from .around import Take, around, describe
 from .decide import kept_weight
 from .draws import Draws
+from .force import check_repeats
 from .projections import Recipe, check_recipe, check_shapes, guess_input_shape, make_projection
 from .run import Run
 from .slot import here
@@ -144,6 +145,7 @@ class StochasticDepth(nn.Module):
         weighs = branch.is_active and (training or branch.scale == "eval")
         if here.forced == {} or not (by_hand or weighs):
             return self.module(*args, **kwargs)
+        check_repeats([branch], self.training)
         if not args:
             raise TypeError("StochasticDepth needs its input as the first positional argument")
         x, *more = args

@@ -30,6 +30,9 @@ class WholeAside(WholeSite):
     def install(self) -> None:
         self.replaces = False
 
+    def _existing(self) -> list[nn.Module]:
+        return []
+
 
 class Over:
     """In the slot of a block: a site of branches that are skipped by hand, and what was there.

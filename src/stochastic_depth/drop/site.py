@@ -21,6 +21,7 @@ from ..find.form import form_of, precision_of
 from ..find.plan import Findings, Form, Plan
 from .collectives import existing_of, modules_of
 from .draws import Draws
+from .force import check_repeats
 from .forms import output_form
 from .frame import Frame, fences_around
 from .part import Part, form
@@ -122,6 +123,10 @@ class Site:
     def install(self) -> None:
         self.meet_calls()
         self._renew()
+        self.replace_existing()
+
+    def replace_existing(self) -> None:
+        """Have the drop modules that no frame meets hand on what they are given."""
         for module in self._existing():
             put(module).site = PassOn(module)
 
@@ -227,6 +232,7 @@ class Site:
 
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         """A call of the block with branches that may be dropped."""
+        check_repeats(self.branches, self.block.training)
         frame = here.frame
         if frame is not None and frame.site is self and frame.outer and not self.is_outer(slot):
             return slot.through(*args, **kwargs)  # decided outside of the compiled code

@@ -67,6 +67,8 @@ class _Here(threading.local):
         self.joined: set[Any] = set()  # those whose sum has been met since
         # The branches that are dropped in evaluation, too.
         self.sampled: frozenset[Any] = frozenset()
+        # Whether these two hold for users, whose backward passes may come after them.
+        self.is_for_users = False
 
 
 here, INSIDE = _Here(), Inside()

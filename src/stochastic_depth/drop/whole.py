@@ -21,6 +21,7 @@ class WholeSite(Site):
 
     def install(self) -> None:
         self.meet_calls()
+        self.replace_existing()
 
     def reach(self) -> dict[str, Slot]:
         return {}

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from ..branch import Branch
+from ..branch import Branch, block_of, is_below
 from .batch import Samples
-from .drops import find_drops, tell_drops
+from .drops import Drops, find_drops, tell_drops
 from .flow import Call, Flow
 from .frames import Frame, Member
 from .meet import record_examples
@@ -77,10 +77,30 @@ def find_blocks(
     findings.nodes = {
         b: frozenset().union(*[r.nodes for r in rs]) for b, rs in planned.regions.items()
     }
-    tell_drops(model, findings, find_drops(model, args, kwargs, flow.constants), set())
+    _settle_drops(model, findings, find_drops(model, args, kwargs, flow.constants), flow)
     if samples is not None:
         place_samples(model, args, kwargs, flow, planned, samples)
     return findings
+
+
+def _settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow) -> None:
+    """Let blocks replace the drop modules in them, and tell what else goes on dropping."""
+    called = {call.name for call in flow.calls}
+    inside = sorted(drops.modules & called)
+    for branch in findings.branches:
+        branch.existing = tuple(name for name in inside if is_below(name, block_of(branch)))
+    taken = {name for branch in findings.branches for name in branch.existing}
+    tell_drops(model, findings, drops, called - taken)
+    seen = {}
+    for node, where in drops.products.items():
+        assert drops.flow is not None
+        seen[drops.flow.calls[drops.flow.nodes[node].call].name, where] = where
+    for (name, _), where in seen.items():
+        reason = (
+            f"it drops by itself, in {where.function} (line {where.line} of {where.file}), and "
+            "goes on dropping: set that rate to 0"
+        )
+        findings.unused.append(Refused(name, reason))
 
 
 def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:

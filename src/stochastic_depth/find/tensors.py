@@ -16,6 +16,7 @@ __all__ = [
     "CHECKPOINT",
     "function_around",
     "held_by",
+    "is_function",
     "kind_of",
     "leaves_of",
     "may_hold",
@@ -114,10 +115,15 @@ def function_around(frame: FrameType | None) -> str | None:
     """The file of the custom Function that runs ``frame`` within the innermost call of a module."""
     while frame is not None and frame.f_code is not CALL:
         code = frame.f_code
-        if _is_forward(code, code.co_filename):
+        if is_function(code):
             return code.co_filename
         frame = frame.f_back
     return None
+
+
+def is_function(code: CodeType) -> bool:
+    """Whether it is the forward of a custom Function."""
+    return _is_forward(code, code.co_filename)
 
 
 @lru_cache(4096)

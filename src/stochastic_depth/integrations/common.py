@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ..applied import is_applied
+from ..applied import branches, is_applied
 from ..apply import apply
 from ..rates import RateSchedule, TimeSchedule
 
@@ -17,7 +17,7 @@ def ensure_applied(model: nn.Module, options: dict[str, Any]) -> None:
     Raises:
         ValueError: it has it, and there are options, which would have no effect.
     """
-    if not is_applied(model):
+    if not is_applied(model) and (options or not branches(model)):
         if "p" not in options:
             raise ValueError("the model has no stochastic depth: give p, or apply it first")
         apply(model, **options)
@@ -31,13 +31,13 @@ def ensure_applied(model: nn.Module, options: dict[str, Any]) -> None:
 def rate_schedule(
     model: nn.Module, schedule: TimeSchedule | None, steps: int | None, all_steps: int | None
 ) -> RateSchedule:
-    """The rates over training, in ``all_steps`` by default; constant where there is no schedule.
+    """The rates over training, in ``all_steps`` by default; as they are where there is no schedule.
 
     Raises:
         ValueError: the training has no end that is known, and no ``steps`` are given.
     """
     if schedule is None:
-        return RateSchedule(model, _constant)
+        return _AsTheyAre(model, _constant)
     if steps is None and isinstance(schedule, str):
         if all_steps is None:
             raise ValueError(
@@ -50,6 +50,19 @@ def rate_schedule(
 
 def _constant(step: int) -> float:
     return 1.0
+
+
+class _AsTheyAre(RateSchedule):
+    """Leaves rates to whoever else sets them, and logs what they are."""
+
+    def _set_rates(self) -> None:
+        self._refresh()
+
+    @property
+    def factor(self) -> float:
+        """The share of the targets that the rates are now, all together."""
+        targets = sum(branch.target for branch in self._branches)
+        return sum(branch.p for branch in self._branches) / targets if targets else 1.0
 
 
 def metrics(schedule: RateSchedule) -> dict[str, float]:

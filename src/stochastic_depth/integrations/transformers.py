@@ -7,9 +7,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .._torch import tree_map_only
-from ..applied import branches
 from ..rates import RateSchedule, TimeSchedule
-from ..state import draws_of
+from ..resume import load_own_state, own_state
 from .common import ensure_applied, metrics, rate_schedule
 
 __all__ = ["StochasticDepthCallback"]
@@ -81,18 +80,8 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
                 "of resuming"
             )
         state = saved["attributes"]
-        own = branches(self._model)
-        if len(own) != len(state["branches"]):
-            raise ValueError(
-                f"the checkpoint is of a model with {len(state['branches'])} branches, and this "
-                f"one has {len(own)}: apply stochastic depth as it was"
-            )
-        for branch, (target, decided, dropped) in zip(own, state["branches"], strict=True):
-            branch.p, branch.decided, branch.dropped = target, decided, dropped
+        load_own_state(self._model, state)  # the Trainer restores torch's generators itself
         self._rates.load_state_dict(state["schedule"])
-        # The Trainer restores torch's generators itself.
-        for draws, generators in zip(draws_of(self._model), state["draws"], strict=True):
-            draws.set_state(generators)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._rates is not None:
@@ -111,9 +100,6 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
         if self._rates is not None:
             attributes = {
                 "schedule": self._rates.state_dict(),
-                "branches": [(b.target, b.decided, b.dropped) for b in branches(self._model)],
-                "draws": tree_map_only(
-                    Tensor, Tensor.tolist, [draws.state() for draws in draws_of(self._model)]
-                ),
+                **tree_map_only(Tensor, Tensor.tolist, own_state(self._model)),
             }
         return {"args": {}, "attributes": attributes}
