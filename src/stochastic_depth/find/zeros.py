@@ -10,16 +10,23 @@ __all__ = ["without", "zeros_in"]
 
 
 def zeros_in(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are all zero, as those of gates and heads that start with nothing."""
-    return [
-        p
-        for p in model.parameters()
-        if type(p) is nn.Parameter
-        and p.requires_grad
-        and p.is_floating_point()
-        and p.layout is torch.strided
-        and not (p.is_meta or p.numel() == 0 or p.any())
-    ]
+    """The parameters that are all zero, as those of gates and heads that start with nothing.
+
+    A bias hides nothing, where its module has other parameters that do not.
+    """
+    found: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        zero = {name: p for name, p in own.items() if _is_zero(p)}
+        hiding = [name for name in zero if "bias" not in name or len(zero) == len(own)]
+        found |= dict.fromkeys(zero[name] for name in hiding)
+    return list(found)
+
+
+def _is_zero(p: nn.Parameter) -> bool:
+    if type(p) is not nn.Parameter or p.is_meta or p.layout is not torch.strided:
+        return False
+    return p.requires_grad and p.is_floating_point() and p.numel() > 0 and not p.any()
 
 
 @contextmanager
