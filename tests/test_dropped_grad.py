@@ -108,6 +108,7 @@ class Joined(nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:samples are taken to be as many neighbouring rows")
 @pytest.mark.parametrize("mode", ["batch", "row"])
 @pytest.mark.parametrize(
     "way",

@@ -176,7 +176,11 @@ def weigh(model: Network, x: Tensor, used: list[str], path: tuple[float, ...]) -
 
 
 # Torch's, of a reentrant checkpoint whose example inputs need no gradient.
-pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+    # Some branches are behind conditions on values.
+    pytest.mark.filterwarnings("ignore:.* was not called in a call of its block:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("seed", range(KNOWN))
