@@ -30,12 +30,16 @@ def applied(model: nn.Module, p: Any = 0.2, **options: Any) -> Any:
 
 
 def contents(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Everything there is in the modules of ``model``, by identity, in order."""
+    """Everything there is in the modules of ``model``, by identity, in order.
+
+    The dicts of children and parameters go by type and contents: others may share the old ones.
+    """
     items: list[tuple[Any, ...]] = []
     for name, module in model.named_modules():
         items.append((name, type(module), id(module), module.training))
         for key, value in module.__dict__.items():
-            items.append((name, key, id(value)))
+            known = type(value) if key in ("_modules", "_parameters") else id(value)
+            items.append((name, key, known))
             if isinstance(value, dict):
                 items += [(name, key, inner, id(v)) for inner, v in value.items()]
     return items

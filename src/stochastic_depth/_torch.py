@@ -70,7 +70,7 @@ CONTENTS = "_modules", "_parameters"
 _OTHER: dict[type, Any] = {dict: OrderedDict, OrderedDict: dict}
 
 
-def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def tell_apart(own: dict[str, Any]) -> None:
     """Change the type of the dicts with a module's contents, or back; ``own`` is its ``__dict__``.
 
     torch.compile takes a graph that it has made of one model for another of the same class, and
@@ -78,19 +78,12 @@ def tell_apart(own: dict[str, Any], before: Mapping[str, Any] | None = None) -> 
     would lend its graph to one that has it, and nothing would be dropped. It does look at the
     types of these dicts, which have been ordered ones and plain ones in torch's history.
 
-    Args:
-        own: the ``__dict__`` of the module.
-        before: what this returned; the same dicts are then put back.
-
-    Returns:
-        The dicts that were there.
+    They are new ones: who shares the old ones keeps them, and they keep nothing that is replaced.
     """
-    there = {name: own[name] for name in CONTENTS if type(own.get(name)) in _OTHER}
-    for name, contents in there.items():
-        own[name] = (before or {}).get(name, _OTHER[type(contents)]())
-        own[name].clear()
-        own[name].update(contents)
-    return there
+    for name in CONTENTS:
+        other = _OTHER.get(type(own.get(name)))
+        if other is not None:
+            own[name] = other(own[name])
 
 
 # ``parametrize.cached()`` keeps weights, which are without gradients where we watch.

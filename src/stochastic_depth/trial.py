@@ -153,20 +153,30 @@ class _Trial:
                 return f"{where}the model fails where it is left out: {_told(error)}"
             if training and self.goes_another_way(branches):
                 return (
-                    "in training the model does not come to its sum as in evaluation: its block's "
-                    "forward() is called directly, goes another way, or leaves it out at random"
+                    "in training the model computes it and does not come to its sum as in "
+                    "evaluation: its block's forward() is called directly, or goes another way"
                 )
         return None
 
     def goes_another_way(self, branches: Sequence[Branch]) -> bool:
-        """Whether a sum of these, which training has not met, is not met where all are kept.
+        """Whether training computes some of these where they are kept, and does not meet their sum.
 
-        Where the model drops layers by itself, that may be chance.
+        What it does not compute at all, it may leave out by chance.
         """
-        if here.joined.issuperset(branches) or self.findings.unused:
+        if here.joined.issuperset(branches):
             return False
-        self.run(dict.fromkeys(self.findings.branches, (False, _WEIGHT)), self.inputs, True)
-        return not here.joined.issuperset(branches)
+        ran: set[Branch] = set()
+        with ExitStack() as hooks:
+            for branch in branches:
+                for name in branch.modules:
+                    module = self.model.get_submodule(name)
+                    handle = module.register_forward_pre_hook(lambda *_, b=branch: ran.add(b))
+                    hooks.callback(handle.remove)
+            try:
+                self.run(dict.fromkeys(self.findings.branches, (False, _WEIGHT)), self.inputs, True)
+            except Exception:  # of any kind: it fails anyway, or says what is wrong in training
+                return False
+        return bool(ran - here.joined)
 
     def fails_anyway(self) -> bool:
         try:

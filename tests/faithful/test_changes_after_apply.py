@@ -1,5 +1,6 @@
 """Modules may be wrapped, replaced, compiled and applied to again; remove leaves no trace."""
 
+import copy
 import functools
 import gc
 import warnings
@@ -494,3 +495,12 @@ def test_a_weight_that_cannot_be_told_any_more_is_told() -> None:
     parametrizations.weight_norm(model, "w")
     with pytest.warns(UserWarning, match="does not come to the sum that was found"):
         model(data())
+
+
+def test_who_shares_the_contents_of_a_block_keeps_them() -> None:
+    model = nn.Sequential(net(Block), net(Block))
+    other = copy.copy(model[0])
+    expected = other(data())
+    sd.apply(model, 0.5, example_inputs=data())
+    assert torch.equal(other(data()), expected)
+    assert torch.equal(sd.remove(model).eval()(data()), model[1](expected))

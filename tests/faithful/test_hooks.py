@@ -384,3 +384,13 @@ class Wide(nn.Module):
 def for_long(model: nn.Module, x: Tensor) -> None:
     for _ in range(20):
         model(x)
+
+
+def test_a_hook_may_read_what_cannot_be_written() -> None:
+    known = np.ones(4)
+    known.flags.writeable = False
+    model, seen = net(Block), []
+    model.register_forward_hook(lambda module, args, output: seen.append(float(known.sum())))
+    sd.apply(model, KEPT, example_inputs=data())
+    model(data())
+    assert seen == [4.0]

@@ -217,14 +217,17 @@ class Frame:
         return out
 
     def _one_more(self, path: str, gates: tuple[Gate, ...]) -> Gate:
-        """The gate of a call more than were watched: the last, where each is a branch of its own.
+        """The gate of a call more than were watched: the last, where it is known to be such a one.
 
         Raises:
             RuntimeError: what the call belongs to cannot be told.
         """
         last, block = gates[-1], type(self.site.block).__name__
+        known = {gate.branch for gate in gates}
+        if len(known) == 1 and last.branch is not None and not self.runs[last.branch].joined:
+            return last  # one more part of the same branch
         alike = {replace(gate, branch=None) for gate in gates} == {replace(last, branch=None)}
-        if not alike or len({gate.branch for gate in gates}) < len(gates):
+        if not alike or 1 < len(known) < len(gates):
             raise RuntimeError(
                 f"stochastic depth: {block} calls {path} more often than when it was watched, and "
                 "which branch that belongs to cannot be told; give apply() example_inputs like "
@@ -259,7 +262,7 @@ class Frame:
         if not weighed and (run.called or (alone and not run.dropped)):
             return
         chosen = run.decided and (run.kept is not None or run.weight != 1.0)
-        if run.called and weighed and chosen:
+        if run.called and weighed and chosen and not run.ended:
             raise run.error(
                 "is computed and does not come to the sum that was found, where it would be "
                 "weighed; call apply() again after a change of the model"

@@ -59,6 +59,7 @@ class Merging:
     apart = False  # a custom autograd.Function makes the call of now
     in_checkpoint = True  # if one does, reentrant checkpointing's
     called = False  # a call of it has come
+    ended = False  # its last call has come, and gave a value that is told apart
     joined = False  # a value of it has come to its sum, or to what else it enters
     closed = False  # the call of its block has returned
     is_late = False  # it had been computed when its samples were chosen, and will be again

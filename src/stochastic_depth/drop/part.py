@@ -53,6 +53,7 @@ class Part:
     ) -> None:
         self._run, self._value, self._last, self._place, self._make = run, value, last, place, make
         self._form: Any = None
+        run.ended = run.ended or last
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -87,7 +87,6 @@ class Slot:
         inner: what runs in place of the class's call: compiled code.
         names: by which frames may know it: its module's names below their blocks.
         repeats: the calls that checkpointing inside of a block may repeat.
-        before: the dicts of the module's contents, which others stand in for.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -102,7 +101,6 @@ class Slot:
         self.inner: Any = None
         self.names: tuple[str, ...] = ()
         self.repeats: Repeats | None = None
-        self.before: dict[str, Any] = {}
         self.module.__dict__[REPLICATE] = self.replicate
         self.module.__dict__[_GETSTATE] = self.state_of_module
         if hasattr(type(self.module), _COPY):
@@ -223,9 +221,7 @@ def put(module: nn.Module) -> Slot:
     slot: Slot | None = slot_of(module)
     if slot is None:
         slot = own[CALL] = Slot(module)
-        slot.before = tell_apart(own)
-        for contents in slot.before.values():
-            contents.clear()  # else they would keep what is replaced
+        tell_apart(own)
     compiled: Any = own.get(COMPILED_CALL)
     if compiled is None:
         return slot
@@ -249,10 +245,6 @@ def keep_slots(model: nn.Module) -> Callable[[], None]:
         for module, held in before:
             for name in names.difference(CONTENTS) & module.__dict__.keys():
                 del module.__dict__[name]
-            for name in held.keys() & CONTENTS:
-                if held[name] is not (now := module.__dict__[name]):
-                    held[name].clear()
-                    held[name].update(now)
             module.__dict__.update(held)
         for slot, site in zip(slots, sites, strict=True):
             slot.site = site
@@ -268,6 +260,6 @@ def take_out(module: nn.Module) -> None:
         slot.site = None  # what ``module.compile()`` has made may hold it
         for name in (CALL, *_OURS):
             own.pop(name, None)
-        tell_apart(own, slot.before)
+        tell_apart(own)
     if isinstance(compiled := own.get(COMPILED_CALL), Slot):
         own[COMPILED_CALL] = compiled.inner

@@ -212,7 +212,7 @@ class Kept:
         for x in values:
             if type(x) is Tensor:
                 self._keep_tensor(x)
-            if type(x).__name__ == "ndarray":
+            if type(x).__name__ == "ndarray" and x.flags.writeable:
                 self.undo.append(partial(x.__setitem__, ..., x.copy()))
 
     def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:

@@ -24,7 +24,9 @@ def zeros_in(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _is_zero(p: nn.Parameter) -> bool:
-    if type(p) is not nn.Parameter or p.is_meta or p.layout is not torch.strided:
+    if type(p) is not nn.Parameter or p.is_meta or p.is_inference():
+        return False
+    if p.layout is not torch.strided:
         return False
     return p.requires_grad and p.is_floating_point() and p.numel() > 0 and not p.any()
 
