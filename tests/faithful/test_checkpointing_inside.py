@@ -17,6 +17,17 @@ REENTRANT = [True, False]
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 
 
+class Output(nn.Module):
+    """Has the last call of a branch, and its sum, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Linear(16, 4)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.g(h) + x
+
+
 class Block(nn.Module):
     """Checkpoints its branch, or a part of it, in one of several ways."""
 
@@ -26,7 +37,7 @@ class Block(nn.Module):
         self.f = nn.Sequential(
             nn.Linear(4, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 16), nn.Tanh()
         )
-        self.g = nn.Linear(16, 4)
+        self.g, self.output = nn.Linear(16, 4), Output()
 
     def checkpointed(self, function: Callable, x: Tensor) -> Tensor:
         return checkpoint(function, x, use_reentrant=self.reentrant)
@@ -44,6 +55,8 @@ class Block(nn.Module):
                 return x + self.checkpointed(self.g, self.checkpointed(self.f, x))
             case "one in the other":
                 return x + self.checkpointed(lambda y: self.g(self.checkpointed(self.f, y)), x)
+            case "a module that has the sum":
+                return self.checkpointed(lambda y: self.output(self.f(y), y), x)
             case "the sum as well":
                 return self.checkpointed(lambda y: y + self.both(y), x)
             case _:
@@ -57,6 +70,7 @@ WAYS = [
     "one after the other",
     "one in the other",
     "the sum as well",
+    "a module that has the sum",
     "checkpoint_sequential",
 ]
 

@@ -162,7 +162,9 @@ class Frame:
         """The file of the custom autograd.Function that makes this call, if one does."""
         if torch.is_grad_enabled() is self.gradients:
             return None
-        return CHECKPOINT if torch.compiler.is_compiling() else function_around(sys._getframe(1))
+        if torch.compiler.is_compiling():
+            return CHECKPOINT
+        return function_around(sys._getframe(1), _BLOCK)
 
     def _may_be_repeated(self, function: str | None) -> bool:
         """Whether a backward pass may repeat what is called now, without this frame."""
@@ -303,6 +305,7 @@ def _gone() -> None:
 
 
 _OTHER = Gate(None)
+_BLOCK = Slot.through.__code__  # by which the block's own call is made; modules in it may have none
 
 
 def _contents(out: Any) -> Any:

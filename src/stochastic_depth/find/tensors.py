@@ -111,9 +111,14 @@ def memory_of(t: Tensor) -> int:
         return -id(t)
 
 
-def function_around(frame: FrameType | None) -> str | None:
-    """The file of the custom Function that runs ``frame`` within the innermost call of a module."""
-    while frame is not None and frame.f_code is not CALL:
+def function_around(frame: FrameType | None, within: CodeType = CALL) -> str | None:
+    """The file of the custom Function that runs ``frame`` within the innermost call of a module.
+
+    Args:
+        frame: where to begin.
+        within: the code of what calls the module.
+    """
+    while frame is not None and frame.f_code is not within:
         code = frame.f_code
         if is_function(code):
             return code.co_filename
