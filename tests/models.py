@@ -1,5 +1,6 @@
 """Models for the tests: torchvision's, built fast, and a small residual network by hand."""
 
+from typing import Any
 from unittest import mock
 
 import torch
@@ -161,3 +162,19 @@ def small(norm: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) 
 def small_batch(rows: int = 6, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 3, 8, 8, dtype=dtype, generator=generator)
+
+
+def contents(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything there is in the modules of ``model``, by identity, in order.
+
+    The dicts of children and parameters go by type and contents: others may share the old ones.
+    """
+    items: list[tuple[Any, ...]] = []
+    for name, module in model.named_modules():
+        items.append((name, type(module), id(module)))
+        for key, value in module.__dict__.items():
+            known = type(value) if key in ("_modules", "_parameters") else id(value)
+            items.append((name, key, known))
+            if isinstance(value, dict):
+                items += [(name, key, inner, id(v)) for inner, v in value.items()]
+    return items

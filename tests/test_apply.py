@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from models import SMALL_BRANCHES, Block, SmallResNet, build, images, small, small_batch
+from models import (
+    SMALL_BRANCHES,
+    Block,
+    SmallResNet,
+    build,
+    contents,
+    images,
+    small,
+    small_batch,
+)
 from stochastic_depth.garbage import few_collections
 
 
@@ -27,22 +36,6 @@ def applied(model: nn.Module, p: Any = 0.2, **options: Any) -> Any:
     """``sd.apply`` with a batch for a SmallResNet as its example."""
     x = small_batch(dtype=next(model.parameters()).dtype)
     return sd.apply(model, p, **{"example_inputs": x, **options})
-
-
-def contents(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Everything there is in the modules of ``model``, by identity, in order.
-
-    The dicts of children and parameters go by type and contents: others may share the old ones.
-    """
-    items: list[tuple[Any, ...]] = []
-    for name, module in model.named_modules():
-        items.append((name, type(module), id(module), module.training))
-        for key, value in module.__dict__.items():
-            known = type(value) if key in ("_modules", "_parameters") else id(value)
-            items.append((name, key, known))
-            if isinstance(value, dict):
-                items += [(name, key, inner, id(v)) for inner, v in value.items()]
-    return items
 
 
 def train(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from models import contents
 from stochastic_depth.rates import depth_rates
 
 OUTSIDE = [-0.1, 1.1, float("nan"), float("inf"), -float("inf"), torch.tensor(1.5), 2]
@@ -244,16 +245,6 @@ def test_hugging_face_accepts_a_rate_that_does_nothing(schedule: Any) -> None:
 
 
 # --- apply, which leaves the model as it was: the cases that test_apply.py has not
-
-
-def contents(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Everything in the modules of a model, by identity."""
-    items: list[tuple[Any, ...]] = []
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            inner = value.items() if isinstance(value, dict) else [("", value)]
-            items += [(name, type(module), key, k, id(v)) for k, v in inner]
-    return items
 
 
 def failing(branch: sd.Branch) -> bool:

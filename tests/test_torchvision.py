@@ -12,7 +12,7 @@ from torchvision.models.maxvit import MBConv as MaxVitMBConv
 from torchvision.ops import StochasticDepth as TorchvisionDepth
 
 import stochastic_depth as sd
-from models import ALL, WITH_BRANCHES, WITHOUT_BRANCHES, build, calibrate, images
+from models import ALL, WITH_BRANCHES, WITHOUT_BRANCHES, build, calibrate, contents, images
 
 # A rate at which no branch is ever dropped, but everything runs as if it could be.
 KEPT = 1e-30
@@ -117,18 +117,6 @@ def set_rates(model: nn.Module, p: float) -> None:
     assert branches
     for branch in branches:
         branch.p = p
-
-
-def contents(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Everything there is in the modules of ``model``, by identity, in order."""
-    items: list[tuple[Any, ...]] = []
-    for name, module in model.named_modules():
-        items.append((name, type(module), id(module)))
-        for key, value in module.__dict__.items():
-            items.append((name, key, id(value)))
-            if isinstance(value, dict):
-                items += [(name, key, inner, id(v)) for inner, v in value.items()]
-    return items
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
