@@ -504,3 +504,23 @@ def test_who_shares_the_contents_of_a_block_keeps_them() -> None:
     sd.apply(model, 0.5, example_inputs=data())
     assert torch.equal(other(data()), expected)
     assert torch.equal(sd.remove(model).eval()(data()), model[1](expected))
+
+
+class AsksForTheShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return x + h.reshape(h.shape[0], 4)
+
+
+def test_a_dropped_branch_that_is_asked_for_its_shape_leaves_no_weight_in_a_cache() -> None:
+    model = sd.apply(net(AsksForTheShape), 1.0, example_inputs=data())
+    (branch,) = sd.branches(model)
+    with torch.nn.utils.parametrize.cached():
+        assert torch.equal(model(data()), data())
+        branch.p = 0.0
+        model(data()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._torch import tree_map_only
+from ..find.meet import without_gradients
 from ..find.state import untouched
 
 __all__ = ["output_form"]
@@ -23,16 +24,11 @@ def output_form(module: nn.Module, args: Any, kwargs: Any) -> Any:
         args: what it is given; absent values are on the meta device.
         kwargs: the same.
     """
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with untouched(module), torch.no_grad():
-            try:
-                return _on_meta(module, args, kwargs)
-            except Exception:  # of any kind: it looks at values, or holds some that are elsewhere
-                return _for_real(module, args, kwargs)
-    finally:
-        torch.set_autocast_cache_enabled(cached)
+    with untouched(module), without_gradients():
+        try:
+            return _on_meta(module, args, kwargs)
+        except Exception:  # of any kind: it looks at values, or holds some that are elsewhere
+            return _for_real(module, args, kwargs)
 
 
 def _on_meta(module: nn.Module, args: Any, kwargs: Any) -> Any:

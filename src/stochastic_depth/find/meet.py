@@ -14,7 +14,7 @@ from .flow import Flow
 from .record import Recorder
 from .state import Kept, copied, in_mode, untouched, unwritten
 
-__all__ = ["plainly", "record", "record_examples"]
+__all__ = ["plainly", "record", "record_examples", "without_gradients"]
 
 _one_at_a_time = threading.RLock()
 
@@ -63,15 +63,22 @@ class _Met:
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Without gradients, compiled code, or a cache of weights that would outlive it."""
+def without_gradients() -> Iterator[None]:
+    """No gradients, and no cache in which weights without them would outlive it."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad(), _uncompiled(), without_parametrize_cache():
+        with torch.no_grad(), without_parametrize_cache():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The same, and without compiled code."""
+    with without_gradients(), _uncompiled():
+        yield
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
