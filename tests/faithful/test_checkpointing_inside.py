@@ -10,22 +10,11 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import stochastic_depth as sd
 
-from .twins import MODES, assert_same, assert_weighed, data, feed, net, seed_all, twins
+from .twins import MODES, Output, assert_same, assert_weighed, data, feed, net, seed_all, twins
 
 REENTRANT = [True, False]
 # Torch's, of a reentrant checkpoint whose example inputs need no gradient.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-
-
-class Output(nn.Module):
-    """Has the last call of a branch, and its sum, as in BERT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.g = nn.Linear(16, 4)
-
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.g(h) + x
 
 
 class Block(nn.Module):
@@ -37,7 +26,7 @@ class Block(nn.Module):
         self.f = nn.Sequential(
             nn.Linear(4, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 16), nn.Tanh()
         )
-        self.g, self.output = nn.Linear(16, 4), Output()
+        self.g, self.output = nn.Linear(16, 4), Output(16)
 
     def checkpointed(self, function: Callable, x: Tensor) -> Tensor:
         return checkpoint(function, x, use_reentrant=self.reentrant)

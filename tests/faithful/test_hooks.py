@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 
-from .twins import KEPT, MODES, assert_same, assert_weighed, data, feed, net, outcome, twins
+from .twins import KEPT, MODES, Output, assert_same, assert_weighed, data, feed, net, outcome, twins
 
 
 class Block(nn.Module):
@@ -24,17 +24,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, extra: float = 1.0) -> Tensor:
         return x + self.g(self.act(self.f(x))) * extra
-
-
-class Output(nn.Module):
-    """Adds to what it is handed, as BertOutput does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.g = nn.Linear(4, 4)
-
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.g(h) + x
 
 
 class Layer(nn.Module):

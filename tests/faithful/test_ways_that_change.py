@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 
-from .twins import MODES, data, net
+from .twins import MODES, Output, data, net
 
 
 class Block(nn.Module):
@@ -64,17 +64,6 @@ def test_a_way_without_the_branch_is_told_once(mode: str) -> None:
     with pytest.warns(UserWarning, match="f was not called in a call of its block"):
         model(data())
     model(data())  # in tests, another warning is an error
-
-
-class Output(nn.Module):
-    """Has the last call of a branch, and its sum, as in BERT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Linear(4, 4)
-
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.f(h) + x
 
 
 class Wide(nn.Module):

@@ -17,6 +17,17 @@ KEPT = 1e-30  # drops never, while everything that could drop is in place
 MODES = ["batch", "row"]
 
 
+class Output(nn.Module):
+    """Has the last call of a branch, and its sum, as in BERT."""
+
+    def __init__(self, wide: int = 4) -> None:
+        super().__init__()
+        self.g = nn.Linear(wide, 4)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.g(h) + x
+
+
 def data(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape or (6, 4), generator=generator(seed), dtype=torch.float64)
 
