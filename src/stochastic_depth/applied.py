@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .branch import Branch
+from .branch import Branch, label_of
 from .drop.draws import Draws
 from .drop.layer import StochasticDepth
 from .drop.site import Site
@@ -82,9 +82,7 @@ def names_in(model: nn.Module) -> dict[Branch, str]:
             found[module.branch] = name or "StochasticDepth"
         site = _site(module)
         if isinstance(site, Site) and site.block is module:
-            found |= {
-                branch: name + branch.name[branch.name.index(":") :] for branch in site.branches
-            }
+            found |= {branch: f"{name}:{label_of(branch)}" for branch in site.branches}
     return found
 
 

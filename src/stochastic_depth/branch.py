@@ -18,6 +18,7 @@ __all__ = [
     "check_p",
     "choices",
     "is_below",
+    "label_of",
     "name_in_model",
     "put_below",
 ]
@@ -110,13 +111,6 @@ class Branch:
     dropped: int = 0
     knows_samples: bool = True
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHOICES:
-            check_choice(value, _CHOICES[name], name)
-        if name == "mode":
-            self.check_mode(value)
-        super().__setattr__(name, value)
-
     def __post_init__(self) -> None:
         self.set_rate(self.target)
 
@@ -156,6 +150,23 @@ class Branch:
         return f"Branch({self.name!r}, p={self.p:.4g}, kind={self.kind!r}, mode={self.mode!r})"
 
 
+class _Choice:
+    """Checks what an attribute is set to, and costs nothing where it is read or another is set."""
+
+    def __init__(self, name: str, allowed: object) -> None:
+        self.name, self.allowed = name, allowed
+
+    def __set__(self, branch: Branch, value: Any) -> None:
+        check_choice(value, self.allowed, self.name)
+        if self.name == "mode":
+            branch.check_mode(value)
+        vars(branch)[self.name] = value
+
+
+for _name, _allowed in _CHOICES.items():
+    setattr(Branch, _name, _Choice(_name, _allowed))
+
+
 class _Named(Protocol):
     @property
     def name(self) -> str:
@@ -165,6 +176,11 @@ class _Named(Protocol):
 def block_of(branch: _Named) -> str:
     """The qualified name of the block of a branch, or of what was refused."""
     return branch.name.partition(":")[0]
+
+
+def label_of(branch: _Named) -> str:
+    """Which of its block's it is."""
+    return branch.name.partition(":")[2]
 
 
 def is_below(name: str, other: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .branch import Branch, block_of, choices, put_below
+from .branch import Branch, block_of, choices, label_of, put_below
 from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import Samples, find, find_blocks
@@ -70,7 +70,7 @@ def _take_new(site: Site, plan: Plan) -> None:
     like = site.branches[0]
     before = _labels(site, site.findings.branches)
     for found, known in zip(plan.branches, _known(plan.branches, site), strict=True):
-        if known is None and _label(found) not in before:
+        if known is None and label_of(found) not in before:
             put_below(found, block_of(like))
             vars(found).update(choices(like), knows_samples=like.knows_samples)
             found.set_rate(like.p)
@@ -80,9 +80,9 @@ def _take_new(site: Site, plan: Plan) -> None:
 
 def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None:
     """Warn of branches that this call has, too, and that cannot be dropped in it."""
-    reasons = {_label(refused): refused.reason for refused in findings.refused}
+    reasons = {label_of(refused): refused.reason for refused in findings.refused}
     for branch in missing:
-        reason = reasons.get(_label(branch))
+        reason = reasons.get(label_of(branch))
         if reason is not None:
             warnings.warn(
                 f"stochastic depth: {branch.name} is not dropped where "
@@ -94,7 +94,7 @@ def _tell_refused(site: Site, missing: list[Branch], findings: Findings) -> None
 def _tell_new(site: Site, unknown: list[Branch]) -> None:
     """Warn of branches that only this call has, which are not dropped."""
     before = _labels(site, site.findings.branches)
-    new = [branch.name for branch in unknown if _label(branch) not in before]
+    new = [branch.name for branch in unknown if label_of(branch) not in before]
     if new:
         warnings.warn(
             f"stochastic depth: {type(site.block).__name__} has branches in this call that apply() "
@@ -110,11 +110,11 @@ def _known(found: list[Branch], site: Site) -> list[Branch | None]:
     They go by their labels, or, where other modules are called, by the expression of their sum, if
     no other branch is added there.
     """
-    by_label = {_label(branch): branch for branch in site.branches}
+    by_label = {label_of(branch): branch for branch in site.branches}
     seen = _labels(site, [*site.findings.branches, *site.findings.refused])
-    known = [by_label.get(_label(branch)) for branch in found]
+    known = [by_label.get(label_of(branch)) for branch in found]
     for i, branch in enumerate(found):
-        if known[i] is None and _label(branch) not in seen:
+        if known[i] is None and label_of(branch) not in seen:
             at = [b for b in site.branches if b.sums.keys() & branch.sums.keys()]
             here = [b for b in found if b.sums.keys() & branch.sums.keys()]
             if len(at) == len(here) == 1 and at[0] not in known:
@@ -125,8 +125,4 @@ def _known(found: list[Branch], site: Site) -> list[Branch | None]:
 def _labels(site: Site, found: Iterable[Branch | Refused]) -> set[str]:
     """The labels of those found in the site's block."""
     block = block_of(site.branches[0])
-    return {_label(b) for b in (*found, *site.branches) if block_of(b) == block}
-
-
-def _label(branch: Branch | Refused) -> str:
-    return branch.name.partition(":")[2]
+    return {label_of(b) for b in (*found, *site.branches) if block_of(b) == block}

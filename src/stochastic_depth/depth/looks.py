@@ -13,7 +13,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from .._torch import is_flat_parameter, tree_leaves
 from ..applied import names_in, sites
-from ..branch import Branch, block_of, is_below
+from ..branch import Branch, block_of, is_below, label_of
 from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.layer import StochasticDepth
@@ -278,7 +278,7 @@ def opened(
             findings = look.whole if is_whole else look.found
             block = model.get_submodule(name)
             all_here = [b for b in findings.branches if block_of(b) == name]
-            skipped = {name + b.name[b.name.index(":") :]: b for b in skipped_in(block)}
+            skipped = {f"{name}:{label_of(b)}": b for b in skipped_in(block)}
             named = skipped | by_name
             known_here = {b: named[b.name] for b in all_here if b.name in named}
             members = [known_here.get(b, b) for b in all_here]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..branch import Branch
+from ..branch import Branch, is_below
 from ..find import WHOLE
 from .surgery import Cuts, Undo
 
@@ -64,7 +64,7 @@ def keep_record(
     kept = {
         first: cuts.name(now)
         for first, now in names.items()
-        if not any(now == name or now.startswith(f"{name}.") for name in gone)
+        if not any(is_below(now, name) for name in gone)
     }
     undo.keep(vars(model))[KEY] = {
         "removed": [*(before.removed if before else ()), *removed],
