@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..branch import Branch, block_of
 from ..find.flow import Key
-from ..find.functions import ADD, SUBTRACT
+from ..find.functions import SUBTRACT, SUMS
 from ..find.meet import record
 from ..find.record import Recorder
 from ..find.state import copied, in_mode, untouched
@@ -102,7 +102,7 @@ class _Watching(Recorder):
         key = self.key(name, self.stack[-1] if self.stack else -1)
         for position, branch in self.merges.get(key, ()):
             others = [t for i, t in enumerate(given) if i != position]
-            if name not in ADD | SUBTRACT or len(others) != 1:
+            if name not in SUMS or len(others) != 1:
                 self.result.failed[branch] = f"it enters a {name}, which is no sum of two"
                 continue
             sign = -1.0 if name in SUBTRACT else 1.0

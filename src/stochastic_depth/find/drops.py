@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..branch import Spot
 from .batch import first_samples
 from .flow import Flow
-from .functions import ADD, SUBTRACT
+from .functions import DIVIDE, MULTIPLY, SUMS
 from .meet import record
 from .nesting import find_regions
 from .plan import Findings, Refused, only
@@ -29,9 +29,6 @@ __all__ = ["Drops", "find_drops", "rate_of", "settle_drops", "tell_drops"]
 
 _NAMES = ("DropPath", "StochasticDepth")
 _RATES = ("p", "drop_prob", "drop_path_prob", "prob", "drop_rate", "drop_path")
-_PRODUCTS = {
-    "mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "div", "div_", "__truediv__",
-}  # fmt: skip
 _DRAWN = ("rand", "rand_like", "uniform_", "bernoulli", "bernoulli_")
 # What coins give: the number that torch draws, and a seed whose first number is as good as that.
 _HEADS, _TAILS = (0.0, 15106), (0.9999, 119706)
@@ -87,7 +84,7 @@ class _Drawing(Recorder):
                 self.coins.setdefault(self.stack[-1], spot(3))
 
     def after(self, name: str, given: list[Tensor], made: list[Tensor], number: int) -> None:
-        if name in _PRODUCTS and len(given) == 2 and self.stack:
+        if (name in MULTIPLY or name in DIVIDE) and len(given) == 2 and self.stack:
             for x, mask in (given, given[::-1]):
                 if _is_one_each(x, mask) and self._is_random(self.source(mask), mask.numel()):
                     self.products[number] = spot(3)
@@ -194,7 +191,7 @@ def _does(flow: Flow, name: str) -> Counter[str]:
     """What the forward of a module calls, and how often it adds."""
     own = {c for c, call in enumerate(flow.calls) if call.name == name}
     done = Counter(call.name for call in flow.calls if call.parent in own)
-    done["+"] = sum(n.call in own and n.op in ADD | SUBTRACT for n in flow.nodes)
+    done["+"] = sum(n.call in own and n.op in SUMS for n in flow.nodes)
     return done
 
 

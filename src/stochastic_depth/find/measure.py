@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from .flow import Flow
-from .functions import ADD, SUBTRACT, VIEWS
+from .functions import ADD, SUMS, VIEWS
 
 __all__ = ["Measures"]
 
@@ -88,7 +88,7 @@ class Measures:
         while True:
             factors = {x for x in nodes[b].sources if nodes[x].varies or nodes[x].random}
             if len(factors) != 1 or any(self.weights(b)):
-                return set() if nodes[b].op in ADD | SUBTRACT | VIEWS else factors
+                return set() if nodes[b].op in SUMS | VIEWS else factors
             (b,) = factors
 
     def is_gated(self, b: int, branch: set[int], starts: set[int]) -> bool:

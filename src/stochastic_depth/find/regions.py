@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from .flow import Flow, Node
-from .functions import ADD, SUBTRACT, VIEWS
+from .functions import ADD, SUBTRACT, SUMS, VIEWS
 from .parts import OUTSIDE, Parts
 from .plan import Merge
 
@@ -317,7 +317,7 @@ class Finder(Parts):
         node, readers = self.nodes[m], self.readers[m]
         if node.op == "sum":
             return m, (self.merge(node.sources[0], b, plain=False),)
-        plain = node.op in ADD or node.op in SUBTRACT or node.op.startswith("lerp")
+        plain = node.op in SUMS or node.op.startswith("lerp")
         merges = [self.merge(m, b, plain)]
         whole = self.cut_of(b)
         if whole in branch and len(readers) == 1 and self.nodes[readers[0]].op in _JOINS:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..branch import Branch
 from .flow import Flow, Key
+from .functions import writes
 from .meet import record
 from .plan import Findings
 from .record import Recorder
@@ -70,8 +71,7 @@ def _weighed(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
 def _one(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
     if x is not branch:
         return x if isinstance(x, Tensor) else _weighed(x, branch, weight, "")
-    in_place = name in ("__iadd__", "__isub__")
-    in_place |= name.endswith("_") and not name.startswith("__")
+    in_place = writes(name)
     if callable(weight):
         return x.copy_(weight(x)) if in_place else weight(x)
     if in_place:
