@@ -9,6 +9,7 @@ import random
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +22,7 @@ from .meet import record
 from .nesting import find_regions
 from .plan import Findings, Refused, only
 from .record import Recorder
-from .regions import is_ours
-from .spot import RESIDUAL, spot
+from .spot import NOT_THE_USERS, RESIDUAL, is_ours, spot
 from .state import NORMS
 
 __all__ = ["Drops", "find_drops", "rate_of", "settle_drops", "tell_drops"]
@@ -146,7 +146,8 @@ def find_drops(
 ) -> Drops:
     """What drops samples or layers of ``model`` in training."""
     drops = Drops({name for name, m in model.named_modules() if _is_named_so(name, m)})
-    if not any(_may_drop(type(m)) for n, m in model.named_modules() if n not in drops.modules):
+    kinds: set[Any] = {type(m) for name, m in model.named_modules() if name not in drops.modules}
+    if not any(map(_may_drop, kinds)):
         return drops
 
     def run(recorder: Any, inputs: Any) -> Flow:
@@ -217,23 +218,17 @@ def _is_named_so(name: str, module: nn.Module) -> bool:
     return named and rate_of(module) is not None
 
 
-_known: dict[type, bool] = {}
-
-
+@cache
 def _may_drop(kind: type) -> bool:
     """Whether the code of a class asks if it is in training, or draws numbers."""
-    known = _known.get(kind)
-    if known is None:
-        asked = {"training", "rand", "random", "bernoulli", "bernoulli_", "rand_like"}
-        codes = (
-            getattr(method, "__code__", None)
-            for base in kind.__mro__
-            if not base.__module__.startswith(("torch.", __name__.partition(".")[0] + "."))
-            for method in vars(base).values()
-        )
-        known = any(code is not None and not asked.isdisjoint(code.co_names) for code in codes)
-        _known[kind] = known
-    return known
+    asked = {"training", "rand", "random", "bernoulli", "bernoulli_", "rand_like"}
+    codes = (
+        getattr(method, "__code__", None)
+        for base in kind.__mro__
+        if not base.__module__.startswith(NOT_THE_USERS)
+        for method in vars(base).values()
+    )
+    return any(code is not None and not asked.isdisjoint(code.co_names) for code in codes)
 
 
 def settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow) -> None:
@@ -279,7 +274,7 @@ def _dropped_in_frames(drops: Drops) -> dict[Spot, Spot]:
     if flow is None or not drops.products:
         return {}
     found: dict[Spot, Spot] = {}
-    _, regions, _ = find_regions(flow)
+    _, regions = find_regions(flow)
     for region in regions:
         inside = [n for n in drops.products if n in region.nodes]
         for merge in region.merges:

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._torch import is_compiler_loaded, without_parametrize_cache
 from .flow import Flow
 from .record import Recorder
+from .spot import is_ours
 from .state import Kept, copied, in_mode, untouched, unwritten
 
 __all__ = ["plainly", "record", "record_examples", "without_gradients"]
@@ -48,8 +49,8 @@ class _Met:
 
     def __init__(self, recorder: Any, module: nn.Module, own: Any) -> None:
         self.recorder = recorder
-        ours = type(own).__module__.startswith(__name__.partition(".")[0] + ".")
-        self.through = type(module)._call_impl.__get__(module) if own is None or ours else own
+        by_class = own is None or is_ours(own)
+        self.through = type(module)._call_impl.__get__(module) if by_class else own
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,17 +77,11 @@ def without_gradients() -> Iterator[None]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """The same, and without compiled code."""
-    with without_gradients(), _uncompiled():
+    """The same, and compiled code runs as it is written."""
+    with without_gradients(), ExitStack() as stack:
+        if is_compiler_loaded():  # else loading it takes a second, and nothing has been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled code runs as it is written."""
-    if not is_compiler_loaded():  # which takes a second, and nothing has been compiled
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def record(

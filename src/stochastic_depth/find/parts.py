@@ -128,7 +128,7 @@ class Parts(Measures):
         nodes = self.nodes
         return {x for i in values for x in nodes[i].sources if nodes[x].varies and x not in values}
 
-    def leak(self, near: set[int], branch: set[int]) -> str:
+    def leak(self, near: set[int]) -> str:
         """Why nothing of a branch can be left out: who else uses what it computes."""
         around = {c for i in near for c in self.flow.around(self.nodes[i].call)}
         for c in sorted(around, reverse=True):

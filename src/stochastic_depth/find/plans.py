@@ -30,9 +30,7 @@ class Planned:
         self.frames: list[tuple[Frame, Plan]] = []
 
 
-def plan(
-    model: nn.Module, flow: Flow, finder: Finder, regions: list[Region], rejected: list[Rejected]
-) -> Planned:
+def plan(model: nn.Module, flow: Flow, finder: Finder, regions: list[Region]) -> Planned:
     """What is found, from the regions of one run."""
     tops = [r.block for r in regions]
     refused: dict[int, str] = {}
@@ -46,7 +44,7 @@ def plan(
                 if reason := objection(flow, frame, member):
                     refused[member.region.sum] = reason
                     region = member.region
-                    rejected.append(Rejected(frame.call, region.calls, reason, region.sum))
+                    finder.rejected.append(Rejected(frame.call, region.calls, reason, region.sum))
         if len(refused) > before:
             continue
         planner = _Planner(model, flow, frames)
@@ -56,7 +54,7 @@ def plan(
         for k, top in enumerate(tops):
             if top in planner.conflicts:
                 tops[k] = flow.calls[top].parent
-    planner.refuse(rejected)
+    planner.refuse(finder.rejected)
     return planner.planned
 
 
@@ -74,10 +72,7 @@ class _Planner:
         if not self.conflicts:
             for frame, draft in sorted(drafts, key=lambda d: d[0].members[0].region.sum):
                 self.settle(frame, draft)
-            self.planned.findings.branches.sort(key=self.order)
-
-    def order(self, branch: Branch) -> int:
-        return self.planned.regions[branch][0].sum
+            self.planned.findings.branches.sort(key=lambda b: self.planned.regions[b][0].sum)
 
     def compare(self, drafts: list[tuple[Frame, Plan]]) -> None:
         """Find the blocks that are called in one form and do different things."""
@@ -270,7 +265,7 @@ class _Planner:
         return self.sizes[name]
 
     def refuse(self, rejected: list[Rejected]) -> None:
-        taken = {m for regions in self.planned.regions.values() for r in regions for m in (r.sum,)}
+        taken = {r.sum for regions in self.planned.regions.values() for r in regions}
         told: dict[tuple[str, str], None] = {}
         for r in rejected:
             if r.sum in taken:

@@ -9,18 +9,17 @@ branch, or, where nothing of the branch would remain, looked into.
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Literal
-
-from torch import nn
 
 from .flow import Flow, Node
 from .functions import ADD, SUBTRACT, SUMS, VIEWS
 from .parts import OUTSIDE, Parts
 from .plan import Merge
+from .spot import is_ours
 
-__all__ = ["Finder", "Region", "Rejected", "is_ours"]
+__all__ = ["Finder", "Region", "Rejected"]
 
 _SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
 _COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
@@ -69,11 +68,6 @@ class Rejected:
     sum: int = -1
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Whether it is a wrapper of this library, which drops what is in it by itself."""
-    return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
-
-
 def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
     """The ways to see a node as a sum: the shortcut, and the other value."""
     parts = node.parts
@@ -96,11 +90,11 @@ def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
 class Finder(Parts):
     """Finds the region of each sum of a flow, and knows what belongs to one."""
 
-    def __init__(self, flow: Flow, is_drop: Callable[[int], bool]) -> None:
+    def __init__(self, flow: Flow, drops: Container[str]) -> None:
         super().__init__(flow)
         self.found: dict[int, Region] = {}
         self.rejected: list[Rejected] = []
-        self.drops = [c for c, call in enumerate(flow.calls) if call.made and is_drop(c)]
+        self.drops = [c for c, call in enumerate(flow.calls) if call.made and call.name in drops]
 
     def run(self) -> None:
         ours = {c for c, call in enumerate(self.calls) if is_ours(call.module)}
@@ -251,7 +245,7 @@ class Finder(Parts):
     def objection(self, branch: set[int], near: set[int], b: int, m: int) -> str:
         nodes = self.nodes
         if b not in branch or not self.is_substantial(branch, m):
-            return self.leak(near, branch)
+            return self.leak(near)
         if not self.largest(branch, 0, m) and not any(self.depth(branch)):
             weighs = "it only weighs values: a token shift, an interpolation"
             return OUTSIDE if any(map(self.is_unseen, branch)) else weighs

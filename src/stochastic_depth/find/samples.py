@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..branch import Branch, Place
-from .batch import Batch, Samples, inputs_in, mapped, ways_to_batch
+from .batch import Batch, Samples, mapped, ways_to_batch
 from .flow import Flow, Key
 from .meet import record
 from .plan import Gate, Plan
@@ -22,6 +22,7 @@ from .plans import Planned
 from .record import Recorder
 from .regions import Region
 from .remembering import held_in, remembering
+from .tensors import tensors_within
 from .zeros import without, zeros_in
 
 __all__ = ["place_samples"]
@@ -178,7 +179,7 @@ def _evidence(
         ).watch
         return watch
 
-    if any(t.is_meta for t in inputs_in((args, kwargs))):
+    if any(t.is_meta for t in tensors_within((args, kwargs), 0)):
         raise ValueError("there are no values on the meta device")
     with without(zeros_in(model)):
         more, other = run(_one_more, {}), run(_moved, drawn)

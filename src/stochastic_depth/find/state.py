@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch import global_hooks, is_flat_parameter, is_view_of_flat_parameter
 from .functions import writes
 from .ranks import is_sharded
+from .spot import NOT_THE_USERS
 from .tensors import memory_of, tensors_in, tensors_within
 
 __all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched", "unwritten"]
@@ -184,8 +185,8 @@ class Kept:
         while isinstance(hook, partial):
             self._keep_containers((*hook.args, *hook.keywords.values()), _DEPTH)
             hook = hook.func
-        if (getattr(hook, "__module__", None) or "").startswith(_NOT_THE_USERS):
-            return
+        if (getattr(hook, "__module__", None) or "").startswith(NOT_THE_USERS):
+            return  # engines keep their own state, and ours are asked what they have seen
         own, function = getattr(hook, "__self__", None), getattr(hook, "__func__", hook)
         if not isinstance(function, types.FunctionType):
             own, function = hook, type(hook).__call__
@@ -262,8 +263,6 @@ _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, t
 _COUNTS = {bool, int, float, str, Tensor}
 _MANY = 1000  # in a list that is looked into
 _CONTAINERS = {dict, list, set, tuple, OrderedDict, defaultdict}
-# Engines keep their own state, and ours are asked what they have seen.
-_NOT_THE_USERS = ("torch.", __name__.partition(".")[0] + ".")
 
 
 def _named_in(function: Any, own: Any) -> set[str]:
