@@ -97,10 +97,9 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
 def _is_added_in_function(flow: Flow, member: Member) -> bool:
     """Whether a custom autograd.Function is given the branch, and adds it."""
     nodes, output = flow.nodes, member.region.output
-    if not nodes[member.region.sum].function:
-        return False
-    made_by = [flow.calls[c] for c in member.gates if output in flow.calls[c].made]
-    return not (made_by[-1].in_function if made_by else nodes[output].function)
+    made_by = [flow.calls[c].function for c in member.gates if output in flow.calls[c].made]
+    function = made_by[-1] if made_by else nodes[output].function
+    return nodes[member.region.sum].function == "custom" and function != "custom"
 
 
 def kept_in(name: str) -> str:
@@ -189,12 +188,12 @@ def works_in_function(flow: Flow, member: Member) -> bool:
 
     That of reentrant checkpointing does if a value from outside goes into it.
     """
-    nodes, calls = flow.nodes, [flow.calls[c] for c in member.gates]
-    within = {n for call in calls if call.apart for n in call.made}
-    within |= {i for i in member.free if nodes[i].apart}
-    used = {n for call in calls if call.apart for n in call.given}
-    used |= {n for i in member.free if nodes[i].apart for n in nodes[i].sources}
-    return any(nodes[i].function for i in member.free) or any(
+    nodes = flow.nodes
+    calls = [flow.calls[c] for c in member.gates if flow.calls[c].function == "checkpoint"]
+    free = [i for i in member.free if nodes[i].function == "checkpoint"]
+    within = {*free, *(n for call in calls for n in call.made)}
+    used = {n for i in free for n in nodes[i].sources}.union(*(call.given for call in calls))
+    return any(nodes[i].function == "custom" for i in member.free) or any(
         n in member.region.nodes and n not in within for n in used
     )
 

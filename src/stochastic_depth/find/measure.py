@@ -67,7 +67,7 @@ class Measures:
 
     def is_unseen(self, i: int) -> bool:
         """Whether it comes from a scripted function, or from other work outside of torch's."""
-        return self.nodes[i].op == "opaque" and self.nodes[i].function
+        return self.nodes[i].op == "opaque" and self.nodes[i].function == "custom"
 
     def is_little(self, own: set[int]) -> bool:
         """Whether it has one layer at most, and no gate: values squashed, or two multiplied."""

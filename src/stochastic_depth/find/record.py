@@ -7,6 +7,7 @@ identity and held weakly; what overwrites one is told by its version.
 import sys
 import threading
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_flatten, tree_unflatten
-from .flow import Call, Flow, Key, Node
+from .flow import Call, Flow, Function, Key, Node
 from .form import form_of, precision_of
 from .functions import FROM_PYTHON, LOOKS, MAY_ADD, OVERWRITES, RANDOM
 from .ranks import held, is_between_ranks, is_sharded
@@ -77,9 +78,8 @@ class Recorder(TorchFunctionMode):
         start = len(self.flow.nodes)
         key = hash(self.key(f".{name}", parent, count=True))
         form = form_of(args, kwargs)
-        function = function_around(sys._getframe(2))
         call = Call(name, module, parent, start, form, given, key=key)
-        call.apart, call.in_function = function == CHECKPOINT, function not in (None, CHECKPOINT)
+        call.function = _function(sys._getframe(2))
         call.precision = precision_of(args, kwargs)
         self.flow.calls.append(call)
         self.written.enter(number, args, kwargs)
@@ -166,7 +166,7 @@ class Recorder(TorchFunctionMode):
             call = self.stack[-1] if self.stack else -1
             given = self.flow.calls[call].given if call >= 0 else []
             sources = tuple(n for n in given if n is not None)
-            node = self._add(Node("opaque", call, sources, function=True), t)
+            node = self._add(Node("opaque", call, sources, function="custom"), t)
         self._name(t, node)
         return node
 
@@ -188,7 +188,7 @@ class Recorder(TorchFunctionMode):
                 continue
             if (node := self.node(other)) is not None:
                 call = self.stack[-1] if self.stack else -1
-                alias = self._add(Node("alias", call, (node,), function=True), t)
+                alias = self._add(Node("alias", call, (node,), function="custom"), t)
                 self._name(t, alias)
                 return alias
         return None
@@ -305,9 +305,7 @@ class Recorder(TorchFunctionMode):
             node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0
         # An input that a custom Function returns is handed on as a view of itself, by its apply().
         handed_on = name == "view_as" and len(args) == 2 and args[0] is args[1]
-        function = function_around(sys._getframe(2))
-        node.apart = function == CHECKPOINT
-        node.function = handed_on or (function is not None and not node.apart)
+        node.function = "custom" if handed_on else _function(sys._getframe(2))
         for t in outputs:
             self._name(t, self._add(Node("item", call, (index,)), t) if several else index)
         for t in changed:
@@ -347,3 +345,9 @@ class Recorder(TorchFunctionMode):
             call.end = len(flow.nodes) if call.end < 0 else call.end
         flow.index()
         return flow
+
+
+def _function(frame: FrameType) -> Function:
+    """In what custom Function it runs, within the innermost call of a module."""
+    file = function_around(frame)
+    return "" if file is None else "checkpoint" if file == CHECKPOINT else "custom"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import tree_map
 from ..branch import Branch
 from .flow import Flow, Key
 from .functions import writes
@@ -47,10 +48,10 @@ class _Weighing(Recorder):
                     args = (*args[:2], args[2] * weight, *args[3:])
                 else:
                     kwargs = {**kwargs, "weight": kwargs["weight"] * weight}
+            elif writes(name) and given[position] is args[0]:
+                args[0].copy_(_weighed(args[0], weight))
             else:
-                branch = given[position]
-                args = _weighed(args, branch, weight, name)
-                kwargs = _weighed(kwargs, branch, weight, name)
+                args, kwargs = _with_weighed((args, kwargs), given[position], weight)
         return args, kwargs
 
     def finish(self, result: Any) -> Flow:
@@ -60,22 +61,14 @@ class _Weighing(Recorder):
         return super().finish(result)
 
 
-def _weighed(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
-    if isinstance(x, dict):
-        return {k: _one(v, branch, weight, "") for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)([_one(v, branch, weight, "" if i else name) for i, v in enumerate(x)])
-    return x
+def _with_weighed(given: Any, branch: Tensor, weight: Weight) -> Any:
+    weighed = _weighed(branch, weight)
+    return tree_map(lambda x: weighed if x is branch else x, given)
 
 
-def _one(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
-    if x is not branch:
-        return x if isinstance(x, Tensor) else _weighed(x, branch, weight, "")
-    in_place = writes(name)
+def _weighed(x: Tensor, weight: Weight) -> Tensor:
     if callable(weight):
-        return x.copy_(weight(x)) if in_place else weight(x)
-    if in_place:
-        return x.zero_() if weight == 0 else x.mul_(weight)
+        return weight(x)
     return torch.zeros_like(x) if weight == 0 else x * weight
 
 
