@@ -98,8 +98,8 @@ class _Watching(Recorder):
         self.merges, self.result, self.blocks = merges, result, blocks
         super().__init__(model, constants)
 
-    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
-        key = self.key(name, self.stack[-1] if self.stack else -1)
+    def before(self, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        key = self.key(name, self.now)
         for position, branch in self.merges.get(key, ()):
             others = [t for i, t in enumerate(given) if i != position]
             if name not in SUMS or len(others) != 1:

@@ -73,7 +73,7 @@ class _Drawing(Recorder):
         """Whether Python's or NumPy's numbers were drawn since, in the call that goes on."""
         now = _state()
         if now != self.state and self.stack:
-            self.coins.setdefault(self.stack[-1], spot(2))
+            self.coins.setdefault(self.now, spot(2))
         self.state = now
 
     def _look(self, given: list[Tensor]) -> None:
@@ -81,7 +81,7 @@ class _Drawing(Recorder):
         for t in given:
             node = self.node(t)
             if node is not None and self.flow.nodes[node].random and self.stack:
-                self.coins.setdefault(self.stack[-1], spot(3))
+                self.coins.setdefault(self.now, spot(3))
 
     def after(self, name: str, given: list[Tensor], made: list[Tensor], number: int) -> None:
         if (name in MULTIPLY or name in DIVIDE) and len(given) == 2 and self.stack:

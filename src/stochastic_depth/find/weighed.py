@@ -35,8 +35,8 @@ class _Weighing(Recorder):
         self.done: set[Key] = set()
         super().__init__(model, constants)
 
-    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
-        key = self.key(name, self.stack[-1] if self.stack else -1)
+    def before(self, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        key = self.key(name, self.now)
         if key not in self.weights or id(given[0]) in self.own:  # a buffer that is written to
             return args, kwargs
         self.done.add(key)
