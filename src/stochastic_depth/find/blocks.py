@@ -6,7 +6,7 @@ from torch import nn
 
 from ..branch import Branch, block_of, is_below
 from .batch import Samples
-from .drops import Drops, find_drops, tell_drops
+from .drops import find_drops, tell_drops
 from .flow import Call, Flow
 from .frames import Frame, Member
 from .meet import record_examples
@@ -32,18 +32,7 @@ def find_blocks(
     """The modules of these names as one branch each, and what they return where it is dropped.
 
     The first floating-point tensor that a block is given is its shortcut; the first tensor that it
-    returns takes its place.
-
-    Args:
-        model: the model.
-        args: what it is called with.
-        kwargs: the same.
-        names: of the blocks.
-        samples: what is known of where these have the samples of the batch, to find out where all
-            values have them; None is not to.
-
-    Raises:
-        ValueError: the model fails on these arguments.
+    returns takes its place. The arguments are those of :func:`find`.
     """
     flow = record_examples(model, args, kwargs)
     planned, wanted = Planned(), set(names)
@@ -71,36 +60,20 @@ def find_blocks(
             plans[call.form] = plan
             frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
             planned.frames.append((frame, plan))
-    for name in names:
-        if name not in {call.name for call in flow.calls}:
-            findings.refused.append(Refused(f"{name}:{WHOLE}", "it is not called"))
+    called = {call.name for call in flow.calls}
+    uncalled = [name for name in names if name not in called]
+    findings.refused += [Refused(f"{name}:{WHOLE}", "it is not called") for name in uncalled]
     findings.nodes = {
         b: frozenset().union(*[r.nodes for r in rs]) for b, rs in planned.regions.items()
     }
-    _settle_drops(model, findings, find_drops(model, args, kwargs, flow.constants), flow)
-    if samples is not None:
-        place_samples(model, args, kwargs, flow, planned, samples)
-    return findings
-
-
-def _settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow) -> None:
-    """Let blocks replace the drop modules in them, and tell what else goes on dropping."""
-    called = {call.name for call in flow.calls}
+    drops = find_drops(model, args, kwargs, flow.constants)
     inside = sorted(drops.modules & called)
     for branch in findings.branches:
         branch.existing = tuple(name for name in inside if is_below(name, block_of(branch)))
-    taken = {name for branch in findings.branches for name in branch.existing}
-    tell_drops(model, findings, drops, called - taken)
-    seen = {}
-    for node, where in drops.products.items():
-        assert drops.flow is not None
-        seen[drops.flow.calls[drops.flow.nodes[node].call].name, where] = where
-    for (name, _), where in seen.items():
-        reason = (
-            f"it drops by itself, in {where.function} (line {where.line} of {where.file}), and "
-            "goes on dropping: set that rate to 0"
-        )
-        findings.unused.append(Refused(name, reason))
+    tell_drops(model, findings, drops, flow, products=True)
+    if samples is not None:
+        place_samples(model, args, kwargs, flow, planned, samples)
+    return findings
 
 
 def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:

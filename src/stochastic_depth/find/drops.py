@@ -241,31 +241,41 @@ def settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow)
             left[branch] = "residual() drops it by itself, at the p that it is given there"
         elif found is not None:
             left[branch] = (
-                f"the model drops it by itself, in {found.function} (line {found.line} of "
-                f"{found.file}), and it would be dropped twice: set that rate to 0"
+                f"the model drops it by itself, {_told(found)}, and it would be dropped twice: set "
+                "that rate to 0"
             )
     if left:
         findings.refused += [Refused(branch.name, reason) for branch, reason in left.items()]
         findings.branches = kept = [b for b in findings.branches if b not in left]
         for plans in findings.plans.values():
             plans.update({form: only(plan, kept) for form, plan in plans.items()})
+    tell_drops(model, findings, drops, flow)
+
+
+def tell_drops(
+    model: nn.Module, findings: Findings, drops: Drops, flow: Flow, products: bool = False
+) -> None:
+    """Tell which modules go on dropping, who tosses coins, and who multiplies samples if asked."""
+    called = {call.name for call in flow.calls}
     taken = {name for branch in findings.branches for name in branch.existing}
-    tell_drops(model, findings, drops, {call.name for call in flow.calls} - taken)
-
-
-def tell_drops(model: nn.Module, findings: Findings, drops: Drops, called: set[str]) -> None:
-    """Tell which modules go on dropping, of those that are called, and who tosses coins."""
-    for name in sorted(drops.modules & called):
+    for name in sorted((drops.modules & called) - taken):
         module = model.get_submodule(name)
         if not isinstance(module, nn.Identity) and rate_of(module) != 0.0:
             reason = "it is not on a branch that was found, and goes on dropping"
             findings.unused.append(Refused(name, reason))
-    for name, where in drops.coins.items():
-        reason = (
-            f"it tosses a coin of its own (layerdrop, say), in {where.function} (line {where.line} "
-            f"of {where.file}), and goes on dropping: set that rate to 0"
-        )
+    own = [
+        (n, where, "tosses a coin of its own (layerdrop, say)") for n, where in drops.coins.items()
+    ]
+    if products and drops.flow is not None:
+        names = {n: drops.flow.calls[drops.flow.nodes[n].call].name for n in drops.products}
+        own += [(names[n], where, "drops by itself") for n, where in drops.products.items()]
+    for name, where, what in dict.fromkeys(own):
+        reason = f"it {what}, {_told(where)}, and goes on dropping: set that rate to 0"
         findings.unused.append(Refused(name, reason))
+
+
+def _told(where: Spot) -> str:
+    return f"in {where.function} (line {where.line} of {where.file})"
 
 
 def _dropped_in_frames(drops: Drops) -> dict[Spot, Spot]:
