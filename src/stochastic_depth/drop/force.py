@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,50 +26,41 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
             its weight where it is kept. Others decide as always. A nested ``with`` adds to those
             around it.
     """
-    before = here.forced
-    here.forced = {**(before or {}), **decisions}
-    try:
+    with _set(forced={**(here.forced or {}), **decisions}):
         yield
-    finally:
-        here.forced = before
 
 
 @contextmanager
 def left_out(branches: Iterable[Branch]) -> Iterator[None]:
     """Drop branches for a user."""
-    with forced(dict.fromkeys(branches, (True, 1.0))), _for_users():
+    with forced(dict.fromkeys(branches, (True, 1.0))), _set(is_for_users=True):
         yield
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """Run the model as it is without stochastic depth, on this thread."""
-    before, here.forced = here.forced, {}
-    try:
+    with _set(forced={}):
         yield
-    finally:
-        here.forced = before
 
 
 @contextmanager
 def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     """Draw decisions for these branches in evaluation as in training, on this thread."""
-    before = here.sampled
-    here.sampled = before | frozenset(branches)
-    try:
-        with _for_users():
-            yield
-    finally:
-        here.sampled = before
+    with _set(sampled=here.sampled | frozenset(branches), is_for_users=True):
+        yield
 
 
 @contextmanager
-def _for_users() -> Iterator[None]:
-    before, here.is_for_users = here.is_for_users, True
+def _set(**values: Any) -> Iterator[None]:
+    """Have these values in ``here`` for as long."""
+    own = vars(here)  # of this thread
+    before = {name: own[name] for name in values}
+    own.update(values)
     try:
         yield
     finally:
-        here.is_for_users = before
+        own.update(before)
 
 
 def check_repeats(branches: Iterable[Branch], training: bool) -> None:
