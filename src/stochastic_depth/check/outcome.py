@@ -31,15 +31,10 @@ def compare(expected: Outcome, got: Outcome, exact: bool, eps: float = 0.0) -> s
     """In words, where two steps differ by more than rounding, or in ``exact`` outputs at all."""
     failure = differ("the output", expected.outputs, got.outputs, exact, eps=eps)
     scale = _largest(expected.gradients)
-    for name, gradient in got.gradients.items():
-        reference = expected.gradients.get(name, torch.zeros_like(gradient))
-        what = f"the gradient of {name}"
-        failure = failure or differ(what, [reference], [gradient], False, scale, eps)
-    for name, gradient in expected.gradients.items():
-        if name not in got.gradients:
-            what = f"the gradient of {name}"
-            zeros = torch.zeros_like(gradient)
-            failure = failure or differ(what, [gradient], [zeros], False, scale, eps)
+    for name, gradient in (expected.gradients | got.gradients).items():
+        zeros = torch.zeros_like(gradient)
+        a, b = expected.gradients.get(name, zeros), got.gradients.get(name, zeros)
+        failure = failure or differ(f"the gradient of {name}", [a], [b], False, scale, eps)
     for name, buffer in expected.buffers.items():
         if name in got.buffers:
             what = f"the buffer {name}"

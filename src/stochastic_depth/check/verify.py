@@ -1,7 +1,8 @@
 """``verify``: prove on a user's own model what our tests prove on ours."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -165,61 +166,30 @@ class _Verifier:
         return compare(expected, self._step(forced(kept)), exact=True)
 
     def _dropped(self) -> str | None:
-        ran: set[str] = set()
-        handles = []
-        names = {id(m): name for name, m in self.model.named_modules()}
-        inside = {
-            m
-            for branch, owner in owners(self.model).items()
-            for module in owner.modules_of(branch)
-            for m in module.modules()
-            if any(True for _ in m.parameters(recurse=False))
-        }
-        elsewhere = self._also_called_elsewhere(inside) | self._in_projections()
+        users: Counter[nn.Module] = Counter()  # how many branches call a module
+        for branch, owner in owners(self.model).items():
+            inside = {m for module in owner.modules_of(branch) for m in module.modules()}
+            users.update(m for m in inside if any(True for _ in m.parameters(recurse=False)))
+        elsewhere = self._also_called_elsewhere(users) | self._in_projections()
         dropped = dict.fromkeys(self.branches, (True, 1.0))
         with torch.no_grad(), forced(dropped):
             self._call(self.model)  # a block that is called in a new form is watched, and runs
-        for m in inside - elsewhere:
-            handles.append(
-                m.register_forward_pre_hook(
-                    lambda m, args: None if _is_form(m) else ran.add(names[id(m)])
-                )
-            )
-        try:
-            with torch.no_grad(), forced(dropped):
+            with _called(users.keys() - elsewhere) as ran:
                 self._call(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return f"{', '.join(sorted(ran)[:5])} ran" if ran else None
+        names = sorted(name for name, m in self.model.named_modules() if ran[m])
+        return f"{', '.join(names[:5])} ran" if names else None
 
-    def _also_called_elsewhere(self, inside: set[nn.Module]) -> set[nn.Module]:
+    def _also_called_elsewhere(self, users: Counter[nn.Module]) -> set[nn.Module]:
         """The modules that the plain model runs more often than its branches do."""
-        counts = dict.fromkeys(inside, 0)
-        handles = [
-            m.register_forward_pre_hook(lambda m, _: counts.__setitem__(m, counts[m] + 1))
-            for m in inside
-        ]
-        try:
-            with torch.no_grad(), plain():
-                self._call(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {m for m, n in counts.items() if n > 1 and len(self._users(m)) != n}
+        with torch.no_grad(), plain(), _called(users) as counts:
+            self._call(self.model)
+        return {m for m, n in counts.items() if n > 1 and n != users[m]}
 
     def _in_projections(self) -> set[nn.Module]:
         """The modules that wrappers call in the place of what they drop, which may be in it."""
         wrappers = [m for m in self.model.modules() if isinstance(m, StochasticDepth)]
         projections = [w.projection for w in wrappers if isinstance(w.projection, nn.Module)]
         return {m for projection in projections for m in projection.modules()}
-
-    def _users(self, module: nn.Module) -> list[Branch]:
-        return [
-            branch
-            for branch, owner in owners(self.model).items()
-            if any(m is module for own in owner.modules_of(branch) for m in own.modules())
-        ]
 
     def _alone(self) -> str | None:
         found, same = self._found()
@@ -325,9 +295,18 @@ def _own_drops(model: nn.Module) -> list[nn.Module]:
     return [module for existing in found for _, module in existing]
 
 
-def _is_form(module: nn.Module) -> bool:
-    """Whether a call computes on the meta device, for the form of what a branch would return."""
-    return any(p.is_meta for p in module.parameters(recurse=False))
+@contextmanager
+def _called(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """Count the calls of modules, but for those on the meta device, which ask for a form only."""
+    counts: Counter[nn.Module] = Counter()
+
+    def note(module: nn.Module, args: Any) -> None:
+        counts[module] += not any(p.is_meta for p in module.parameters(recurse=False))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(note))
+        yield counts
 
 
 def _double(x: Tensor) -> Tensor:
