@@ -170,8 +170,9 @@ class _Trial:
             for branch in branches:
                 for name in branch.modules:
                     module = self.model.get_submodule(name)
-                    handle = module.register_forward_pre_hook(lambda *_, b=branch: ran.add(b))
-                    hooks.callback(handle.remove)
+                    hooks.enter_context(
+                        module.register_forward_pre_hook(lambda *_, b=branch: ran.add(b))
+                    )
             try:
                 self.run(dict.fromkeys(self.findings.branches, (False, _WEIGHT)), self.inputs, True)
             except Exception:  # of any kind: it fails anyway, or says what is wrong in training

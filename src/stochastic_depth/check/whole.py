@@ -32,11 +32,8 @@ def weighed_block(owner: Site | StochasticDepth, weight: float) -> Iterator[None
                 leaves[i] = shortcut + weight * (leaves[i] - shortcut)
         return tree_unflatten(leaves, structure)
 
-    handle = block.register_forward_hook(moved, with_kwargs=True)
-    try:
+    with block.register_forward_hook(moved, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -95,11 +95,8 @@ class _Folding:
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append(copied((args, kwargs)))
 
-        hook = self.model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with self.model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True):
             output_of(self.model, self.look)
-        finally:
-            hook.remove()
         return calls
 
     def _is_linear(self, branch: Branch, place: Place, calls: list[Inputs]) -> bool:
