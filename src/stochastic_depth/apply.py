@@ -8,7 +8,7 @@ from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .applied import awaited, branches, is_applied
+from .applied import awaited, branches, is_applied, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
@@ -334,6 +334,7 @@ def remove(model: M) -> M:
         >>> sd.branches(sd.remove(model))
         []
     """
-    _install.withdraw(model)
+    for site in sites(model):
+        site.draws.withdraw(site.branches)  # others may be balanced with them
     _install.remove(model)
     return model

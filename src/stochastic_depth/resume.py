@@ -6,11 +6,9 @@ from typing import Any
 from torch import nn
 
 from .applied import awaited, branches, draws_of
-from .branch import choices
+from .branch import CHOICES, COUNTS, choices
 
 __all__ = ["load_own_state", "own_state"]
-
-_COUNTS = "decided", "dropped"
 
 
 def own_state(model: nn.Module) -> dict[str, Any]:
@@ -18,7 +16,7 @@ def own_state(model: nn.Module) -> dict[str, Any]:
     return {
         "draws": [draws.state() for draws in draws_of(model)],
         "branches": [
-            {"name": b.name, "p": b.p, **choices(b), **{name: getattr(b, name) for name in _COUNTS}}
+            {"name": b.name, "p": b.p, **choices(b), **{name: getattr(b, name) for name in COUNTS}}
             for b in branches(model)
         ],
     }
@@ -51,5 +49,5 @@ def load_own_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     for branch, values in zip(own, state["branches"], strict=True):
         branch.p = values["target"]
         branch.set_rate(values["p"])
-        for name in ("mode", "scale", "dropped_grad", *_COUNTS):
+        for name in (*CHOICES, *COUNTS):
             setattr(branch, name, values[name])
