@@ -19,7 +19,6 @@ from .run import Run, needs_company
 __all__ = ["Take", "around", "describe"]
 
 
-_FIRST = Place(0)
 Take = Callable[[Tensor, Place], Tensor] | None
 
 
@@ -27,8 +26,8 @@ def around(
     run: Run,
     shortcut: Any,
     call: Callable[[Take], Any],
-    select: bool = True,
-    place: Place = _FIRST,
+    select: bool,
+    place: Place,
 ) -> Any:
     """The module's output, its shortcut where it is dropped, or a mixture, as ``run`` decides.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import tree_leaves, tree_map_only
-from ..branch import Branch, Mode, Place, Scale, check_choice, check_p
+from ..branch import Branch, Mode, Place, Scale, check_p
 from .around import Take, around, describe
 from .decide import kept_weight
 from .draws import Draws
@@ -87,8 +87,6 @@ class StochasticDepth(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        check_choice(mode, Mode, "mode")
-        check_choice(scale, Scale, "scale")
         self.module = module
         self.branch = Branch(
             type(self).__name__, "block", ("module",), mode=mode, scale=scale, target=check_p(p)
@@ -126,7 +124,6 @@ class StochasticDepth(nn.Module):
 
     @mode.setter
     def mode(self, value: Mode) -> None:
-        check_choice(value, Mode, "mode")
         self.branch.mode = value
 
     @property
@@ -135,7 +132,6 @@ class StochasticDepth(nn.Module):
 
     @scale.setter
     def scale(self, value: Scale) -> None:
-        check_choice(value, Scale, "scale")
         self.branch.scale = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +169,7 @@ class StochasticDepth(nn.Module):
             taken = x if take is None else tree_map_only(Tensor, lambda t: take(t, _ROWS), x)
             return self.module(taken, *more, **kwargs)
 
-        return around(run, shortcut, call, select)
+        return around(run, shortcut, call, select, _ROWS)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what is wrapped, and the projection: a dropped call is skipped as before.
