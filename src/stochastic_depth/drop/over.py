@@ -24,14 +24,8 @@ class Aside(Site):
         return []
 
 
-class WholeAside(WholeSite):
+class WholeAside(Aside, WholeSite):
     """The same for a whole block."""
-
-    def install(self) -> None:
-        self.replaces = False
-
-    def _existing(self) -> list[nn.Module]:
-        return []
 
 
 class Over:
