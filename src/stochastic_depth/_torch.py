@@ -51,6 +51,7 @@ __all__ = [
     "start_no_graph",
     "starts_graphs",
     "tell_apart",
+    "tensor_leaves",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -58,6 +59,12 @@ __all__ = [
     "tree_unflatten",
     "without_parametrize_cache",
 ]
+
+
+def tensor_leaves(x: Any) -> list[Tensor]:
+    """The tensors among the leaves of ``x``."""
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
-from ._torch import tree_leaves
+from ._torch import tensor_leaves
 from .branch import Branch
 from .drop.decide import choose_samples
 from .drop.draws import Draws
@@ -45,7 +45,7 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     compared with computing all and masking, and where these differ, samples are masked. Of blocks
     that are dropped as a whole only the latter is tried: they enter no sum.
     """
-    if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+    if any(t.is_meta for t in tensor_leaves((args, kwargs))):
         return findings  # no values to compare
     found = findings.branches
     whole = any(b.kind == "block" for b in found)
@@ -291,8 +291,7 @@ def _told(error: Exception) -> str:
 
 
 def _are_close(got: Any, expected: Any) -> bool:
-    a = [x for x in tree_leaves(got) if isinstance(x, Tensor)]
-    b = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
+    a, b = tensor_leaves(got), tensor_leaves(expected)
     return len(a) == len(b) and all(map(_is_close, a, b))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch import tree_leaves, tree_map_only
+from .._torch import tensor_leaves, tree_map_only
 from ..applied import branches, names_in, owners, sites
 from ..branch import Branch
 from ..calls import call_of
@@ -72,8 +72,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
             "first training call, with example_inputs"
         )
     args, kwargs = call_of(example_inputs)
-    values = [*tree_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
-    if any(isinstance(t, Tensor) and t.is_meta for t in values):
+    values = [*tensor_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
+    if any(t.is_meta for t in values):
         raise ValueError("verify compares values, and tensors on the meta device have none")
     with untouched(model):
         verifier = _Verifier(model, args, kwargs)
@@ -155,8 +155,7 @@ class _Verifier:
                 expected = run_weighed(self.model, self.args, self.kwargs, sums, found)
             with forced(decisions) if decisions else nullcontext():
                 got = self._call(self.model)
-        reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
-        return differ("the output", reference, got, exact=False, eps=self.eps)
+        return differ("the output", tensor_leaves(expected), got, exact=False, eps=self.eps)
 
     def _kept(self) -> str | None:
         kept = dict.fromkeys(self.branches, (False, 1.0))
@@ -246,8 +245,7 @@ class _Verifier:
     def _call(self, model: nn.Module) -> list[Tensor]:
         with _seeded():
             args, kwargs = copied((self.args, self.kwargs))
-            output = model(*args, **kwargs)
-        return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+            return tensor_leaves(model(*args, **kwargs))
 
     def _step(self, decisions: AbstractContextManager[None] | None = None) -> Outcome:
         """Outputs, gradients and buffers of a step of training."""

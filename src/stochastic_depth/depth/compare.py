@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
-from .._torch import tree_leaves
+from .._torch import tensor_leaves
 from ..branch import Branch, block_of
 from ..drop.force import forced
 from ..find.state import copied, in_mode, untouched
@@ -92,9 +92,7 @@ def is_handed_on(
 
 def first_float(x: Any) -> Tensor | None:
     """The first tensor of floating-point numbers in it."""
-    return next(
-        (t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()), None
-    )
+    return next((t for t in tensor_leaves(x) if t.is_floating_point()), None)
 
 
 def difference(a: Any, b: Any) -> str:

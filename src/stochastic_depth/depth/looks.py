@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import BaseTorchFunctionMode
 
-from .._torch import is_flat_parameter, tree_leaves
+from .._torch import is_flat_parameter, tensor_leaves
 from ..applied import names_in, sites
-from ..branch import Branch, block_of, is_below, label_of
+from ..branch import Branch, block_of, is_below, label_of, name_in_model
 from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.layer import StochasticDepth
@@ -180,7 +180,7 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
         args, kwargs = guess
     else:
         args, kwargs = call_of(example_inputs)
-    if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+    if any(t.is_meta for t in tensor_leaves((args, kwargs))):
         raise ValueError("example_inputs are on the meta device, where there is nothing to compare")
     config = getattr(model, "config", None)
     takes_it = "use_cache" in inspect.signature(model.forward).parameters
@@ -242,12 +242,11 @@ def blocks_of(model: nn.Module, found: Findings) -> list[str]:
 
 
 def _is_of_one_kind(parent: nn.Module, item: str, homes: list[str]) -> bool:
-    prefix = item.rpartition(".")[0]
-    prefix = f"{prefix}." if prefix else ""
+    path = item.rpartition(".")[0]
     kinds = {
         type(child)
         for name, child in parent.named_children()
-        if any(is_below(home, prefix + name) for home in homes)
+        if any(is_below(home, name_in_model(name, path)) for home in homes)
     }
     return len(kinds) == 1
 

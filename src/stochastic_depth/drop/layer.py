@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map_only
+from .._torch import tensor_leaves, tree_map_only
 from ..branch import Branch, Mode, Place, Scale, check_p
 from .around import Take, around, describe
 from .decide import kept_weight
@@ -148,7 +148,7 @@ class StochasticDepth(nn.Module):
         select = True
         if branch.mode != "batch":
             select = self._check_samples(x, (more, kwargs))
-        tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+        tensors = tensor_leaves(x)
         device = tensors[0].device if tensors else torch.device("cpu")
         forced = here.forced or {}
         decision, weight = forced[branch] if branch in forced else self._decide(training)
@@ -204,7 +204,7 @@ class StochasticDepth(nn.Module):
 
     def _check_samples(self, x: Any, others: Any) -> bool:
         """Whether all arguments tell the samples apart."""
-        tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+        tensors = tensor_leaves(x)
         counts = {t.shape[:1] for t in tensors}
         if len(counts) != 1 or counts <= {()}:
             raise ValueError(
@@ -212,9 +212,7 @@ class StochasticDepth(nn.Module):
                 f"dimension 0, got shapes {[tuple(t.shape) for t in tensors]}; use mode='batch'"
             )
         ((size,),) = counts
-        ambiguous = any(
-            isinstance(t, Tensor) and t.shape[:1] == (size,) for t in tree_leaves(others)
-        )
+        ambiguous = any(t.shape[:1] == (size,) for t in tensor_leaves(others))
         if ambiguous:
             warnings.warn(
                 "StochasticDepth: another tensor argument has as many entries as the input has "

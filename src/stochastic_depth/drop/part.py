@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_given_to_function, is_given_to_hook, tree_leaves, tree_map
+from .._torch import is_given_to_function, is_given_to_hook, tensor_leaves, tree_leaves, tree_map
 from ..find.functions import writes
 from .instruction import is_asked, unpacked
 from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
@@ -96,7 +96,7 @@ class Part:
             return func(*args, **kwargs)
         if run.branch.joins and run.is_join():
             # What is stacked has one shape: nobody need be asked for the branch's.
-            like = first_tensor(args) if name == "stack" else None
+            like = next(iter(tensor_leaves(args)), None) if name == "stack" else None
             args, kwargs = tree_map(partial(_joining, like), (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.dropped:
@@ -304,10 +304,6 @@ def _joining(like: Tensor | None, x: Any) -> Any:
     if like is not None and x._value is None:
         return x._run.nothing(like)
     return x._run.joining(x)
-
-
-def first_tensor(values: Any) -> Tensor | None:
-    return next((x for x in tree_leaves(values) if isinstance(x, Tensor)), None)
 
 
 def _sides(

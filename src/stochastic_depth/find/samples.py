@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch import Branch, Place
+from ..branch import Branch, Place, name_in_model
 from .batch import Batch, Samples, mapped, ways_to_batch
 from .flow import Flow, Key
 from .meet import record
@@ -311,9 +311,8 @@ def _fill(flow: Flow, planned: Planned, plan: Plan, seen: _Evidence) -> None:
     frame = next(frame for frame, made in planned.frames if made is plan)
     block = flow.calls[frame.call].name
     count: dict[int, int] = {}
-    path = f"{block}." if block else ""
     module_of = flow.calls[0].module.get_submodule
-    names = {id(module_of(path + name if name else block)): name for name in plan.gates}
+    names = {id(module_of(name_in_model(name, block))): name for name in plan.gates}
     filled: dict[str, list[Gate]] = {name: list(gates) for name, gates in plan.gates.items()}
     for c in frame.met:
         call = flow.calls[c]
