@@ -80,11 +80,8 @@ def install(
 ) -> list[Branch]:
     """Set up the branches of ``findings`` that are chosen, and put slots into their blocks.
 
-    Args:
-        model: the model.
-        findings: what was found in it, or in a child of it that is called by itself.
-        settings: the arguments of ``apply``.
-        beside: of a child, the branches of the others, which count for depth and stay as they are.
+    Where these were made of a child that is called by itself, ``beside`` are the branches of the
+    others, which count for depth and stay as they are.
 
     Raises:
         ValueError: nothing was found, a pattern matches nothing, rates that do not fit.

@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -57,10 +58,11 @@ class Look:
     blocks: list[str]
     inputs: Inputs
     layers: list[str]
-    wholes: dict[str, Branch] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.wholes = {block_of(branch): branch for branch in self.whole.branches}
+    @cached_property
+    def wholes(self) -> dict[str, Branch]:
+        """The blocks that can be left out as a whole, by name."""
+        return {block_of(branch): branch for branch in self.whole.branches}
 
     def below(self, block: str) -> list[Branch]:
         """The branches in a block."""

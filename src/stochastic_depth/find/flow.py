@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .plan import Form, Precision, Spot
+from ..branch import Spot
+from .plan import Form, Precision
 
 __all__ = ["Call", "Flow", "Function", "Key", "Node"]
 

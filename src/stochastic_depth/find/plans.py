@@ -1,5 +1,7 @@
 """From the regions of a run to plans: what every call of a block has to do with its branches."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import nn
 
@@ -15,19 +17,19 @@ __all__ = ["Planned", "dtypes_of", "plan"]
 Key = tuple[str, tuple[str, ...], frozenset[Spot]]
 
 
+@dataclass
 class Planned:
-    """Findings, and which regions of the run each branch is.
+    """Findings, and what of the run they are.
 
     Attributes:
         findings: what is found.
         regions: by branch; several where its block is called several times.
-        gates: for each plan that a frame makes, the frame.
+        frames: the calls of blocks, each with the plan that it goes by.
     """
 
-    def __init__(self) -> None:
-        self.findings = Findings()
-        self.regions: dict[Branch, list[Region]] = {}
-        self.frames: list[tuple[Frame, Plan]] = []
+    findings: Findings = field(default_factory=Findings)
+    regions: dict[Branch, list[Region]] = field(default_factory=dict)
+    frames: list[tuple[Frame, Plan]] = field(default_factory=list)
 
 
 def plan(model: nn.Module, flow: Flow, finder: Finder, regions: list[Region]) -> Planned:

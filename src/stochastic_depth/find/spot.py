@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from .plan import Spot
+from ..branch import Spot
 
 __all__ = ["NOT_THE_USERS", "RESIDUAL", "by_instruction", "is_of_library", "is_ours", "spot"]
 

@@ -34,9 +34,7 @@ _DEPTH = 4  # of containers and plain objects within what a module keeps
 def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
     """Put everything back that a forward may change, and let no warning of its own out.
 
-    Args:
-        model: the model.
-        kept: its state, where that is known already.
+    ``kept`` is the model's state, where that is known already.
     """
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model will say it again
@@ -312,10 +310,7 @@ def in_mode(
 ) -> Iterator[None]:
     """Set all modules to training or evaluation, without what a class may do in ``train``.
 
-    Args:
-        model: the model.
-        training: which of both.
-        frozen: types of modules that are set to evaluation in any case.
+    Modules of the types in ``frozen`` are set to evaluation in any case.
     """
     changed = [m for m in model.modules() if m.training != (training and type(m) not in frozen)]
     try:

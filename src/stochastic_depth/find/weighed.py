@@ -82,13 +82,8 @@ def run_weighed(
 ) -> Any:
     """What the plain model returns in evaluation where a branch counts ``weights[branch]`` times.
 
-    Args:
-        model: the model, whose stochastic depth is left aside.
-        args: what it was called with when its branches were found.
-        kwargs: the same.
-        weights: by branch; 0 leaves it out. The others count once.
-        findings: what was found.
-        kept: the model's state, where that is known.
+    0 leaves it out, and the others count once. The model is called as it was when ``findings`` were
+    made; its stochastic depth is left aside.
     """
     at: dict[Key, list[tuple[int, Weight]]] = {}
     for branch, weight in weights.items():
