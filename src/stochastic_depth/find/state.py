@@ -140,14 +140,8 @@ class Kept:
         self.alive.append(x)
         if isinstance(x, Tensor):
             self._keep_tensor(x)
-        elif isinstance(x, dict):
-            self._keep_dict(x, depth)
-        elif isinstance(x, list | deque | set):
-            before = list(x)
-            self.undo.append(lambda: _refill(x, before))
-            self._keep_all(before, depth)
-        elif isinstance(x, tuple):
-            self._keep_all(x, depth)
+        elif isinstance(x, dict | list | deque | set | tuple):
+            self._keep_all(self._contents(x), depth)
         elif isinstance(x, random.Random):
             state = x.getstate()
             self.undo.append(lambda: x.setstate(state))
@@ -158,7 +152,17 @@ class Kept:
             bits = x.bit_generator.state
             self.undo.append(lambda: setattr(x.bit_generator, "state", bits))
         elif depth and not callable(x) and isinstance(getattr(x, "__dict__", None), dict):
-            self._keep_dict(vars(x), depth)
+            self._keep_all(self._contents(vars(x)), depth)
+
+    def _contents(self, x: Any) -> list[Any]:
+        """What is in a container, which is to be in it again."""
+        if isinstance(x, dict):
+            self.dicts.append((x, before := dict(x)))
+            return list(before.values())
+        items = list(x)
+        if not isinstance(x, tuple):
+            self.undo.append(partial(_refill, x, items))
+        return items
 
     def _keep_containers(self, x: Any, depth: int) -> None:
         """Keep what is in lists and dicts that hooks fill, and no values of tensors."""
@@ -166,13 +170,7 @@ class Kept:
             return
         self.contained.add(id(x))
         self.alive.append(x)
-        items = x
-        if isinstance(x, dict):
-            self.dicts.append((x, before := dict(x)))
-            items = list(before.values())
-        elif not isinstance(x, tuple):
-            items = list(x)
-            self.undo.append(partial(_refill, x, items))
+        items = self._contents(x)
         if depth and len(items) <= _MANY:
             for item in items:
                 if type(item) in _CONTAINERS:
@@ -213,11 +211,6 @@ class Kept:
                 self._keep_tensor(x)
             if type(x).__name__ == "ndarray" and x.flags.writeable:
                 self.undo.append(partial(x.__setitem__, ..., x.copy()))
-
-    def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
-        before = dict(x)
-        self.dicts.append((x, before))
-        self._keep_all(before.values(), depth)
 
     def _keep_all(self, items: Any, depth: int) -> None:
         if depth:
