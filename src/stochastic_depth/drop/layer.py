@@ -136,7 +136,8 @@ class StochasticDepth(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         branch = self.branch
-        by_hand = here.forced is not None and branch in here.forced
+        forced = here.forced or {}
+        by_hand = branch in forced
         training = self.training or branch in here.sampled
         weighs = branch.is_active and (training or branch.scale == "eval")
         if here.forced == {} or not (by_hand or weighs):
@@ -150,8 +151,7 @@ class StochasticDepth(nn.Module):
             select = self._check_samples(x, (more, kwargs))
         tensors = tensor_leaves(x)
         device = tensors[0].device if tensors else torch.device("cpu")
-        forced = here.forced or {}
-        decision, weight = forced[branch] if branch in forced else self._decide(training)
+        decision, weight = forced[branch] if by_hand else self._decide(training)
         run = Run(branch, decision, weight, device, self)
         run.counts = self.training and not by_hand
         if branch.mode == "batch" and not torch.compiler.is_compiling():

@@ -106,15 +106,34 @@ def record(
         kept: the model's state, where that is known.
         frozen: types of modules that run as in evaluation in any case.
     """
-    asked = model, args, kwargs, training, recorder, constants, kept, frozen
+
+    def run() -> Flow:
+        watch = recorder(model, constants or [])
+        watch.keeps_unknown = constants is None
+        given, named = copied((args, kwargs))
+        with _one_at_a_time, ExitStack() as stack:
+            stack.enter_context(untouched(model, kept))
+            stack.enter_context(in_mode(model, training, frozen))
+            if training:
+                stack.enter_context(unwritten(model))
+            stack.enter_context(plainly())
+            stack.enter_context(_met(watch, model))
+            watch.inputs(given, named)
+            with watch:
+                result = model(*given, **named)
+            flow: Flow = watch.finish(result)
+            flow.watch, flow.constants = watch, constants or []
+            del watch.flow, watch.written  # no cycle, in which all would wait for a collection
+        return flow
+
     was_loaded = is_compiler_loaded()
     try:
-        flow = _recorded(*asked)
+        flow = run()
     except Exception:
         if is_compiler_loaded() == was_loaded:
             raise
     if is_compiler_loaded() != was_loaded:  # by the model, which has compiled something
-        flow = _recorded(*asked)
+        flow = run()
     if flow.unknown and constants is None:  # what a second run reads again was there before
         return record(model, args, kwargs, training, recorder, flow.unknown, kept, frozen)
     return flow
@@ -133,26 +152,3 @@ def record_examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
             f"or a dict of keywords), but calling it failed: {error}"
         ) from error
-
-
-def _recorded(
-    model: nn.Module, args: Any, kwargs: Any, training: bool, recorder: Any,
-    constants: list[Tensor] | None, kept: Kept | None, frozen: Container[type],
-) -> Flow:  # fmt: skip
-    watch = recorder(model, constants or [])
-    watch.keeps_unknown = constants is None
-    args, kwargs = copied((args, kwargs))
-    with _one_at_a_time, ExitStack() as stack:
-        stack.enter_context(untouched(model, kept))
-        stack.enter_context(in_mode(model, training, frozen))
-        if training:
-            stack.enter_context(unwritten(model))
-        stack.enter_context(plainly())
-        stack.enter_context(_met(watch, model))
-        watch.inputs(args, kwargs)
-        with watch:
-            result = model(*args, **kwargs)
-        flow: Flow = watch.finish(result)
-        flow.watch, flow.constants = watch, constants or []
-        del watch.flow, watch.written  # no cycle, in which all of it would wait for a collection
-    return flow

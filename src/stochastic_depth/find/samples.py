@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..branch import Branch, Place, name_in_model
 from .batch import Batch, Samples, mapped, ways_to_batch
 from .flow import Flow, Key
+from .frames import Frame
 from .meet import record
 from .plan import Gate, Plan
 from .plans import Planned
@@ -158,8 +159,9 @@ def place_samples(
             if branch.mask == _NOWHERE and _WHOLE not in branch.reason:
                 branch.reason += _WHOLE
     if chosen is not None:
-        for plan in {id(p): p for _, p in planned.frames}.values():
-            _fill(flow, planned, plan, chosen)
+        first = {id(plan): (frame, plan) for frame, plan in reversed(planned.frames)}
+        for frame, plan in first.values():
+            _fill(flow, frame, plan, chosen)
 
 
 def _evidence(
@@ -306,9 +308,8 @@ def _mask(regions: list[Region], seen: _Evidence) -> Place:
     return place
 
 
-def _fill(flow: Flow, planned: Planned, plan: Plan, seen: _Evidence) -> None:
+def _fill(flow: Flow, frame: Frame, plan: Plan, seen: _Evidence) -> None:
     """Give the gates of a plan the places of what they are given and return."""
-    frame = next(frame for frame, made in planned.frames if made is plan)
     block = flow.calls[frame.call].name
     count: dict[int, int] = {}
     module_of = flow.calls[0].module.get_submodule
