@@ -18,7 +18,6 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.utils import hooks
 from torch.utils._pytree import (  # torch has no public one
-    TreeSpec,
     tree_flatten,
     tree_leaves,
     tree_map,
@@ -31,7 +30,6 @@ __all__ = [
     "COMPILED_CALL",
     "CONTENTS",
     "REPLICATE",
-    "TreeSpec",
     "class_call",
     "class_replicate",
     "default_store",

@@ -212,7 +212,6 @@ class RateSchedule:
         self.schedule = schedule
         self.steps = steps
         self.steps_done = 0
-        self._branches: list[Branch] = branches(model)
         self._draws = draws_of(model)  # of each apply its own
         if not self._draws:
             raise ValueError("model has no stochastic depth: apply it first (sd.apply)")
@@ -248,7 +247,8 @@ class RateSchedule:
                 "stochastic depth was removed or applied anew since this RateSchedule was made; "
                 "make another one"
             )
-        self._branches, self._draws = branches(self.model), draws
+        self._draws = draws
+        self._branches: list[Branch] = branches(self.model)
 
     def metrics(self) -> dict[str, float]:
         """What to log: the factor, the sum of 1-p, and what was decided and dropped so far.

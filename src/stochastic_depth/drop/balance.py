@@ -30,7 +30,6 @@ __all__ = [
     "cost_classes",
     "slowest",
     "stream",
-    "systematic",
 ]
 
 Way = Literal["independent", "shared", "balanced"]  # how the decisions of several ranks are drawn
@@ -59,17 +58,6 @@ def coins(rates: Sequence[float], order: Sequence[int], u: float) -> list[float]
         drawn[i] = distance / ONE
         distance = (distance - math.ceil(rates[i] * ONE)) % ONE
     return drawn
-
-
-def systematic(rates: Sequence[float], order: Sequence[int], u: float) -> list[bool]:
-    """Which branches are dropped: the sum of ``rates`` of them, rounded down or up.
-
-    Example:
-        >>> from stochastic_depth.drop.balance import systematic
-        >>> systematic([0.5, 0.5, 0.5, 0.5], [0, 2, 1, 3], 0.3)
-        [True, True, False, False]
-    """
-    return [c < p for c, p in zip(coins(rates, order, u), rates, strict=True)]
 
 
 def cost_classes(costs: Sequence[float]) -> list[int]:

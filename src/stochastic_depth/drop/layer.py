@@ -149,8 +149,7 @@ class StochasticDepth(nn.Module):
         select = True
         if branch.mode != "batch":
             select = self._check_samples(x, (more, kwargs))
-        tensors = tensor_leaves(x)
-        device = tensors[0].device if tensors else torch.device("cpu")
+        device = next((t.device for t in tensor_leaves(x)), torch.device("cpu"))
         decision, weight = forced[branch] if by_hand else self._decide(training)
         run = Run(branch, decision, weight, device, self)
         run.counts = self.training and not by_hand

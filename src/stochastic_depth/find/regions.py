@@ -65,7 +65,7 @@ class Rejected:
     block: int
     calls: tuple[int, ...]
     reason: str
-    sum: int = -1
+    sum: int
 
 
 def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
