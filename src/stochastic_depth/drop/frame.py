@@ -48,9 +48,12 @@ class Frame:
         self.hooks: Any = None
         self.task = -1
         self.graph: Callable[[], Any] = _gone  # what lives as long as the graph behind it
+        self.around: str | None = None  # the file of the custom Function that calls the block
         self.compiling = torch.compiler.is_compiling()  # by whom this frame is opened
         if not self.compiling:
             self.hooks, self.task = saved_tensors_hooks(), graph_task()
+            if not self.gradients and site.block.training:
+                self.around = function_around(sys._getframe(1), None)
         self.runs: list[Run] = self._open(_device(args, kwargs))
 
     def _open(self, device: torch.device) -> list[Run]:
@@ -134,7 +137,7 @@ class Frame:
             run = self.runs[gate.branch]
         function = self._function() if again is None else again.function
         if again is None and run is not None and self._may_be_repeated(function):
-            slot.may_be_repeated(Repeat(self, path, index, function))
+            slot.may_be_repeated(Repeat(self, path, index, function or self.around))
             self.site.is_repeated = True
         if run is not None:
             run.called = True
@@ -170,7 +173,8 @@ class Frame:
         """Whether a backward pass may repeat what is called now, without this frame."""
         if self.compiling or self.outer or torch.compiler.is_compiling():
             return False
-        return function is not None or saved_tensors_hooks() is not self.hooks
+        inverse = self.around not in (None, CHECKPOINT)  # may be computed in its backward pass
+        return inverse or function is not None or saved_tensors_hooks() is not self.hooks
 
     def decisions(self) -> Any:
         return [(run.dropped, run.seed) for run in self.runs]

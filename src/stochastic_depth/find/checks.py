@@ -41,6 +41,11 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
         made_in_frame = call.owner > frame.call  # a list that it makes, and gives to a child
         if call.writes and not made_in_frame and not call.start <= region.sum < call.end:
             return WRITES.format(call.writes)
+    if any(flow.calls[c].function == "custom" for c in flow.around(frame.call)):
+        return (
+            "its block is called in a custom autograd.Function, whose backward pass may compute it "
+            "in another way: have that Function used in training only"
+        )
     if _is_added_in_function(flow, member):
         return (
             "its sum is in a custom autograd.Function, which passes on the gradients of tensors "
