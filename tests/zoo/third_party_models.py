@@ -61,7 +61,7 @@ _Refused = tuple[int, str]
 _NONE: _Refused = (0, "")
 _GROUPED = "it is made of grouped convolutions alone: a positional encoding"
 _ITSELF = "the model drops it by itself"
-_REVERSIBLE = "reaches the output in another way"  # its backward pass computes the inputs again
+_REVERSIBLE = "its block is called in a custom autograd.Function"  # computes the inverse
 
 
 def _vit(name: str, path: str, size: int = 32, refused: _Refused = _NONE, **kwargs: Any) -> Model:
