@@ -223,18 +223,6 @@ def _tell_unused(findings: Findings) -> None:
         )
 
 
-def _tell_folded(rows: dict[str, int]) -> None:
-    """Warn of branches in whose sums several rows are one sample, by their number."""
-    if rows:
-        warnings.warn(
-            "samples are taken to be as many neighbouring rows as in the example; where that "
-            "number varies from batch to batch, use mode='batch': "
-            + ", ".join(f"{name} ({count} rows)" for name, count in list(rows.items())[:4])
-            + (", ..." if len(rows) > 4 else ""),
-            stacklevel=6,
-        )
-
-
 def complete(
     model: nn.Module,
     findings: Findings,
@@ -254,8 +242,15 @@ def complete(
             "dimension in which they are",
             stacklevel=5,
         )
-    if settings.mode != "batch" and settings.samples.rows == 1:
-        _tell_folded({b.name: b.place.fold for b in chosen if b.place and b.place.fold > 1})
+    rows = [(b.name, b.place.fold) for b in chosen if b.place and b.place.fold > 1]
+    if rows and settings.mode != "batch" and settings.samples.rows == 1:
+        warnings.warn(
+            "samples are taken to be as many neighbouring rows as in the example; where that "
+            "number varies from batch to batch, use mode='batch': "
+            + ", ".join(f"{name} ({count} rows)" for name, count in rows[:4])
+            + (", ..." if len(rows) > 4 else ""),
+            stacklevel=5,
+        )
     masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
     if masked:
         reasons = dict.fromkeys(b.reason for b in masked if b.reason)

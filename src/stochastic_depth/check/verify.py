@@ -109,7 +109,8 @@ class _Verifier:
             yield alone
         selected = [b for b in self.branches if b.place is not None and b.kind != "block"]
         if selected:
-            yield self._check("selected samples are what they are where masked", self._samples)
+            name = "selected samples are what they are where masked"
+            yield self._check(name, self._samples, selected)
 
     def _check(self, name: str, check: Callable[..., str | None], *args: Any) -> Check:
         with untouched(self.model), in_mode(self.model, False):
@@ -206,8 +207,7 @@ class _Verifier:
                     return f"{name}, {how}: {failure}"
         return None
 
-    def _samples(self) -> str | None:
-        selected = [b for b in self.branches if b.place is not None and b.kind != "block"]
+    def _samples(self, selected: list[Branch]) -> str | None:
         failure = self._samples_of(selected)
         if failure is None:
             return None
@@ -251,7 +251,8 @@ class _Verifier:
         """Outputs, gradients and buffers of a step of training."""
         model = self.model
         still: list[nn.Module] = [m for m in model.modules() if isinstance(m, NORMS)]
-        still += _own_drops(model)
+        for site in sites(model):  # and the DropPath of branches, which drop in the plain model
+            still += [m for b in site.branches for _, m in existing_of(b, site.block)]
         grads = [(p, p.grad) for p in model.parameters()]
         with ExitStack() as stack:
             stack.enter_context(untouched(model))
@@ -285,12 +286,6 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         yield
-
-
-def _own_drops(model: nn.Module) -> list[nn.Module]:
-    """The DropPath modules of the branches, which drop in the plain model alone."""
-    found = [existing_of(branch, site.block) for site in sites(model) for branch in site.branches]
-    return [module for existing in found for _, module in existing]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """1 - cosine between what goes into a branch's sum, or a block, and what comes out."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -134,32 +135,29 @@ def influence_of_blocks(
 ) -> Influences:
     """Of each block, on the first floating-point tensors that it is given and returns."""
     result = Influences()
-    hooks = []
     kept: dict[Branch, Tensor] = {}
-    for branch in branches:
-        block = model.get_submodule(block_of(branch))
 
-        def before(_: nn.Module, args: Any, kwargs: Any, branch: Branch = branch) -> None:
-            if (x := first_float((args, kwargs))) is not None:
-                kept[branch] = x.clone()  # the block may overwrite it
+    def before(branch: Branch, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if (x := first_float((args, kwargs))) is not None:
+            kept[branch] = x.clone()  # the block may overwrite it
 
-        def after(m: nn.Module, args: Any, kwargs: Any, out: Any, branch: Branch = branch) -> None:
-            x, y = kept.pop(branch, None), first_float(out)
-            if x is None or y is None:
-                result.failed[branch] = "it is not given, or does not return, a tensor of floats"
-            else:
-                result.add(branch, m, x, y)
+    def after(branch: Branch, block: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        x, y = kept.pop(branch, None), first_float(out)
+        if x is None or y is None:
+            result.failed[branch] = "it is not given, or does not return, a tensor of floats"
+        else:
+            result.add(branch, block, x, y)
 
-        hooks += [
-            block.register_forward_pre_hook(before, with_kwargs=True),
-            block.register_forward_hook(after, with_kwargs=True),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for b in branches:
+            block = model.get_submodule(block_of(b))
+            for handle in (
+                block.register_forward_pre_hook(partial(before, b), with_kwargs=True),
+                block.register_forward_hook(partial(after, b), with_kwargs=True),
+            ):
+                hooks.enter_context(handle)
         for args, kwargs in calls:
             with untouched(model), in_mode(model, False), torch.no_grad():
                 args, kwargs = copied((args, kwargs))
                 model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return result

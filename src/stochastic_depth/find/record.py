@@ -291,14 +291,11 @@ class Recorder(TorchFunctionMode):
         elif name in ("zero_", "fill_") and len(given) == 1:
             node.varies = False
         if len(given) > 1:
-            node.parts = (
-                tuple(self.source(a) for a in args if isinstance(a, Tensor))
-                if name in MAY_ADD
-                else ()
-            )
-            if not node.parts or (len(node.parts) < 2 and kwargs):
-                node.parts = sources
+            node.parts = sources
         if name in MAY_ADD:
+            positional = tuple(self.source(a) for a in args if isinstance(a, Tensor))
+            if len(given) > 1 and len(positional) > (1 if kwargs else 0):  # else some are keywords
+                node.parts = positional
             node.spot = spot(3)
             alpha = kwargs.get("alpha", 1)
             node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0
