@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..find.state import untouched
+from .force import plain
+
 __all__ = ["Recipe", "check_recipe", "check_shapes", "guess_input_shape", "make_projection"]
 
 Recipe = Literal["tied", "copy", "new"]
@@ -127,7 +130,7 @@ def _run_on_meta(
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     dtype = next((p.dtype for p in module.parameters()), None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), untouched(module), plain():
             meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
             output = functional_call(module, meta, torch.empty(shape, dtype=dtype, device="meta"))
     finally:
