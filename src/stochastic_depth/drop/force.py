@@ -14,7 +14,7 @@ from ..branch import Branch
 from ..find.tensors import is_function
 from .slot import here
 
-__all__ = ["check_repeats", "forced", "left_out", "plain", "sampled"]
+__all__ = ["check_repeats", "forced", "left_out", "noting_sizes", "plain", "sampled"]
 
 
 @contextmanager
@@ -49,6 +49,16 @@ def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     """Draw decisions for these branches in evaluation as in training, on this thread."""
     with _standing(_Layer(sampled=frozenset(branches), is_for_users=True)):
         yield
+
+
+@contextmanager
+def noting_sizes() -> Iterator[dict[Branch, int]]:
+    """By branch that chooses samples meanwhile, of how many."""
+    before, here.sizes = here.sizes, {}
+    try:
+        yield here.sizes
+    finally:
+        here.sizes = before
 
 
 @dataclass(frozen=True, eq=False)

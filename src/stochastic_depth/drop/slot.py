@@ -65,6 +65,7 @@ class _Here(threading.local):
         self.layers: list[Any] = []  # of each with that is open, what the next three come from
         # Decisions that were made by hand; an empty dict stops all sites.
         self.forced: dict[Any, tuple[int, float]] | None = None
+        self.sizes: dict[Any, int] | None = None  # of how many samples branches choose
         self.joined: set[Any] = set()  # those whose sum has been met since
         # The branches that are dropped in evaluation, too.
         self.sampled: frozenset[Any] = frozenset()
