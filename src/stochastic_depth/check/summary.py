@@ -1,6 +1,5 @@
 """``summary``: what is dropped, how often, what it saves, and what could not be dropped."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -245,9 +244,9 @@ def _executed(rows: Sequence[Row], ranks: int = 1, way: Way = "independent") -> 
     classes = cost_classes([row.parameters for row in rows])  # as balanced decisions have them
     kept = slowest(rates, costs, ranks, way, classes=classes, around=around)
     chances = chances_to_run(rates, around)
-    beside = [r.projection * bool(r.p) for r in rows]
     reached = [1.0 if outer is None else chances[outer] for outer in around]
-    return 1.0 - share * (1.0 - kept) + sum(map(operator.mul, beside, reached))
+    beside = [row.projection * chance for row, chance in zip(rows, reached, strict=True) if row.p]
+    return 1.0 - share * (1.0 - kept) + sum(beside)
 
 
 def _running(rows: Sequence[Row]) -> list[float]:
