@@ -535,6 +535,28 @@ def test_projections_of_wrappers_are_computed_besides(recipe: str, p: float) -> 
     assert kept == pytest.approx(expected / flops_of(outer, x), rel=1e-12)
 
 
+class Sized(nn.Module):
+    """Its shapes cannot be guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == 10
+        out: torch.Tensor = self.conv(x)
+        return out
+
+
+def test_a_projection_that_the_first_batch_makes_is_counted_and_not_made() -> None:
+    layer = sd.StochasticDepth(Sized(), 0.3, projection="new")
+    random = torch.get_rng_state()
+    result = sd.summary(layer, torch.randn(2, 4, 10, generator=torch.Generator()))
+    assert result.compute_kept == pytest.approx(1 / 3 + 0.7)
+    assert (layer.projection, layer.recipe) == (None, "new")
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 class Centred(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -117,8 +117,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         steps: T, at least 1; None for a function.
 
     Raises:
-        TypeError, ValueError: an unknown name, ``step`` below 0, ``steps`` missing or below 1, steps
-            given beside a function, or a function's value outside [0, 1].
+        TypeError, ValueError: an unknown name, ``step`` below 0, ``steps`` missing or below 1,
+            steps given beside a function, or a function's value outside [0, 1].
 
     Example:
         >>> from stochastic_depth.rates import rate_factor

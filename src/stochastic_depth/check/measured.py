@@ -24,7 +24,8 @@ def rates_in_effect(
     chosen = [b for b in branches if b.mode == "subset" and b.is_active and not b.decides_calls]
     if not chosen:
         return {}
-    with noting_sizes() as sizes, forced(dict.fromkeys(chosen, (0, 1.0))):
+    decisions = dict.fromkeys(chosen, (0, 1.0))
+    with untouched(model), noting_sizes() as sizes, forced(decisions):
         _run(model, args, kwargs)
     return {b: 1.0 - subset_size(size, b.p) / size for b, size in sizes.items() if size}
 
@@ -44,20 +45,21 @@ def projection_shares(
     own = [w.branch for w in wrappers if w.projection is not None or w.recipe is not None]
     if not own:
         return {}
-    with plain():
-        total = max(_run(model, args, kwargs), 1)
     found = {}
-    for branch in own:
-        with plain(), forced({branch: (True, 1.0)}):
-            found[branch] = _run(model, args, kwargs) / total + shares[branch] - 1.0
+    with untouched(model):
+        with plain():
+            total = max(_run(model, args, kwargs), 1)
+        for branch in own:
+            with plain(), forced({branch: (True, 1.0)}):
+                _run(model, args, kwargs)  # makes the projection where the first batch does that
+                found[branch] = _run(model, args, kwargs) / total + shares[branch] - 1.0
     return found
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> int:
-    """FLOPs of a call in evaluation; all is as before."""
+    """FLOPs of a call in evaluation."""
     counter = FlopCounter()
     args, kwargs = copied((args, kwargs))
-    math = sdpa_kernel(SDPBackend.MATH)
-    with untouched(model), in_mode(model, False), torch.no_grad(), counter, math:
+    with in_mode(model, False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
         model(*args, **kwargs)
     return counter.get_total_flops()
