@@ -12,6 +12,7 @@ from .applied import awaited, branches, is_applied, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
+from .drop.over import check_not_skipped
 from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
@@ -156,6 +157,7 @@ def apply(
         listed(include, "include"), listed(exclude, "exclude"), listed(blocks, "blocks"),
         Draws(seed, ranks, draw), samples_of(samples, mode),
     )  # fmt: skip
+    check_not_skipped(model, "apply() is called")
     with few_collections():
         put_back = keep_slots(model)
         _install.remove(model)
@@ -273,6 +275,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     applied to a part since stays as it is, and so does what was removed.
     """
     model, part, settings, given = pending.model, pending.part, pending.settings, pending.given
+    check_not_skipped(part, "the first training call, which settles the branches, comes")
     others = _install.others_in(part, settings)
     foreign = {b for module in others for b in branches(module)}
     gone = [block for block in pending.blocks if not is_applied(block)]
@@ -329,6 +332,7 @@ def remove(model: M) -> M:
         >>> sd.branches(sd.remove(model))
         []
     """
+    check_not_skipped(model, "remove() is called")
     for site in sites(model):
         site.draws.withdraw(site.branches)  # others may be balanced with them
     _install.remove(model)

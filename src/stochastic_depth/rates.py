@@ -117,8 +117,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         steps: T, at least 1; None for a function.
 
     Raises:
-        TypeError, ValueError: an unknown name, ``steps`` missing or below 1, steps given beside a
-            function, or a function's value outside [0, 1].
+        TypeError, ValueError: an unknown name, ``step`` below 0, ``steps`` missing or below 1,
+            steps given beside a function, or a function's value outside [0, 1].
 
     Example:
         >>> from stochastic_depth.rates import rate_factor
@@ -133,6 +133,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         Layer Dropping, NeurIPS 2020 (arXiv:2010.13369), for the exponential.
     """
     check_steps(schedule, steps)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be a number of optimizer steps, at least 0, got {step!r}")
     if callable(schedule):
         return check_p(schedule(step), f"schedule({step})")
     done = min(step / cast(int, steps), 1.0)
@@ -269,6 +271,15 @@ class RateSchedule:
         return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a :meth:`state_dict`, before or after ``sd.load_state_dict``."""
+        """Resume from a :meth:`state_dict`, before or after ``sd.load_state_dict``.
+
+        Raises:
+            ValueError: it is no such state; nothing is changed.
+        """
+        if "steps_done" not in state:
+            raise ValueError(
+                "state has no 'steps_done': give what RateSchedule.state_dict returned"
+            )
+        rate_factor(self.schedule, state["steps_done"], self.steps)
         self.steps_done = state["steps_done"]
         self._set_rates()

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..branch import Branch
 from ..find.tensors import is_function
 from .slot import here
 
-__all__ = ["check_repeats", "forced", "left_out", "plain", "sampled"]
+__all__ = ["check_repeats", "forced", "left_out", "noting_sizes", "plain", "sampled"]
 
 
 @contextmanager
@@ -26,41 +26,69 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
             its weight where it is kept. Others decide as always. A nested ``with`` adds to those
             around it.
     """
-    with _set(forced={**(here.forced or {}), **decisions}):
+    with _standing(_Layer(decisions)):
         yield
 
 
 @contextmanager
 def left_out(branches: Iterable[Branch]) -> Iterator[None]:
     """Drop branches for a user."""
-    with forced(dict.fromkeys(branches, (True, 1.0))), _set(is_for_users=True):
+    with _standing(_Layer(dict.fromkeys(branches, (True, 1.0)), is_for_users=True)):
         yield
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """Run the model as it is without stochastic depth, on this thread."""
-    with _set(forced={}):
+    with _standing(_Layer({}, is_plain=True)):
         yield
 
 
 @contextmanager
 def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     """Draw decisions for these branches in evaluation as in training, on this thread."""
-    with _set(sampled=here.sampled | frozenset(branches), is_for_users=True):
+    with _standing(_Layer(sampled=frozenset(branches), is_for_users=True)):
         yield
 
 
 @contextmanager
-def _set(**values: Any) -> Iterator[None]:
-    """Have these values in ``here`` for as long."""
-    own = vars(here)  # of this thread
-    before = {name: own[name] for name in values}
-    own.update(values)
+def noting_sizes() -> Iterator[dict[Branch, int]]:
+    """By branch that chooses samples meanwhile, of how many."""
+    before, here.sizes = here.sizes, {}
+    try:
+        yield here.sizes
+    finally:
+        here.sizes = before
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What one ``with`` asks for; ``is_plain`` hides the decisions of those around it."""
+
+    forced: Mapping[Branch, tuple[int, float]] | None = None
+    sampled: frozenset[Branch] = frozenset()
+    is_plain: bool = False
+    is_for_users: bool = False
+
+
+@contextmanager
+def _standing(layer: _Layer) -> Iterator[None]:
+    """Have a layer count, above those that are there; they may end in any order, as generators."""
+    _set([*here.layers, layer])
     try:
         yield
     finally:
-        own.update(before)
+        _set([other for other in here.layers if other is not layer])
+
+
+def _set(layers: list[_Layer]) -> None:
+    here.layers, forced = layers, None
+    for layer in layers:
+        if layer.forced is not None:
+            forced = {**({} if layer.is_plain else forced or {}), **layer.forced}
+    here.forced = forced
+    here.sampled = frozenset().union(*[layer.sampled for layer in layers])
+    here.is_for_users = any(layer.is_for_users for layer in layers)
 
 
 def check_repeats(branches: Iterable[Branch], training: bool) -> None:

@@ -14,6 +14,7 @@ from .gradients import left_out
 from .part import Part, form, whole
 from .replay import is_recomputing
 from .rows import add_rows, take_rows
+from .slot import here
 
 __all__ = ["Merging", "Owner", "norms_in", "slots"]
 
@@ -100,6 +101,8 @@ class Merging:
                 self.mask, self.weight = draw_mask(branch, size, self.device)
             return
         assert self.seed is not None
+        if here.sizes is not None:
+            here.sizes[branch] = size
         self.kept, self.weight = choose_samples(branch, self.seed, size, self.device)
         self.dropped = size > 0 and len(self.kept) == 0
         self.count(size, size - len(self.kept))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..find.state import untouched
+from .force import plain
+
 __all__ = ["Recipe", "check_recipe", "check_shapes", "guess_input_shape", "make_projection"]
 
 Recipe = Literal["tied", "copy", "new"]
@@ -126,7 +129,7 @@ def _run_on_meta(
 
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     dtype = next((p.dtype for p in module.parameters()), None)
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), untouched(module), plain():
         for m in module.modules():
             if isinstance(m, _LAYERS):
                 hooks.enter_context(m.register_forward_hook(record))

@@ -62,8 +62,10 @@ class _Here(threading.local):
     def __init__(self) -> None:  # dynamo's guards want the attribute on every thread
         self.frame: Any = None
         self.entering: Any = None  # that of the newest call of a block with hooks
+        self.layers: list[Any] = []  # of each with that is open, what the next three come from
         # Decisions that were made by hand; an empty dict stops all sites.
         self.forced: dict[Any, tuple[int, float]] | None = None
+        self.sizes: dict[Any, int] | None = None  # of how many samples branches choose
         self.joined: set[Any] = set()  # those whose sum has been met since
         # The branches that are dropped in evaluation, too.
         self.sampled: frozenset[Any] = frozenset()
