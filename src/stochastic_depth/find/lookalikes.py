@@ -7,8 +7,7 @@ from .parts import OUTSIDE, Parts
 
 __all__ = ["Lookalikes"]
 
-_WEIGHTS = {"softmax", "gumbel_softmax", "sigmoid", "sigmoid_", "hardsigmoid"}
-_GATES = _WEIGHTS | {"tanh", "tanh_"}
+_SQUASHES = {"softmax", "gumbel_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_"}
 _SIZES = {
     "pow", "pow_", "square", "square_", "abs", "abs_", "norm", "linalg_norm",
     "linalg_vector_norm",
@@ -20,7 +19,7 @@ _BETWEEN = VIEWS | ADD | SUBTRACT | {
     "masked_fill_", "where", "clamp", "dropout",
 }  # fmt: skip
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"}
-_ACTIVATIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu"}
+_ACTIVATIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "tanh"}
 
 
 _SCORES = "it goes on through a softmax, a sigmoid, or a tanh alone: scores, a gate, a cell"
@@ -43,6 +42,8 @@ class Lookalikes(Parts):
         weighted = [i for i in branch if any(nodes[x].weights for x in nodes[i].sources)]
         if weighted and all(self.is_grouped(i) for i in weighted):
             return "it is made of grouped convolutions alone: a positional encoding"
+        if not weighted and nodes[m].op in SUBTRACT:
+            return "it takes off what is computed without weights: a mean, a trend"
         if not weighted and any(nodes[x].random for i in branch for x in nodes[i].sources):
             return "it is made of random numbers: noise"
         return ""
@@ -62,24 +63,24 @@ class Lookalikes(Parts):
         """
         if self.is_cut_off(b):
             return "no gradient comes to it (detach): the straight-through estimate of a quantizer"
-        if self.nodes[m].op in SUBTRACT and self.comes_to(m, self.is_size, _BETWEEN):
+        difference = self.nodes[m].op in SUBTRACT
+        if difference and self.comes_to(m, self.is_size, _BETWEEN):
             return "of the difference only the size is used: an error, as that of an autoencoder"
+        if self.is_scores(m) or ((own or difference) and self.is_gate(m)):
+            return _SCORES
         if not own:
-            is_scores = self.comes_to(m, self.is_softmax, _BETWEEN)
-            return _SCORES if is_scores else ""
+            return ""
         if any(map(self.is_noise, self.factors(b))):
             return "it scales normal random numbers: a sample of a distribution"
         if self.is_shared(own, needs, m):
             return "a sum of two branches of a cell, neither of which is its shortcut"
         if not any(self.depth(own)):
             return ""
-        if self.is_gate(m):
-            return _SCORES
         if all(map(self.is_linear, branch)) and self.size_of(branch) < self.size_of(own):
             return "it is linear, and smaller than the layer on its shortcut: a correction (LoRA)"
         if not self.matrices(own).isdisjoint(self.matrices(branch)):
             return "it runs the layer on its shortcut, too: a step of an iteration"
-        if block == 0 and not self.is_followed(m):
+        if self.is_all(block) and not self.is_followed(m):
             return "two ways to the model's output, wide and deep: no shortcut"
         return ""
 
@@ -95,9 +96,12 @@ class Lookalikes(Parts):
     def is_cut_off(self, i: int) -> bool:
         """Whether no gradient comes to what a value is made of."""
         while self.nodes[i].op in VIEWS | {"data"}:
+            sources = {x for x in self.nodes[i].sources if self.nodes[x].varies}
             if self.nodes[i].op in ("detach", "data"):
                 return True
-            i = self.nodes[i].sources[0]
+            if len(sources) != 1:
+                return False
+            (i,) = sources
         return False
 
     def is_linear(self, i: int) -> bool:
@@ -111,20 +115,27 @@ class Lookalikes(Parts):
         """Whether ``r`` is the size of ``i``: its square, a distance."""
         return self.nodes[r].op in _SIZES or self.nodes[r].sources.count(i) > 1
 
-    def is_softmax(self, r: int, i: int) -> bool:
-        """Whether ``r`` makes weights of ``i`` that others are multiplied with."""
-        return self.nodes[r].op in ("softmax", "gumbel_softmax") and self.is_weight(r)
+    def is_scores(self, m: int) -> bool:
+        """Whether others are weighed by a softmax of a sum, or of what one more layer makes."""
+
+        def weighs(r: int, _: int) -> bool:
+            return self.nodes[r].op in ("softmax", "gumbel_softmax") and self.is_weight(r)
+
+        return self.comes_to(m, weighs, _BETWEEN | _ACTIVATIONS | {"to one"})
 
     def is_gate(self, m: int) -> bool:
-        """Whether a sum is squashed, or weighs others after one more layer, of one output."""
+        """Whether a sum is squashed, or others are weighed by a sigmoid of one more layer."""
+
+        def squashes(r: int, _: int) -> bool:
+            return self.nodes[r].op in _SQUASHES
+
+        def weighs(r: int, _: int) -> bool:
+            return squashes(r, _) and self.is_weight(r)
+
         between = _BETWEEN | _NORMS
-        if self.comes_to(m, lambda r, _: self.nodes[r].op in _GATES, between):
-            return True
-
-        def weighs(r: int, i: int) -> bool:
-            return self.nodes[r].op in _WEIGHTS and self.is_weight(r)
-
-        return self.comes_to(m, weighs, between | _ACTIVATIONS | {"to one"})
+        return self.comes_to(m, squashes, between) or self.comes_to(
+            m, weighs, between | _ACTIVATIONS | {"to one"}
+        )
 
     def is_weight(self, i: int) -> bool:
         """Whether others are multiplied with it."""
@@ -147,6 +158,15 @@ class Lookalikes(Parts):
                     seen.add(r)
                     waiting.append(r)
         return found
+
+    def is_all(self, block: int) -> bool:
+        """Whether all layers of the model are in one call, embeddings apart."""
+        call = self.calls[block]
+        return not any(
+            any(self.weights(i)) and self.nodes[i].op != "embedding"
+            for i in range(len(self.nodes))
+            if self.live[i] and not call.start <= i < call.end
+        )
 
     def is_to_one(self, i: int) -> bool:
         """Whether it is made by a layer with a single output."""

@@ -230,19 +230,25 @@ class Finder(Lookalikes):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
-        for side in (own, near):
-            readers = [i for i in side if not start.isdisjoint(self.nodes[i].sources)]
-            if readers and all(self.nodes[i].op in _SLICES for i in readers):
-                return False  # of a part of it: a step, the coordinates
+        if self.is_cut(start, own) or self.is_cut(start, near):
+            return False  # of a part of it: a step, the coordinates
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
         return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
+    def is_cut(self, start: set[int], values: set[int]) -> bool:
+        """Whether ``values`` are made of parts of ``start`` alone."""
+        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
+        return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
+
     def starts_elsewhere(self, own: set[int], near: set[int], left: set[int]) -> bool:
         """Whether what is left of a branch starts from something else than its shortcut."""
         start = self.entries(own)
-        if all(self.nodes[i].op in VIEWS for i in own):  # from another part of the same?
-            return start.isdisjoint(self.viewed(self.entries(left)))
+        if all(self.nodes[i].op in VIEWS for i in own):
+            if not self.is_cut(start, own) or not self.is_cut(start, near):
+                return False
+            again = (len(self.readers[x]) > 1 for x in self.matrices(left))  # these are steps
+            return any(again) or start.isdisjoint(self.viewed(self.entries(left)))
         inner = [x for i, x in self.streams.items() if i in near]
         return not near.union(start).issuperset(inner)
 
