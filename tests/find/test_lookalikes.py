@@ -314,3 +314,13 @@ def test_a_call_whose_state_is_used_too_is_refused_with_that_reason() -> None:
 
     (refused,) = look(States()).refused
     assert "also used outside" in refused.reason
+
+
+def test_nothing_is_told_of_what_is_left_out_with_a_branch() -> None:
+    class Gated(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.d(x * torch.sigmoid(self.a(x) + self.b(self.c(x).relu())))
+
+    found = look(Gated())
+    assert [branch.modules for branch in found.branches] == [("a", "c", "b", "d")]
+    assert found.refused == []
