@@ -267,10 +267,11 @@ class _Planner:
         return self.sizes[name]
 
     def refuse(self, rejected: list[Rejected]) -> None:
-        taken = {r.sum for regions in self.planned.regions.values() for r in regions}
+        regions = [region for found in self.planned.regions.values() for region in found]
+        taken = {region.sum for region in regions}.union(*(region.nodes for region in regions))
         told: dict[tuple[str, str], None] = {}
         for r in rejected:
-            if r.sum in taken:
+            if r.sum in taken:  # by a branch, or inside of one, with which it is left out
                 continue
             block = self.flow.calls[r.block].name
             names = tuple(dict.fromkeys(self.flow.calls[c].name for c in r.calls))

@@ -15,7 +15,7 @@ from typing import Literal
 
 from .flow import Flow, Node
 from .functions import ADD, SUBTRACT, SUMS, VIEWS
-from .parts import OUTSIDE, Parts
+from .lookalikes import Lookalikes
 from .plan import Merge
 from .spot import is_ours
 
@@ -87,13 +87,14 @@ def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
             yield terms[1], terms[0]
 
 
-class Finder(Parts):
+class Finder(Lookalikes):
     """Finds the region of each sum of a flow, and knows what belongs to one."""
 
     def __init__(self, flow: Flow, drops: Container[str]) -> None:
         super().__init__(flow)
         self.found: dict[int, Region] = {}
         self.rejected: list[Rejected] = []
+        self.streams: dict[int, int] = {}  # by sum, refused or not, what it goes on from
         self.drops = [c for c, call in enumerate(flow.calls) if call.made and call.name in drops]
 
     def run(self) -> None:
@@ -133,6 +134,8 @@ class Finder(Parts):
         if isinstance(found, Rejected) and tight != whole:
             # Look into the calls that do more than it.
             found = self.placed(m, s, b, trunk, own, of_branch, tight, merges)
+        if found is not None:
+            self.streams[m] = trunk[-1]
         if isinstance(found, Rejected):
             self.rejected.append(found)
             return None
@@ -187,16 +190,11 @@ class Finder(Parts):
             return None
         if not self.is_substantial(near, m):
             return None
-        if reason := self.objection(inside, near, b, m):
-            return Rejected(block, calls, reason, m)
-        if own and any(map(self.is_noise, self.factors(b))):
-            reason = "it scales normal random numbers: a sample of a distribution"
-            return Rejected(block, calls, reason, m)
-        if self.is_shared(own, branch.union(trunk), m):
-            reason = "a sum of two branches of a cell, neither of which is its shortcut"
-            return Rejected(block, calls, reason, m)
-        if any(self.depth(own)) and block == 0 and not self.is_followed(m):
-            reason = "two ways to the model's output, wide and deep: no shortcut"
+        reason = self.objection(inside, near, b, m)
+        if not reason and own and self.starts_elsewhere(own, near, inside):
+            reason = self.leak(near)
+        needs = branch.union(trunk)
+        if reason := reason or self.likeness(m, b, own, needs, inside, block):
             return Rejected(block, calls, reason, m)
         drops = tuple(
             c for c in self.drops if any(n in inside for n in self.calls[c].made if n is not None)
@@ -226,35 +224,27 @@ class Finder(Parts):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
-        readers = [i for i in own | near if not start.isdisjoint(self.nodes[i].sources)]
-        if all(self.nodes[i].op in _SLICES for i in readers):
-            return False  # of several parts of it, as of two steps
+        if self.is_cut(start, own) or self.is_cut(start, near):
+            return False  # of a part of it: a step, the coordinates
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
         return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
-    def is_shared(self, own: set[int], branch: set[int], m: int) -> bool:
-        """Whether others read what a projection of the shortcut makes with its weights."""
-        made: set[int] = set()
-        for i in sorted(own):
-            if any(self.weights(i)) or not made.isdisjoint(self.nodes[i].sources):
-                made.add(i)
-        readers = {r for i in made for r in self.readers[i]}
-        return not readers <= own | branch | {m}
+    def is_cut(self, start: set[int], values: set[int]) -> bool:
+        """Whether ``values`` are made of parts of ``start`` alone."""
+        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
+        return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
 
-    def objection(self, branch: set[int], near: set[int], b: int, m: int) -> str:
-        nodes = self.nodes
-        if b not in branch or not self.is_substantial(branch, m):
-            return self.leak(near)
-        if not self.largest(branch, 0, m) and not any(self.depth(branch)):
-            weighs = "it only weighs values: a token shift, an interpolation"
-            return OUTSIDE if any(map(self.is_unseen, branch)) else weighs
-        weighted = [i for i in branch if any(nodes[x].weights for x in nodes[i].sources)]
-        if weighted and all(self.is_grouped(i) for i in weighted):
-            return "it is made of grouped convolutions alone: a positional encoding"
-        if not weighted and any(nodes[x].random for i in branch for x in nodes[i].sources):
-            return "it is made of random numbers: noise"
-        return ""
+    def starts_elsewhere(self, own: set[int], near: set[int], left: set[int]) -> bool:
+        """Whether what is left of a branch starts from something else than its shortcut."""
+        start = self.entries(own)
+        if all(self.nodes[i].op in VIEWS for i in own):
+            if not self.is_cut(start, own) or not self.is_cut(start, near):
+                return False
+            again = (len(self.readers[x]) > 1 for x in self.matrices(left))  # these are steps
+            return any(again) or start.isdisjoint(self.viewed(self.entries(left)))
+        inner = [x for i, x in self.streams.items() if i in near]
+        return not near.union(start).issuperset(inner)
 
     def trunk(self, s: int, own: set[int]) -> tuple[list[int], set[int], frozenset[int]]:
         """x + f(x) + g(x): the second branch reads the trunk x of the shortcut x + f(x).
