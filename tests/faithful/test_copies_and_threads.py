@@ -137,6 +137,16 @@ def test_replicas_drop() -> None:
         torch.testing.assert_close(result, data())
 
 
+def test_replicas_are_refused_what_does_not_hold_on_their_threads() -> None:
+    ours, _ = twins(net(blocks), data())
+    for asked in (sd.skip(ours, "1"), sd.sampling(ours)):
+        with asked, pytest.raises(RuntimeError, match="nn.DataParallel runs replicas"):
+            replica_of(ours, {})
+    waiting = sd.apply(net(blocks), 0.5)
+    with pytest.raises(RuntimeError, match="nn.DataParallel runs replicas"):
+        replica_of(waiting, {})
+
+
 # --- threads
 
 

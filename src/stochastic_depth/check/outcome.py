@@ -72,7 +72,7 @@ def differ(
         if a.numel() == 0 or torch.equal(a, b):
             continue
         a64, b64 = (
-            x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64)
+            x.detach().cpu().to(torch.complex128 if x.is_complex() else torch.float64)
             for x in (a, b)
         )
         same = (a64 == b64) | (a64.isnan() & b64.isnan())

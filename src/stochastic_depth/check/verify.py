@@ -275,7 +275,7 @@ class _Verifier:
                     (x * torch.randn(x.shape, generator=source, device="cpu").to(x)).sum()
                     for x in differentiable
                 ]
-                torch.stack([t.to(torch.float64) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
+                torch.stack([t.cpu().double() for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return Outcome([x.detach() for x in outputs], gradients, buffers)

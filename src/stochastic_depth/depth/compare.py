@@ -109,7 +109,7 @@ def _difference(a: Any, b: Any, compared: list[int]) -> str:
             return f"{a.dtype} of shape {tuple(a.shape)}, {b.dtype} of shape {tuple(b.shape)}"
         if torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()):
             return ""
-        apart = (a.double() - b.double()).abs().nan_to_num().max().item()
+        apart = (a.cpu().double() - b.cpu().double()).abs().nan_to_num().max().item()
         return f"apart by up to {apart:.3g}"
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return f"{type(a).__name__}, {type(b).__name__}"

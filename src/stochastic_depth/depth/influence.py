@@ -41,7 +41,8 @@ class Influences:
         dim = _features(before, block)
         if dim is None:
             before, after, dim = before.flatten(1), after.flatten(1), -1
-        apart = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=dim).double()
+        apart = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=dim)
+        apart = apart.cpu().double()
         self.sums[branch] = self.sums.get(branch, torch.zeros_like(apart.sum())) + apart.sum()
         self.counts[branch] = self.counts.get(branch, 0) + apart.numel()
 

@@ -189,7 +189,18 @@ class Slot:
         return copied
 
     def replicate(self) -> nn.Module:
-        """DataParallel's replicas share the ``__dict__``; their slots have to be their own."""
+        """DataParallel's replicas share the ``__dict__``; their slots have to be their own.
+
+        Raises:
+            RuntimeError: what is asked for on this thread would not hold on those of the replicas,
+                or there is nothing yet that a replica could have.
+        """
+        if here.is_for_users or (self.site is not None and not hasattr(self.site, "of_replica")):
+            raise RuntimeError(
+                "stochastic depth: nn.DataParallel runs replicas of the model on other threads: "
+                "give apply() example_inputs, as branches cannot be found there, and use skip() "
+                "and sampling() on the model without it"
+            )
         replica = class_replicate(self.module)
         replica.__dict__.pop(COMPILED_CALL, None)
         slot = replica.__dict__[CALL] = Slot(replica)

@@ -125,8 +125,8 @@ def _digest(t: Tensor, place: Place, size: int, in_a_row: bool = True) -> Tensor
     t = t.reshape(shape).movedim(place.dim + (not in_a_row), 0).reshape(size, -1)
     each = t.shape[1] // _PARTS
     parts = t[:, : each * _PARTS].reshape(size, -1, max(each, 1))
-    sums, some = parts.sum(2).double(), parts[:, :, 0].double()
-    return torch.cat([sums, some, t[:, each * _PARTS :].double()], 1).nan_to_num().cpu()
+    numbers = torch.cat([parts.sum(2), parts[:, :, 0], t[:, each * _PARTS :]], 1)
+    return numbers.cpu().double().nan_to_num()
 
 
 def place_samples(
