@@ -140,10 +140,10 @@ def test_replicas_drop() -> None:
 def test_replicas_are_refused_what_does_not_hold_on_their_threads() -> None:
     ours, _ = twins(net(blocks), data())
     for asked in (sd.skip(ours, "1"), sd.sampling(ours)):
-        with asked, pytest.raises(RuntimeError, match="nn.DataParallel runs replicas"):
+        with asked, pytest.raises(RuntimeError, match=r"nn\.DataParallel runs replicas"):
             replica_of(ours, {})
     waiting = sd.apply(net(blocks), 0.5)
-    with pytest.raises(RuntimeError, match="nn.DataParallel runs replicas"):
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel runs replicas"):
         replica_of(waiting, {})
 
 
