@@ -225,7 +225,17 @@ class Bottleneck(Net):
         return self.d(self.a(x) + self.up(self.down(x).relu()))
 
 
+class Split(Net):
+    """All parts of what it is given, each by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        y = torch.cat([second.relu(), first.tanh()], -1)
+        return self.d(self.a(x) + self.c(self.b(y).relu()))
+
+
 FOUND = [
+    (Split, ("b", "c")),
     (Difference, ("a",)),
     (ErrorThatIsAlsoReturned, ("a",)),
     (Squashed, ("a",)),

@@ -224,16 +224,21 @@ class Finder(Lookalikes):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
-        if self.is_cut(start, own) or self.is_cut(start, near):
+        if self.is_cut(start, own | near) or self.is_part(start, own) or self.is_part(start, near):
             return False  # of a part of it: a step, the coordinates
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
         return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
     def is_cut(self, start: set[int], values: set[int]) -> bool:
-        """Whether ``values`` are made of parts of ``start`` alone."""
+        """Whether ``values`` are made of slices of ``start`` alone."""
         readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
         return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
+
+    def is_part(self, start: set[int], values: set[int]) -> bool:
+        """Whether ``values`` are made of one slice of ``start``."""
+        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
+        return len(readers) == 1 and self.nodes[readers[0]].op in _SLICES - {"chunk", "split"}
 
     def starts_elsewhere(self, own: set[int], near: set[int], left: set[int]) -> bool:
         """Whether what is left of a branch starts from something else than its shortcut."""
@@ -243,7 +248,7 @@ class Finder(Lookalikes):
                 return False
             again = (len(self.readers[x]) > 1 for x in self.matrices(left))  # these are steps
             return any(again) or start.isdisjoint(self.viewed(self.entries(left)))
-        inner = [x for i, x in self.streams.items() if i in near]
+        inner = [x for i, x in self.streams.items() if i in near and self.nodes[x].varies]
         return not near.union(start).issuperset(inner)
 
     def trunk(self, s: int, own: set[int]) -> tuple[list[int], set[int], frozenset[int]]:
