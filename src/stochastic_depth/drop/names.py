@@ -13,7 +13,7 @@ __all__ = [
 
 ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
 SUMS = ADD | {
-    "sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "__rsub__", "rsub",
+    "sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "__rsub__",
 }  # fmt: skip
 IN_PLACE = {"add_", "__iadd__", "sub_", "subtract_", "__isub__"}
 ACTIVATIONS = {
