@@ -168,6 +168,7 @@ class StochasticDepth(nn.Module):
             taken = x if take is None else tree_map_only(Tensor, lambda t: take(t, _ROWS), x)
             return self.module(taken, *more, **kwargs)
 
+        run.owe((x, more, kwargs))
         return around(run, shortcut, call, select, _ROWS)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ __all__ = [
     "VIEWS",
 ]
 
-SUMS = ADD | SUBTRACT | {"__rsub__", "rsub"}
+SUMS = ADD | SUBTRACT | {"__rsub__"}
 IN_PLACE = set(filter(writes, SUMS))  # a set, as dynamo does not look at the ends of names
 ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",

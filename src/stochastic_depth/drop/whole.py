@@ -53,6 +53,7 @@ class WholeSite(Site):
             result: Tensor = returned[0][output]
             return result
 
+        run.owe(given)
         merged = around(run, given[main], call, select, place)
         if not run.compiling:
             merged = merged.to(plan.dtypes.get(0, given[main].dtype))
