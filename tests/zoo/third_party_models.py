@@ -1164,7 +1164,7 @@ _SEQUENCES = [
             vq_strides=[2, 1],
         ),
         _floats(2, 1, 64),
-        counted=(15, "by the source: 14 units and noise blocks, and the second quantizer"),
+        counted=(14, "by the source: 14 units and noise blocks; a quantizer is no branch"),
     ),
     Model(
         "demucs",
