@@ -236,7 +236,7 @@ class Finder(Lookalikes):
         return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
 
     def is_part(self, start: set[int], values: set[int]) -> bool:
-        """Whether ``values`` are made of one slice of ``start``, which is no crop, and no stride."""
+        """Whether ``values`` are made of one slice of ``start``, but no crop or stride."""
         readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
         if len(readers) != 1 or self.nodes[readers[0]].op not in _SLICES - {"chunk", "split"}:
             return False
