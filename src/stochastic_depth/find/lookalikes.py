@@ -101,7 +101,7 @@ class Lookalikes(Parts):
         while self.nodes[i].op in VIEWS | {"data"}:
             sources = {x for x in self.nodes[i].sources if self.nodes[x].varies}
             if self.nodes[i].op in ("detach", "data"):
-                return True
+                return not self.nodes[i].function  # whose backward pass may give it one
             if len(sources) != 1:
                 return False
             (i,) = sources
