@@ -164,7 +164,33 @@ class Recurrent(Net):
         return self.d(h)
 
 
+class UpdateGate(Net):
+    """A GRU's, which says how much of the old goes on, and how much of the new."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.sigmoid(self.a(x) + self.b(self.c(x).relu()))
+        return self.d(z * x.tanh() + (1 - z) * x)
+
+
+class UpdateGateOfLerp(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.sigmoid(self.a(x) + self.b(self.c(x).relu()))
+        return self.d(torch.lerp(x.tanh(), x, z))
+
+
+class Elman(Net):
+    """A recurrent decoder, which is given the same in each step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.c(x).relu()).tanh()
+        for _ in range(2):
+            h = torch.tanh(self.a(x) + self.b(h))
+        return self.d(h)
+
+
 REFUSED = [
+    (UpdateGate, "scores, a gate, a cell"),
+    (UpdateGateOfLerp, "scores, a gate, a cell"),
     (Centred, "a mean, a trend"),
     (ErrorSquared, "of the difference only the size is used"),
     (ErrorTimesItself, "of the difference only the size is used"),
@@ -234,7 +260,64 @@ class Split(Net):
         return self.d(self.a(x) + self.c(self.b(y).relu()))
 
 
+class TanhBlock(Net):
+    """Its activation is a tanh, as in networks that solve differential equations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(torch.tanh(self.a(x) + self.b(self.c(x).tanh())))
+
+
+class Action(Net):
+    """A policy's last block: what is squashed is scaled, and weighs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) + self.b(self.c(x).relu())
+        return torch.tanh(self.one(h)) * self.scale
+
+
+class Codes(Net):
+    """A mixture of learned codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.a(x)).softmax(-1) @ self.codes
+
+
+class Cropped(Net):
+    """A convolution without padding, beside what it covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.conv(x.mT).mT.relu())
+        return self.d(self.a(x[:, 1:-1]) + y)
+
+
+class Strided(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.conv(x.mT).mT.relu())
+        return self.d(self.a(x[:, ::2]) + y)
+
+
 FOUND = [
+    (TanhBlock, ("c", "b")),
+    (Action, ("c", "b")),
+    (Codes, ("a",)),
+    (Cropped, ("conv", "c")),
+    (Strided, ("conv", "c")),
     (Split, ("b", "c")),
     (Difference, ("a",)),
     (ErrorThatIsAlsoReturned, ("a",)),
@@ -334,3 +417,21 @@ def test_nothing_is_told_of_what_is_left_out_with_a_branch() -> None:
     found = look(Gated())
     assert [branch.modules for branch in found.branches] == [("a", "c", "b", "d")]
     assert found.refused == []
+
+
+def test_steps_of_a_recurrent_layer_that_is_given_the_same_are_refused() -> None:
+    found = look(Elman())
+    assert found.branches == []
+    assert any("a cell" in refused.reason for refused in found.refused)
+
+
+def test_a_convolutional_block_alone_is_found() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short, self.a, self.b = (nn.Conv1d(5, 5, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.short(x) + self.b(self.a(x).relu()))
+
+    assert [b.modules for b in look(nn.Sequential(Block())).branches] == [("0.a", "0.b")]

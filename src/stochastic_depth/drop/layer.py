@@ -15,7 +15,7 @@ from .draws import Draws
 from .force import check_repeats
 from .projections import Recipe, check_recipe, check_shapes, guess_input_shape, make_projection
 from .run import Run
-from .slot import here
+from .slot import check_replicas, here
 
 __all__ = ["StochasticDepth"]
 
@@ -181,6 +181,16 @@ class StochasticDepth(nn.Module):
         for module in (self.module, self.projection):
             if isinstance(module, nn.Module):
                 module.compile(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        check_replicas([self.branch])
+        if self.recipe is not None and self.training:
+            raise RuntimeError(
+                f"StochasticDepth: projection={self.recipe!r} is made in the first call, and a "
+                "replica of nn.DataParallel would lose it: call the model once without that"
+            )
+        replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        return replica
 
     def _decide(self, training: bool) -> tuple[Any, float]:
         if not training:

@@ -11,7 +11,7 @@ None outside of blocks, INSIDE while a child runs, whose calls are its own affai
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -195,18 +195,28 @@ class Slot:
             RuntimeError: what is asked for on this thread would not hold on those of the replicas,
                 or there is nothing yet that a replica could have.
         """
-        if here.is_for_users or (self.site is not None and not hasattr(self.site, "of_replica")):
-            raise RuntimeError(
-                "stochastic depth: nn.DataParallel runs replicas of the model on other threads: "
-                "give apply() example_inputs, as branches cannot be found there, and use skip() "
-                "and sampling() on the model without it"
-            )
+        if self.site is not None and not hasattr(self.site, "of_replica"):
+            raise RuntimeError(_REPLICAS)
+        check_replicas(getattr(self.site, "branches", ()))
         replica = class_replicate(self.module)
         replica.__dict__.pop(COMPILED_CALL, None)
         slot = replica.__dict__[CALL] = Slot(replica)
         if self.site is not None:
             slot.site = self.site.of_replica(replica)
         return replica
+
+
+_REPLICAS = (
+    "stochastic depth: nn.DataParallel runs replicas of the model on other threads: give apply() "
+    "example_inputs, as branches cannot be found there, and use skip() and sampling() on the model "
+    "without it"
+)
+
+
+def check_replicas(branches: Iterable[Any]) -> None:
+    """Raise where a user asks on this thread for something of these branches."""
+    if here.is_for_users and not here.sampled.union(here.forced or ()).isdisjoint(branches):
+        raise RuntimeError(_REPLICAS)
 
 
 @starts_graphs

@@ -62,11 +62,13 @@ class Lookalikes(Parts):
             block: the call that it is in.
         """
         if self.is_cut_off(b):
-            return "no gradient comes to it (detach): the straight-through estimate of a quantizer"
+            return "no gradient comes to it (detach), as in a quantizer's straight-through estimate"
         difference = self.nodes[m].op in SUBTRACT
         if difference and self.comes_to(m, self.is_size, _BETWEEN):
             return "of the difference only the size is used: an error, as that of an autoencoder"
-        if self.is_scores(m) or ((own or difference) and self.is_gate(m)):
+        if difference and self.squashed(m):
+            return _SCORES
+        if self.is_scores(m) or (own and self.is_gate(m, branch)):
             return _SCORES
         if not own:
             return ""
@@ -80,7 +82,8 @@ class Lookalikes(Parts):
             return "it is linear, and smaller than the layer on its shortcut: a correction (LoRA)"
         if not self.matrices(own).isdisjoint(self.matrices(branch)):
             return "it runs the layer on its shortcut, too: a step of an iteration"
-        if self.is_all(block) and not self.is_followed(m):
+        convolves = any(self.nodes[i].op.startswith("conv") for i in own)  # as a block alone does
+        if self.is_all(block) and not convolves and not self.is_followed(m):
             return "two ways to the model's output, wide and deep: no shortcut"
         return ""
 
@@ -98,7 +101,7 @@ class Lookalikes(Parts):
         while self.nodes[i].op in VIEWS | {"data"}:
             sources = {x for x in self.nodes[i].sources if self.nodes[x].varies}
             if self.nodes[i].op in ("detach", "data"):
-                return True
+                return not self.nodes[i].function  # whose backward pass may give it one
             if len(sources) != 1:
                 return False
             (i,) = sources
@@ -123,23 +126,42 @@ class Lookalikes(Parts):
 
         return self.comes_to(m, weighs, _BETWEEN | _ACTIVATIONS | {"to one"})
 
-    def is_gate(self, m: int) -> bool:
-        """Whether a sum is squashed, or others are weighed by a sigmoid of one more layer."""
+    def squashed(self, m: int) -> list[int]:
+        """What is made where all that becomes of a sum is squashed."""
+        found: list[int] = []
 
         def squashes(r: int, _: int) -> bool:
+            found.extend([r] if self.nodes[r].op in _SQUASHES else [])
             return self.nodes[r].op in _SQUASHES
 
-        def weighs(r: int, _: int) -> bool:
-            return squashes(r, _) and self.is_weight(r)
+        return found if self.comes_to(m, squashes, _BETWEEN | _NORMS) else []
 
-        between = _BETWEEN | _NORMS
-        return self.comes_to(m, squashes, between) or self.comes_to(
-            m, weighs, between | _ACTIVATIONS | {"to one"}
+    def is_gate(self, m: int, branch: set[int]) -> bool:
+        """Whether others are weighed by a squashed sum, or by a squashed layer of it.
+
+        What only is squashed may be a block's activation, but not where the layers of its branch
+        run again: these are steps of a recurrent layer.
+        """
+
+        def weighs(r: int, _: int) -> bool:
+            return self.nodes[r].op in _SQUASHES and self.is_weight(r)
+
+        squashed = self.squashed(m)
+        if squashed and any(len(self.readers[x]) > 1 for x in self.matrices(branch)):
+            return True
+        return any(map(self.is_weight, squashed)) or self.comes_to(
+            m, weighs, _BETWEEN | _NORMS | _ACTIVATIONS | {"to one"}
         )
 
     def is_weight(self, i: int) -> bool:
-        """Whether others are multiplied with it."""
-        return self.comes_to(i, lambda r, _: self.nodes[r].op in _PRODUCTS, VIEWS | {"dropout"})
+        """Whether other values are multiplied with it, and not a scale alone."""
+
+        def multiplies(r: int, x: int) -> bool:
+            others = (o for o in self.nodes[r].sources if o != x)
+            is_product = self.nodes[r].op in _PRODUCTS | {"lerp", "lerp_"}
+            return is_product and any(self.nodes[o].varies for o in others)
+
+        return self.comes_to(i, multiplies, _BETWEEN | {"rsub", "__rsub__"})  # 1 - gate
 
     def comes_to(self, m: int, is_end: Callable[[int, int], bool], between: Set[str]) -> bool:
         """Whether all that becomes of a value, through functions ``between``, is an end."""

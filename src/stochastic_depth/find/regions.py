@@ -236,9 +236,13 @@ class Finder(Lookalikes):
         return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
 
     def is_part(self, start: set[int], values: set[int]) -> bool:
-        """Whether ``values`` are made of one slice of ``start``."""
+        """Whether ``values`` are made of one slice of ``start``, but no crop or stride."""
         readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
-        return len(readers) == 1 and self.nodes[readers[0]].op in _SLICES - {"chunk", "split"}
+        if len(readers) != 1 or self.nodes[readers[0]].op not in _SLICES - {"chunk", "split"}:
+            return False
+        (i,) = readers
+        left, whole = self.nodes[i].shape, self.nodes[self.nodes[i].sources[0]].shape
+        return len(left) != len(whole) or any(2 * a < b for a, b in zip(left, whole, strict=True))
 
     def starts_elsewhere(self, own: set[int], near: set[int], left: set[int]) -> bool:
         """Whether what is left of a branch starts from something else than its shortcut."""
