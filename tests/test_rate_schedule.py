@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -315,3 +316,10 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(step: object) -> No
     with pytest.raises(ValueError, match="state has no 'steps_done'"):
         schedule.load_state_dict({"last_epoch": 3})
     assert (rates(model), schedule.steps_done) == (before, 1)
+
+
+def test_a_state_may_hold_a_number_of_numpy() -> None:
+    model = build(0.6)
+    schedule = sd.RateSchedule(model, "linear", steps=10)
+    schedule.load_state_dict({"steps_done": np.int64(5)})
+    assert rates(model)[-1] == pytest.approx(0.3)

@@ -133,7 +133,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         Layer Dropping, NeurIPS 2020 (arXiv:2010.13369), for the exponential.
     """
     check_steps(schedule, steps)
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    whole = hasattr(step, "__index__") and not isinstance(step, bool)  # numpy's and tensors, too
+    if not whole or step < 0:
         raise ValueError(f"step must be a number of optimizer steps, at least 0, got {step!r}")
     if callable(schedule):
         return check_p(schedule(step), f"schedule({step})")
