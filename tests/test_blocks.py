@@ -209,6 +209,31 @@ def test_what_cannot_be_dropped_is_reported_and_runs(result, reason):
     assert str(model(x)) == str(plain)
 
 
+class Twice(nn.Module):
+    """Calls a block twice, and reads what else it returns of one call."""
+
+    def __init__(self, read: int) -> None:
+        super().__init__()
+        self.block = Bad(lambda block, x: (x + 1, block.linear(x)))
+        self.other, self.read = Asking(), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, first = self.block(x)
+        x, second = self.block(x)
+        return self.other(x), (first, second)[self.read]
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_a_block_is_dropped_in_all_calls_of_a_form_or_in_none(read):
+    model, x = Twice(read), torch.randn(2, 4)
+    sd.apply(model, 1.0, blocks=["block", "other"], example_inputs=x)
+    assert [branch.name for branch in sd.branches(model)] == ["other:(block)"]
+    ((name, reason),) = sd.summary(model).refused
+    assert name == "block:(block)"
+    assert "besides its output it returns a tensor that is used" in reason
+    model(x)
+
+
 def test_state_is_kept_and_remove_undoes():
     plain = Decoder()
     model = applied(copy.deepcopy(plain), 0.5, blocks=lambda name, m: isinstance(m, Layer))

@@ -277,6 +277,17 @@ def test_inspect_prints_the_summary(model, size, block, depth, capsys):
     assert depth in output
 
 
+def test_inspect_shows_the_rates_that_are_asked_for_in_every_mode(capsys):
+    tables = set()
+    for mode in ("batch", "row", "subset"):
+        assert (
+            main(["inspect", "resnet18", "--image-size", "32", "--p", "0.2", "--mode", mode]) == 0
+        )
+        tables.add(capsys.readouterr().out)
+    (table,) = tables
+    assert "0.200" in table
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

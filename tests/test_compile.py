@@ -261,8 +261,11 @@ class ByFunction(Mlp):
         return sd.residual(x, branch, p=self.p, training=self.training, **self.options)
 
 
-@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
-@pytest.mark.parametrize("scale", ["train", "eval"])
+# In evaluation, where scale="eval" weighs, no mode chooses anything.
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [("batch", "train"), ("row", "train"), ("subset", "train"), ("batch", "eval")],
+)
 @pytest.mark.parametrize("form", ["applied", "whole", "wrapper", "function"])
 def test_both_ends_of_p_are_exact_in_graphs_that_were_made_for_other_rates(form, mode, scale):
     options = {"mode": mode, "scale": scale}
@@ -676,3 +679,60 @@ def test_a_function_that_is_compiled_inside_of_a_forward_meets_the_branch(part):
         expected = x if branch.dropped > dropped else x + 2 * (full - x)
         torch.testing.assert_close(out, expected)
     assert 0 < branch.dropped < 8
+
+
+class Spelled(nn.Module):
+    """One branch, written in one of several ways between its last module and its sum."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.norm, self.out = way, nn.LayerNorm(4), nn.Linear(4, 4)
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("mean", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        if self.way == "scores":  # as many keys as channels: swapped operands fit, too
+            return x + self.out((self.q(h) @ self.k(h).mT).softmax(-1) @ h)
+        y = self.out(h)
+        match self.way:
+            case "matmul":
+                return x + y @ self.weight
+            case "bias":
+                return x + (y + self.bias)
+            case "minus a buffer":
+                return x + (y - self.mean)
+            case "alpha":
+                return x + torch.add(y, self.mean, alpha=2)
+            case "rsub":
+                return x + torch.rsub(y, self.mean)
+        return torch.stack([x, y.tanh()]).sum(0)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+@pytest.mark.parametrize("way", ["scores", "matmul", "bias", "minus a buffer", "alpha", "rsub"])
+def test_what_comes_before_the_sum_is_computed_as_in_eager_mode(way, mode, by_block):
+    model, x = nn.Sequential(Spelled(way)).double(), torch.randn(6, 4, 4, dtype=torch.float64)
+    change = model(x) - x
+    samples = None if mode == "batch" else 0
+    sd.apply(model, p=0.5, schedule="uniform", mode=mode, samples=samples, example_inputs=x)
+    if by_block:
+        model[0].compile(backend="eager")
+    fast = model if by_block else torch.compile(model, backend="eager")
+    kept = set()
+    for _ in range(12):
+        for ours, whole in zip(fast(x) - x, change, strict=True):
+            is_kept = bool(ours.any())
+            torch.testing.assert_close(ours, 2 * whole * is_kept, rtol=1e-12, atol=1e-14)
+            kept.add(is_kept)
+    assert kept == {False, True}
+
+
+def test_what_a_graph_cannot_tell_is_an_error():
+    x = torch.randn(6, 4, 4)
+    for way, message in {"matmul": "write torch.matmul", "join": "write x \\+ y"}.items():
+        model = sd.apply(nn.Sequential(Spelled(way)), p=0.5, example_inputs=x)
+        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=message):
+            torch.compile(model, backend="eager", fullgraph=True)(x)

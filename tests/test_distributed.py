@@ -108,6 +108,7 @@ def test_ddp_without_find_unused_parameters() -> None:
     launch(train_all, 2, cases)
 
 
+@pytest.mark.zoo
 def test_ddp_on_four_ranks() -> None:
     launch(train_all, 4, [({}, False, False)])
 

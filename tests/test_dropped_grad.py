@@ -1,6 +1,7 @@
 """None or zero: what the optimizer does to a branch in a step that dropped it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -133,3 +134,51 @@ def test_zeros_come_however_the_branch_is_added(way: str, mode: str) -> None:
 def test_an_unknown_choice_is_refused(wrong):
     with pytest.raises(ValueError, match=r"dropped_grad must be one of .*'none', 'zero'"):
         sd.apply(Net(), p=0.2, dropped_grad=wrong)
+
+
+class Parallel(nn.Module):
+    """Two branches read one norm, and another module's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.shift = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, shift = self.norm(x), self.shift(torch.ones(4))
+        return x + self.a(h + shift) + self.b(h) * shift
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("blocks", [None, "1"])
+def test_what_only_dropped_branches_read_gets_zeros_too(mode: str, blocks: str | None) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Parallel(), nn.Linear(4, 4)), torch.randn(3, 4)
+    sd.apply(model, p=0.5, mode=mode, dropped_grad="zero", blocks=blocks, example_inputs=x)
+    branches = sd.branches(model)
+    for rates in itertools.product([0.0, 1.0], repeat=len(branches)):
+        for branch, p in zip(branches, rates, strict=True):
+            branch.p = p
+        model.zero_grad()
+        model(x).square().sum().backward()
+        read = blocks is None and rates != (1.0, 1.0)
+        for name, p in model[1].named_parameters():
+            assert p.grad is not None, (rates, name)
+            if name.startswith("norm"):
+                assert bool(p.grad.any()) is (read or rates == (0.0,))
+
+
+def test_what_is_given_to_a_dropped_block_and_to_no_other_gets_zeros() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+            self.layer = nn.TransformerDecoderLayer(4, 2, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.layer(x, self.encoder(x)))
+
+    model, x = Decoder(), torch.randn(2, 3, 4)
+    sd.apply(model, p=1.0, blocks="layer", dropped_grad="zero", example_inputs=x)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not model.encoder.weight.grad.any()

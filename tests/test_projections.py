@@ -245,6 +245,32 @@ def test_looking_at_the_shapes_changes_nothing(
     assert hooked == []
 
 
+class Counted(nn.Module):
+    """Has a layer twice and one that drops, counts its calls, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(6, 6)
+        self.layers = nn.Sequential(layer, sd.StochasticDepth(nn.Linear(6, 6), 0.5), layer)
+        self.calls: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(x)
+        out: Tensor = self.layers(x)
+        return out
+
+
+@pytest.mark.parametrize("recipe", [None, "new"])
+def test_looking_at_the_shapes_leaves_a_layer_that_is_there_twice(recipe: Any) -> None:
+    module, x = Counted(), torch.randn(4, 6)
+    before, random = module.eval()(x), torch.get_rng_state()
+    layer = sd.StochasticDepth(module.train(), 0.5, recipe)
+    assert recipe or torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(layer.eval()(x), before)
+    assert len(module.calls) == 2
+    assert [branch.decided for branch in sd.branches(layer)] == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_new_projection_has_the_dtype_of_the_module(dtype: torch.dtype) -> None:
     layer = sd.StochasticDepth(nn.Conv2d(3, 6, 3, 2, 1, dtype=dtype), 1.0, "new")

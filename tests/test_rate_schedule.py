@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -302,3 +303,23 @@ def test_blocks_compiled_one_by_one_follow_the_rates_without_recompiling():
     with torch.no_grad():
         x = torch.randn(2, 4)
         assert torch.equal(model(x), x)
+
+
+@pytest.mark.parametrize("step", [-1, 2.5, "3", None, True])
+def test_a_state_that_is_none_is_refused_and_changes_nothing(step: object) -> None:
+    model = build(0.6)
+    schedule = sd.RateSchedule(model, "linear", steps=10)
+    schedule.step()
+    before = rates(model)
+    with pytest.raises(ValueError, match=f"step must be a number of .*, got {step!r}"):
+        schedule.load_state_dict({"steps_done": step})
+    with pytest.raises(ValueError, match="state has no 'steps_done'"):
+        schedule.load_state_dict({"last_epoch": 3})
+    assert (rates(model), schedule.steps_done) == (before, 1)
+
+
+def test_a_state_may_hold_a_number_of_numpy() -> None:
+    model = build(0.6)
+    schedule = sd.RateSchedule(model, "linear", steps=10)
+    schedule.load_state_dict({"steps_done": np.int64(5)})
+    assert rates(model)[-1] == pytest.approx(0.3)

@@ -245,10 +245,6 @@ def test_fully_shard_on_two_ranks() -> None:
     launch(train_all, 2, [*cases(FSDP2, ["auto"]), *either])
 
 
-def test_fully_shard_on_four_ranks() -> None:
-    launch(train_all, 4, cases(["block:reshard"], ["auto"]))
-
-
 def train_fsdp1(rank: int) -> None:
     for how in FSDP1:
         model = build()

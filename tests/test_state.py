@@ -151,6 +151,85 @@ def test_a_model_that_waits_for_its_first_batch_takes_a_state_then(options: dict
             third(x)
 
 
+class Pair(nn.Module):
+    """Networks that are called by themselves, of inputs that cannot be guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = Told(), Told()
+
+
+def calls(pair: Pair, n: int) -> list[torch.Tensor]:
+    return [net({"x": small_batch()}) for _ in range(n) for net in (pair.maker, pair.judge)]
+
+
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+def test_a_state_of_networks_that_are_found_one_by_one_waits_for_all_of_them() -> None:
+    options = {"p": 0.5, "schedule": "uniform", "seed": 3}
+    model, resumed, later = (sd.apply(Pair(), **options) for _ in range(3))
+    calls(model, 2)
+    state = sd.state_dict(model)
+    expected = calls(model, 4)
+    sd.load_state_dict(resumed, state)
+    with pytest.raises(ValueError, match="load it when each has had a call in training"):
+        calls(resumed, 1)
+    calls(later, 1)
+    sd.load_state_dict(later, state)
+    assert all(map(torch.equal, calls(later, 4), expected))
+    assert counts(later) == counts(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+def test_a_state_that_was_loaded_is_restored_once() -> None:
+    model, resumed = (sd.apply(Pair(), 0.5, schedule="uniform", seed=3) for _ in range(2))
+    x = {"x": small_batch()}
+    model.maker(x)
+    sd.load_state_dict(resumed, sd.state_dict(model))
+    for pair in (model, resumed):
+        for _ in range(4):
+            pair.maker(x)
+        pair.judge(x)
+    assert counts(resumed) == counts(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")
+def test_a_state_that_waits_for_the_first_batch_is_saved_again() -> None:
+    model, resumed, again = (sd.apply(Told(), 0.5, seed=i) for i in range(3))
+    x = {"x": small_batch()}
+    model(x)
+    sd.load_state_dict(resumed, sd.state_dict(model))
+    sd.load_state_dict(again, sd.state_dict(resumed))
+    assert all(torch.equal(model(x), again(x)) for _ in range(8))
+    assert counts(again) == counts(model)
+
+
+class Two(nn.Module):
+    """Two networks of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = small(False), small(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x)
+
+
+def test_each_seed_goes_on_in_its_own_part_before_the_first_batch() -> None:
+    """A model that waits is met before its parts, and with its branches after some of them."""
+
+    def fresh(seed: int) -> nn.Module:
+        options = {"p": 0.5, "schedule": "uniform"}
+        model = sd.apply(Two(), seed=seed, **options)
+        sd.apply(model.first, seed=seed + 1, example_inputs=small_batch(), **options)
+        return model.train()
+
+    model, resumed = fresh(1), fresh(5)
+    model(small_batch())
+    sd.load_state_dict(resumed, sd.state_dict(model))
+    assert all(torch.equal(model(small_batch()), resumed(small_batch())) for _ in range(8))
+    assert counts(resumed) == counts(model)
+
+
 def test_what_was_set_of_branches_goes_on_too() -> None:
     x, options = small_batch(), {"schedule": "uniform", "mode": "row"}
     model, resumed = (sd.apply(small(), 0.5, example_inputs=x, **options) for _ in range(2))

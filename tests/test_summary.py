@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import stochastic_depth as sd
 from models import SMALL_BRANCHES, Block, small, small_batch
 from stochastic_depth.applied import names_in
+from stochastic_depth.drop.force import forced, plain
 
 
 def conv(inputs: int, outputs: int, kernel: int, pixels: int) -> int:
@@ -480,3 +481,102 @@ def test_what_failed_on_trial_is_told_with_its_reason_on_other_inputs_too() -> N
     assert result.unused == ()
     assert result.refused == sd.summary(model).refused
     assert "the model fails where it is left out: ArithmeticError" in result.refused[0][1]
+
+
+class Turned(nn.Module):
+    """Takes its batch in a dict, with the samples in a dimension of one's choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = batch["x"]
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "samples", "size"), [((5, 7, 6), 0, 5), ((7, 5, 6), 1, 5), ((15, 7, 6), (0, 3), 5)]
+)
+def test_subset_counts_the_samples_where_they_are(shape, samples, size) -> None:
+    inputs = ({"x": torch.randn(shape)},)
+    options = {"mode": "subset", "schedule": "uniform", "example_inputs": inputs}
+    model = sd.apply(Turned(), 0.5, samples=samples, **options)
+    model(*inputs)
+    dropped = [branch.dropped for branch in sd.branches(model)]
+    rows = sd.summary(model, inputs).rows
+    assert [row.p for row in rows] == [n / size for n in dropped] == [0.6, 0.6]
+    assert [branch.dropped for branch in sd.branches(model)] == dropped
+
+
+def flops_of(model: nn.Module, x: torch.Tensor, decisions: dict | None = None) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), plain() if decisions is None else forced(decisions):
+        model(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("recipe", ["new", "tied", "copy"])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_projections_of_wrappers_are_computed_besides(recipe: str, p: float) -> None:
+    body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+    inner = sd.StochasticDepth(body, p, projection=recipe)
+    model = nn.Sequential(sd.StochasticDepth(nn.Linear(6, 6), 0.5), inner, nn.Linear(8, 2))
+    outer = sd.StochasticDepth(model, 0.2, projection="new").eval()
+    x, branches = torch.randn(4, 6), sd.branches(outer)
+    expected = 0.0
+    for dropped in itertools.product([False, True], repeat=len(branches)):
+        chosen = zip(branches, dropped, strict=True)
+        decisions = {b: (d, 1.0) for b, d in chosen if b.p > 0.0}  # at 0 it is out of the way
+        chances = [b.p if d else 1.0 - b.p for b, d in zip(branches, dropped, strict=True)]
+        expected += math.prod(chances) * flops_of(outer, x, decisions)
+    kept = sd.summary(outer, x).compute_kept
+    assert kept == pytest.approx(expected / flops_of(outer, x), rel=1e-12)
+
+
+class Sized(nn.Module):
+    """Its shapes cannot be guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == 10
+        out: torch.Tensor = self.conv(x)
+        return out
+
+
+def test_a_projection_that_the_first_batch_makes_is_counted_and_not_made() -> None:
+    layer = sd.StochasticDepth(Sized(), 0.3, projection="new")
+    random = torch.get_rng_state()
+    result = sd.summary(layer, torch.randn(2, 4, 10, generator=torch.Generator()))
+    assert result.compute_kept == pytest.approx(1 / 3 + 0.7)
+    assert (layer.projection, layer.recipe) == (None, "new")
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return x + self.second(h - h.mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*samples cannot be selected:UserWarning")
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_masked_branches_save_nothing(mode: str) -> None:
+    x = torch.randn(6, 6)
+    model = nn.Sequential(Centred(), nn.Linear(6, 2))
+    sd.apply(model, 0.5, mode=mode, samples=0, example_inputs=x)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.train()(x)
+    result = sd.summary(model, x)
+    assert result.compute_kept == counter.get_total_flops() / flops_of(model, x) == 1.0
+    assert "masked          0:" in str(result)
+    assert result.expected_depth == 0.5

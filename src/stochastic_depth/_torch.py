@@ -18,7 +18,6 @@ from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.utils import hooks
 from torch.utils._pytree import (  # torch has no public one
-    TreeSpec,
     tree_flatten,
     tree_leaves,
     tree_map,
@@ -31,7 +30,6 @@ __all__ = [
     "COMPILED_CALL",
     "CONTENTS",
     "REPLICATE",
-    "TreeSpec",
     "class_call",
     "class_replicate",
     "default_store",
@@ -51,6 +49,7 @@ __all__ = [
     "start_no_graph",
     "starts_graphs",
     "tell_apart",
+    "tensor_leaves",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -58,6 +57,12 @@ __all__ = [
     "tree_unflatten",
     "without_parametrize_cache",
 ]
+
+
+def tensor_leaves(x: Any) -> list[Tensor]:
+    """The tensors among the leaves of ``x``."""
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -28,14 +28,10 @@ def branches(model: nn.Module) -> list[Branch]:
         Branch('layer4.1:conv1', p=0.2, kind='identity', mode='batch')
         >>> sd.branches(model)[0].p = 0.0  # never drop the first
     """
-    found: dict[Branch, None] = {}
     for name, module in model.named_modules():
         if isinstance(module, StochasticDepth):
             module.branch.name = name or "StochasticDepth"
-            found[module.branch] = None
-    for site in sites(model):
-        found |= dict.fromkeys(site.branches)
-    return _Listed(sorted(found, key=lambda branch: branch.order))
+    return _Listed(sorted(owners(model), key=lambda branch: branch.order))
 
 
 class _Listed(list[Branch]):
@@ -89,9 +85,9 @@ def names_in(model: nn.Module) -> dict[Branch, str]:
 def owners(model: nn.Module) -> dict[Branch, Site | StochasticDepth]:
     """What knows the modules of each branch in ``model``: the site of its block, or its wrapper."""
     found: dict[Branch, Site | StochasticDepth] = {
-        branch: site for site in sites(model) for branch in site.branches
+        m.branch: m for m in model.modules() if isinstance(m, StochasticDepth)
     }
-    return found | {m.branch: m for m in model.modules() if isinstance(m, StochasticDepth)}
+    return found | {branch: site for site in sites(model) for branch in site.branches}
 
 
 def awaited(model: nn.Module) -> Iterator[Any]:

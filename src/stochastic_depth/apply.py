@@ -8,10 +8,11 @@ from torch import nn
 
 from . import install as _install
 from ._torch import is_flat_parameter
-from .applied import awaited, branches, is_applied
+from .applied import awaited, branches, is_applied, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
 from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
+from .drop.over import check_not_skipped
 from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
@@ -156,6 +157,7 @@ def apply(
         listed(include, "include"), listed(exclude, "exclude"), listed(blocks, "blocks"),
         Draws(seed, ranks, draw), samples_of(samples, mode),
     )  # fmt: skip
+    check_not_skipped(model, "apply() is called")
     with few_collections():
         put_back = keep_slots(model)
         _install.remove(model)
@@ -223,18 +225,6 @@ def _tell_unused(findings: Findings) -> None:
         )
 
 
-def _tell_folded(rows: dict[str, int]) -> None:
-    """Warn of branches in whose sums several rows are one sample, by their number."""
-    if rows:
-        warnings.warn(
-            "samples are taken to be as many neighbouring rows as in the example; where that "
-            "number varies from batch to batch, use mode='batch': "
-            + ", ".join(f"{name} ({count} rows)" for name, count in list(rows.items())[:4])
-            + (", ..." if len(rows) > 4 else ""),
-            stacklevel=6,
-        )
-
-
 def complete(
     model: nn.Module,
     findings: Findings,
@@ -254,8 +244,15 @@ def complete(
             "dimension in which they are",
             stacklevel=5,
         )
-    if settings.mode != "batch" and settings.samples.rows == 1:
-        _tell_folded({b.name: b.place.fold for b in chosen if b.place and b.place.fold > 1})
+    rows = [(b.name, b.place.fold) for b in chosen if b.place and b.place.fold > 1]
+    if rows and settings.mode != "batch" and settings.samples.rows == 1:
+        warnings.warn(
+            "samples are taken to be as many neighbouring rows as in the example; where that "
+            "number varies from batch to batch, use mode='batch': "
+            + ", ".join(f"{name} ({count} rows)" for name, count in rows[:4])
+            + (", ..." if len(rows) > 4 else ""),
+            stacklevel=5,
+        )
     masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
     if masked:
         reasons = dict.fromkeys(b.reason for b in masked if b.reason)
@@ -278,6 +275,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
     applied to a part since stays as it is, and so does what was removed.
     """
     model, part, settings, given = pending.model, pending.part, pending.settings, pending.given
+    check_not_skipped(part, "the first training call, which settles the branches, comes")
     others = _install.others_in(part, settings)
     foreign = {b for module in others for b in branches(module)}
     gone = [block for block in pending.blocks if not is_applied(block)]
@@ -334,6 +332,8 @@ def remove(model: M) -> M:
         >>> sd.branches(sd.remove(model))
         []
     """
-    _install.withdraw(model)
+    check_not_skipped(model, "remove() is called")
+    for site in sites(model):
+        site.draws.withdraw(site.branches)  # others may be balanced with them
     _install.remove(model)
     return model

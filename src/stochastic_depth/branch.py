@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 
 __all__ = [
+    "CHOICES",
+    "COUNTS",
     "Branch",
     "DroppedGrad",
     "Kind",
@@ -27,7 +29,8 @@ Kind = Literal["identity", "projection", "block"]
 Mode = Literal["batch", "row", "subset"]
 Scale = Literal["train", "eval", "none"]
 DroppedGrad = Literal["none", "zero"]
-_CHOICES = {"mode": Mode, "scale": Scale, "dropped_grad": DroppedGrad}
+COUNTS = "decided", "dropped"
+CHOICES = {"mode": Mode, "scale": Scale, "dropped_grad": DroppedGrad}
 
 
 class Place(NamedTuple):
@@ -163,7 +166,7 @@ class _Choice:
         vars(branch)[self.name] = value
 
 
-for _name, _allowed in _CHOICES.items():
+for _name, _allowed in CHOICES.items():
     setattr(Branch, _name, _Choice(_name, _allowed))
 
 
@@ -202,7 +205,7 @@ def put_below(branch: Branch, prefix: str) -> None:
 
 def choices(branch: Branch) -> dict[str, Any]:
     """What a user may set of a branch."""
-    return {name: getattr(branch, name) for name in ("target", "mode", "scale", "dropped_grad")}
+    return {name: getattr(branch, name) for name in ("target", *CHOICES)}
 
 
 def check_p(p: float, name: str = "p") -> float:

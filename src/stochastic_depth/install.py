@@ -10,6 +10,7 @@ from torch import nn
 from ._torch import outside_graphs
 from .applied import branches, sites
 from .branch import (
+    COUNTS,
     Branch,
     DroppedGrad,
     Mode,
@@ -44,7 +45,6 @@ __all__ = [
     "refused_beside",
     "remove",
     "sites_of",
-    "withdraw",
 ]
 
 
@@ -80,11 +80,8 @@ def install(
 ) -> list[Branch]:
     """Set up the branches of ``findings`` that are chosen, and put slots into their blocks.
 
-    Args:
-        model: the model.
-        findings: what was found in it, or in a child of it that is called by itself.
-        settings: the arguments of ``apply``.
-        beside: of a child, the branches of the others, which count for depth and stay as they are.
+    Where these were made of a child that is called by itself, ``beside`` are the branches of the
+    others, which count for depth and stay as they are.
 
     Raises:
         ValueError: nothing was found, a pattern matches nothing, rates that do not fit.
@@ -190,9 +187,7 @@ def keep_identity(findings: Findings, before: Mapping[str, Branch]) -> Findings:
         known = before.get(found.name)
         if known is None:
             continue
-        known.__dict__.update(
-            {name: value for name, value in vars(found).items() if name not in _COUNTS}
-        )
+        vars(known).update({name: x for name, x in vars(found).items() if name not in COUNTS})
         findings.branches[i] = known
         findings.nodes[known] = findings.nodes.pop(found, frozenset())
         findings.merges[known] = findings.merges.pop(found, ())
@@ -200,9 +195,6 @@ def keep_identity(findings: Findings, before: Mapping[str, Branch]) -> Findings:
             for plan in plans.values():
                 plan.branches = [known if b is found else b for b in plan.branches]
     return findings
-
-
-_COUNTS = {"decided", "dropped"}
 
 
 class Pending:
@@ -300,12 +292,6 @@ def prefixed(findings: Findings, prefix: str) -> Findings:
     findings.refused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.refused]
     findings.unused = [Refused(name_in_model(r.name, prefix), r.reason) for r in findings.unused]
     return findings
-
-
-def withdraw(model: nn.Module) -> None:
-    """Balance what is left without the branches of ``model``."""
-    for site in sites(model):
-        site.draws.withdraw(site.branches)
 
 
 def remove(model: nn.Module) -> None:

@@ -31,12 +31,7 @@ def choose(
 ) -> list[Branch]:
     """The branches that ``include`` selects and ``exclude`` does not.
 
-    Args:
-        model: the model.
-        found: its branches.
-        include: patterns.
-        exclude: the same.
-        strict: every pattern has to match a branch, and one has to be left.
+    Where ``strict``, every pattern has to match one, and one has to be left.
 
     Raises:
         TypeError, ValueError: a pattern of another kind; one that matches no branch.

@@ -117,8 +117,8 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         steps: T, at least 1; None for a function.
 
     Raises:
-        TypeError, ValueError: an unknown name, ``steps`` missing or below 1, steps given beside a
-            function, or a function's value outside [0, 1].
+        TypeError, ValueError: an unknown name, ``step`` below 0, ``steps`` missing or below 1,
+            steps given beside a function, or a function's value outside [0, 1].
 
     Example:
         >>> from stochastic_depth.rates import rate_factor
@@ -133,6 +133,9 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
         Layer Dropping, NeurIPS 2020 (arXiv:2010.13369), for the exponential.
     """
     check_steps(schedule, steps)
+    whole = hasattr(step, "__index__") and not isinstance(step, bool)  # numpy's and tensors, too
+    if not whole or step < 0:
+        raise ValueError(f"step must be a number of optimizer steps, at least 0, got {step!r}")
     if callable(schedule):
         return check_p(schedule(step), f"schedule({step})")
     done = min(step / cast(int, steps), 1.0)
@@ -212,7 +215,6 @@ class RateSchedule:
         self.schedule = schedule
         self.steps = steps
         self.steps_done = 0
-        self._branches: list[Branch] = branches(model)
         self._draws = draws_of(model)  # of each apply its own
         if not self._draws:
             raise ValueError("model has no stochastic depth: apply it first (sd.apply)")
@@ -248,7 +250,8 @@ class RateSchedule:
                 "stochastic depth was removed or applied anew since this RateSchedule was made; "
                 "make another one"
             )
-        self._branches, self._draws = branches(self.model), draws
+        self._draws = draws
+        self._branches: list[Branch] = branches(self.model)
 
     def metrics(self) -> dict[str, float]:
         """What to log: the factor, the sum of 1-p, and what was decided and dropped so far.
@@ -269,6 +272,15 @@ class RateSchedule:
         return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a :meth:`state_dict`, before or after ``sd.load_state_dict``."""
+        """Resume from a :meth:`state_dict`, before or after ``sd.load_state_dict``.
+
+        Raises:
+            ValueError: it is no such state; nothing is changed.
+        """
+        if "steps_done" not in state:
+            raise ValueError(
+                "state has no 'steps_done': give what RateSchedule.state_dict returned"
+            )
+        rate_factor(self.schedule, state["steps_done"], self.steps)
         self.steps_done = state["steps_done"]
         self._set_rates()

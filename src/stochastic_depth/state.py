@@ -50,8 +50,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     Args:
         model: a module to which stochastic depth has been applied in the same way.
         state: the state; if it doesn't fit, nothing is changed. Where no branches are found before
-            the first batch, that restores them. A RateSchedule's state may be loaded before or
-            after it.
+            the first batch, that restores them all, or raises. A RateSchedule's state may be loaded
+            before or after it.
 
     Raises:
         ValueError: the state is that of a model with other branches, or with another ``draw`` or

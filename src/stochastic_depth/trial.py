@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
-from ._torch import tree_leaves
+from ._torch import tensor_leaves
 from .branch import Branch
 from .drop.decide import choose_samples
 from .drop.draws import Draws
@@ -45,7 +45,7 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     compared with computing all and masking, and where these differ, samples are masked. Of blocks
     that are dropped as a whole only the latter is tried: they enter no sum.
     """
-    if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+    if any(t.is_meta for t in tensor_leaves((args, kwargs))):
         return findings  # no values to compare
     found = findings.branches
     whole = any(b.kind == "block" for b in found)
@@ -170,8 +170,9 @@ class _Trial:
             for branch in branches:
                 for name in branch.modules:
                     module = self.model.get_submodule(name)
-                    handle = module.register_forward_pre_hook(lambda *_, b=branch: ran.add(b))
-                    hooks.callback(handle.remove)
+                    hooks.enter_context(
+                        module.register_forward_pre_hook(lambda *_, b=branch: ran.add(b))
+                    )
             try:
                 self.run(dict.fromkeys(self.findings.branches, (False, _WEIGHT)), self.inputs, True)
             except Exception:  # of any kind: it fails anyway, or says what is wrong in training
@@ -290,8 +291,7 @@ def _told(error: Exception) -> str:
 
 
 def _are_close(got: Any, expected: Any) -> bool:
-    a = [x for x in tree_leaves(got) if isinstance(x, Tensor)]
-    b = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
+    a, b = tensor_leaves(got), tensor_leaves(expected)
     return len(a) == len(b) and all(map(_is_close, a, b))
 
 
@@ -304,7 +304,7 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0 or not a.is_floating_point():
         return True
     eps = torch.finfo(torch.float32 if a.dtype == torch.float64 else a.dtype).eps
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()  # not every device has that precision
     known = a.isfinite() & b.isfinite()
     if bool((a.isnan() != b.isnan()).any()):
         return False

@@ -54,6 +54,47 @@ def test_branches_are_named_by_themselves():
     assert (branch.decided, branch.dropped) == (0, 0)
 
 
+def test_they_may_end_in_any_order_as_those_of_generators_do():
+    x = x_for_net()
+    model = sd.apply(net(), p=0.0, example_inputs=x).eval()
+    whole, (first, second, *_) = model(x), sd.branches(model)
+
+    def outs(branch):
+        with sd.skip(model, branch), sd.sampling(other):
+            while True:
+                yield model(x)
+
+    other = sd.apply(net(), p=0.5, example_inputs=x).eval()
+    both = [outs(first), outs(second)]
+    for out in both:
+        next(out)
+    both.pop(0).close()
+    assert torch.equal(next(both[0]), without(model, {(0, "mlp")}))
+    both.pop().close()
+    assert torch.equal(model(x), whole)
+    assert torch.equal(other(x), other(x))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_is_skipped_is_not_changed_meanwhile(given):
+    x = x_for_net()
+    model = sd.apply(net(), p=1.0, example_inputs=x if given else None).train()
+    names = [branch.name for branch in sd.branches(model)]
+    changes = [
+        lambda: sd.remove(model),
+        lambda: sd.apply(model, p=0.5, example_inputs=x),
+        lambda: sd.prune(model, remove="blocks.2", example_inputs=x),
+        lambda: model(x),
+    ]
+    with sd.skip(model, "blocks.1", x):
+        for change in changes[: 3 if given else 4]:
+            with pytest.raises(RuntimeError, match=r"which skips something of blocks\.1"):
+                change()
+    assert [branch.name for branch in sd.branches(model)] == names
+    model(x)
+    assert not sd.is_applied(sd.remove(model))
+
+
 def test_inputs_are_guessed():
     model = torchvision.models.resnet18().eval()
     x = torch.randn(1, 3, 64, 64)

@@ -379,3 +379,94 @@ def test_a_dropped_branch_takes_no_others_turn(decisions: tuple[bool, ...]) -> N
     for layer, dropped in zip(plain.layers, decisions, strict=True):
         expected = expected + 2.0 * (not dropped) * layer(expected)
     torch.testing.assert_close(got, expected)
+
+
+class Reversing(torch.autograd.Function):
+    """Calls whole blocks, and in its backward what computes their inputs from their outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: nn.ModuleList) -> Tensor:
+        ctx.blocks = blocks
+        for block in blocks:
+            x = block(x)
+        ctx.y = x.detach()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        y = ctx.y
+        for block in reversed(ctx.blocks):
+            y, gradient = block.inverse(y, gradient)
+        return gradient, None
+
+
+class Invertible(nn.Module):
+    """A block of two streams that can compute its input from its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        y = a + self.f(b)
+        return torch.cat([y, b + self.g(y)], dim=-1)
+
+    def inverse(self, out: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        y, z = (t.detach() for t in out.chunk(2, dim=-1))
+        dy, dz = gradient.chunk(2, dim=-1)
+        with torch.enable_grad():
+            g = self.g(y.requires_grad_())
+        if g.requires_grad:
+            g.backward(dz)
+            dy = dy + y.grad
+        b = (z - g).detach()
+        with torch.enable_grad():
+            f = self.f(b.requires_grad_())
+        if f.requires_grad:
+            f.backward(dy)
+            dz = dz + b.grad
+        return torch.cat([y - f, b], dim=-1).detach(), torch.cat([dy, dz], dim=-1)
+
+
+class Inverting(nn.Module):
+    """Reversible in training only, where memory counts, or always."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+        self.blocks = nn.ModuleList([Invertible(), Invertible()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.always or self.training:
+            return Reversing.apply(x.clone(), self.blocks)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_that_are_called_in_a_function_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"its block is called in a custom autograd\.Function"):
+        sd.apply(net(Inverting, True), 0.5, example_inputs=data())
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"draw": "balanced"}])
+def test_an_inverse_does_not_go_on_from_other_decisions(options: dict[str, Any]) -> None:
+    ours = net(Inverting, False)
+    sd.apply(ours, 0.5, schedule="uniform", example_inputs=data(), **options)
+
+    def train() -> None:
+        for _ in range(8):
+            ours(data().requires_grad_()).sum().backward()
+
+    with pytest.raises(RuntimeError, match="not known whether it was dropped"):
+        train()
+
+
+def test_an_inverse_repeats_what_is_certain() -> None:
+    ours = sd.apply(net(Inverting, False), 1.0, schedule="uniform", example_inputs=data())
+    x = data().requires_grad_()
+    out = ours(x)
+    torch.testing.assert_close(out, x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 import stochastic_depth as sd
 from models import small, small_batch
 
-from .twins import KEPT, MODES, assert_same, assert_weighed, data, net, outcome, twins
+from .twins import KEPT, MODES, assert_same, assert_weighed, data, net, outcome, run_often, twins
 
 
 class Block(nn.Module):
@@ -130,11 +130,6 @@ class ReadingModel(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.block(x)
-
-
-def run_often(model: nn.Module, x: Tensor) -> None:
-    for _ in range(8):
-        model(x)
 
 
 @pytest.mark.parametrize("size", [2, 6])  # one sample of two would be broadcast over both

@@ -157,14 +157,17 @@ def test_a_dropped_branch_is_not_recomputed_either(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("way", ["all children", "one after the other"])
 def test_blocks_that_checkpoint_inside_may_be_checkpointed_from_outside(
-    reentrant: bool, mode: str
+    reentrant: bool, mode: str, way: str
 ) -> None:
     class Outer(nn.Module):
         def __init__(self, outside: bool) -> None:
             super().__init__()
             self.outside = outside
-            self.blocks = nn.ModuleList(Block("all children", reentrant, 0.2) for _ in range(3))
+            self.blocks = nn.ModuleList(
+                Block(way, reentrant, 0.2 if mode == "batch" else 0.0) for _ in range(3)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
@@ -236,3 +239,31 @@ class CheckpointedBody(nn.Module):
 def test_all_samples_may_be_dropped_at_the_sum(size: int, reentrant: bool) -> None:
     ours, plain = twins(net(CheckpointedBody, reentrant), data(), mode="row", p=0.5)
     assert_weighed(ours, plain, data(size, 4), steps=24)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's
+@pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("way", ["all children", "the sum as well"])
+def test_in_a_compiled_block_gradients_are_those_of_one_that_is_not(
+    way: str, reentrant: bool
+) -> None:
+    torch._dynamo.reset()
+    results = []
+    for compiles in (True, False):
+        model = build(way, reentrant)
+        sd.apply(model, 0.5, schedule="uniform", example_inputs=data())
+        if compiles:
+            for block in [m for m in model.modules() if isinstance(m, Block)]:
+                block.compile(backend="eager")
+        for step in range(8):
+            seed_all(step)
+            model.zero_grad()
+            x = data(seed=step).requires_grad_()
+            model(feed(x)).square().sum().backward()
+            results.append([x.grad, *(p.grad for p in model.parameters())])
+        assert sum(b.dropped for b in sd.branches(model)) > 0
+    for ours, theirs in zip(results[:8], results[8:], strict=True):
+        assert [g is None for g in ours] == [g is None for g in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b)

@@ -137,6 +137,41 @@ def test_replicas_drop() -> None:
         torch.testing.assert_close(result, data())
 
 
+def test_replicas_are_refused_what_does_not_hold_on_their_threads() -> None:
+    ours, _ = twins(net(blocks), data())
+    for asked in (sd.skip(ours, "1"), sd.sampling(ours)):
+        with asked, pytest.raises(RuntimeError, match=r"nn\.DataParallel runs replicas"):
+            replica_of(ours, {})
+    waiting = sd.apply(net(blocks), 0.5)
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel runs replicas"):
+        replica_of(waiting, {})
+
+
+def test_another_model_s_replicas_are_not_refused() -> None:
+    ours, _ = twins(net(blocks), data())
+    other = sd.apply(net(blocks), 0.5, example_inputs=data())
+    with sd.sampling(other):
+        replica_of(ours, {})
+
+
+def test_replicas_of_wrappers_are_refused_what_does_not_hold_on_their_threads() -> None:
+    wrapper = sd.StochasticDepth(nn.Linear(8, 8), 0.5)
+    for asked in (sd.skip(wrapper, sd.branches(wrapper)), sd.sampling(wrapper)):
+        with asked, pytest.raises(RuntimeError, match=r"nn\.DataParallel runs replicas"):
+            replica_of(wrapper, {})
+
+
+def test_a_replica_does_not_make_the_projection_of_a_wrapper() -> None:
+    # The first layer does not tell the shape of what all of it is given.
+    module = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Linear(3, 4), nn.Flatten())
+    wrapper = sd.StochasticDepth(module, 0.5, projection="new")
+    assert wrapper.projection is None
+    with pytest.raises(RuntimeError, match="would lose it"):
+        replica_of(wrapper, {})
+    wrapper(torch.randn(5, 6))
+    replica_of(wrapper, {})
+
+
 # --- threads
 
 

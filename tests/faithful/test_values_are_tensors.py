@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import stochastic_depth as sd
 
 from .test_autograd_functions import Reversed
-from .test_changes_after_apply import run_often
-from .twins import assert_same, assert_weighed, data, net, twins
+from .twins import assert_same, assert_weighed, data, net, run_often, twins
 
 MODES = ["batch", "row", "subset"]
 

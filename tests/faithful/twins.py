@@ -43,6 +43,11 @@ def net(make: Callable[..., nn.Module], *args: Any, seed: int = 0) -> nn.Module:
         return make(*args).double().train()
 
 
+def run_often(model: nn.Module, x: Tensor) -> None:
+    for _ in range(8):
+        model(x)
+
+
 def twins(
     model: nn.Module, *inputs: Any, p: float = KEPT, given: bool = True, **options: Any
 ) -> tuple[nn.Module, nn.Module]:

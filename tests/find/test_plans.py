@@ -1,6 +1,7 @@
 """What every call of a block has to do with its branches."""
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -176,9 +177,10 @@ def refusal(model: nn.Module) -> str:
     return refused.reason
 
 
-def test_a_value_that_python_looks_at_is_refused() -> None:
+@pytest.mark.parametrize("look_at", [Tensor.item, Tensor.tolist, lambda t: t.view(1).tolist()[0]])
+def test_a_value_that_python_looks_at_is_refused(look_at: Callable[[Tensor], float]) -> None:
     def spelling(x: Tensor, y: Tensor) -> Tensor:
-        return x + (y * 2 if y.mean() > 0 else y)
+        return x + (y * 2 if look_at(y.mean()) > 0 else y)
 
     assert "looks at a value of it in Python" in refusal(small.Spelled(spelling))
 

@@ -61,7 +61,7 @@ _Refused = tuple[int, str]
 _NONE: _Refused = (0, "")
 _GROUPED = "it is made of grouped convolutions alone: a positional encoding"
 _ITSELF = "the model drops it by itself"
-_REVERSIBLE = "reaches the output in another way"  # its backward pass computes the inputs again
+_REVERSIBLE = "its block is called in a custom autograd.Function"  # computes the inverse
 
 
 def _vit(name: str, path: str, size: int = 32, refused: _Refused = _NONE, **kwargs: Any) -> Model:
@@ -1164,7 +1164,7 @@ _SEQUENCES = [
             vq_strides=[2, 1],
         ),
         _floats(2, 1, 64),
-        counted=(15, "by the source: 14 units and noise blocks, and the second quantizer"),
+        counted=(14, "by the source: 14 units and noise blocks; a quantizer is no branch"),
     ),
     Model(
         "demucs",

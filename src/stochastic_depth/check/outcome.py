@@ -31,15 +31,10 @@ def compare(expected: Outcome, got: Outcome, exact: bool, eps: float = 0.0) -> s
     """In words, where two steps differ by more than rounding, or in ``exact`` outputs at all."""
     failure = differ("the output", expected.outputs, got.outputs, exact, eps=eps)
     scale = _largest(expected.gradients)
-    for name, gradient in got.gradients.items():
-        reference = expected.gradients.get(name, torch.zeros_like(gradient))
-        what = f"the gradient of {name}"
-        failure = failure or differ(what, [reference], [gradient], False, scale, eps)
-    for name, gradient in expected.gradients.items():
-        if name not in got.gradients:
-            what = f"the gradient of {name}"
-            zeros = torch.zeros_like(gradient)
-            failure = failure or differ(what, [gradient], [zeros], False, scale, eps)
+    for name, gradient in (expected.gradients | got.gradients).items():
+        zeros = torch.zeros_like(gradient)
+        a, b = expected.gradients.get(name, zeros), got.gradients.get(name, zeros)
+        failure = failure or differ(f"the gradient of {name}", [a], [b], False, scale, eps)
     for name, buffer in expected.buffers.items():
         if name in got.buffers:
             what = f"the buffer {name}"
@@ -77,7 +72,7 @@ def differ(
         if a.numel() == 0 or torch.equal(a, b):
             continue
         a64, b64 = (
-            x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64)
+            x.detach().cpu().to(torch.complex128 if x.is_complex() else torch.float64)
             for x in (a, b)
         )
         same = (a64 == b64) | (a64.isnan() & b64.isnan())

@@ -11,13 +11,13 @@ from ..branch import Branch, block_of, is_below, name_in_model
 from ..calls import call_of
 from ..drop.balance import Way, chances_to_run, cost_classes, slowest
 from ..drop.collectives import own_parameters
-from ..drop.decide import subset_size
 from ..drop.force import plain
 from ..drop.layer import StochasticDepth
 from ..drop.site import Site
 from ..find import find, flop_shares, guess_inputs
 from ..find.plan import Findings, Refused
 from ..tables import table_html
+from .measured import projection_shares, rates_in_effect
 from .picture import picture_of
 
 __all__ = ["Row", "Summary", "summary"]
@@ -30,7 +30,9 @@ class Row:
     In ``"subset"`` mode, ``p`` is the rate that takes effect on a batch like the example:
     1 - k/B, where k of its B samples are kept. ``decided`` and ``dropped`` count the decisions of
     training so far. ``inside`` is the name of the innermost branch around it, if there is one: it
-    runs only where that is kept, and what it costs is a part of what that costs.
+    runs only where that is kept, and what it costs is a part of what that costs. ``projection`` is
+    what a wrapper's projection takes, in training besides all the model has; it is never dropped.
+    A branch that is ``masked`` is computed for all samples, as they can't be selected.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Row:
     decided: int = 0
     dropped: int = 0
     inside: str | None = None
+    projection: float = 0.0
+    masked: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +83,10 @@ class Summary:
 
     @property
     def compute_kept(self) -> float | None:
-        """The expected share of the model's FLOPs in training, if they were measured."""
+        """The expected share of the model's FLOPs in training, if they were measured.
+
+        Projections of wrappers come on top: they run whether the wrapped module is kept or not.
+        """
         if any(row.flops is None for row in self.rows):
             return None
         return _executed(self.rows)
@@ -102,6 +109,8 @@ class Summary:
         if self.slowest:
             shares = ", ".join(f"{share:.1%} {draw}" for draw, share in self.slowest.items())
             lines.append(f"slowest of {self.ranks:<5}{shares}")
+        if masked := [row.name for row in self.rows if row.masked]:
+            lines.append("masked          " + ", ".join(masked))
         if self.unused:
             lines.append("not dropped     " + ", ".join(self.unused))
         lines += [f"skipped         {n or '(the model)'}: {reason}" for n, reason in self.refused]
@@ -179,7 +188,8 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
     applied, own, names = branches(model), owners(model), names_in(model)
     inside = _inside(own)
     shares: dict[Branch, float] = {}
-    size = 0
+    rates: dict[Branch, float] = {}
+    beside: dict[Branch, float] = {}
     found, refused = _known(model, names)
     if example_inputs is not None:
         args, kwargs = call_of(example_inputs)
@@ -190,7 +200,8 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
             others = {b: own[b].modules_of(b) for b in applied if same[b] is b}
             measured = flop_shares(model, args, kwargs, findings, others)
         shares = {branch: measured[same[branch]] for branch in applied}
-        size = _size(args, kwargs)
+        rates = rates_in_effect(model, applied, args, kwargs)
+        beside = projection_shares(model, shares, args, kwargs)
         found, refused = list(by_name), _each_once(findings, refused)
     elif not found and (guess := guess_inputs(model)) is not None:
         with plain():
@@ -203,8 +214,10 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
         outer = inside.get(branch)
         rows.append(
             Row(
-                names[branch], branch.kind, _rate(branch, size), count / total, shares.get(branch),
-                branch.decided, branch.dropped, None if outer is None else names[outer],
+                names[branch], branch.kind, rates.get(branch, branch.p), count / total,
+                shares.get(branch), branch.decided, branch.dropped,
+                None if outer is None else names[outer], beside.get(branch, 0.0),
+                isinstance(own[branch], Site) and branch.place is None and not branch.decides_calls,
             )
         )  # fmt: skip
     blocks = [block_of(row) for row in rows if row.kind == "block"]
@@ -226,11 +239,14 @@ def summary(model: nn.Module, example_inputs: Any = None, *, ranks: int = 1) -> 
 
 def _executed(rows: Sequence[Row], ranks: int = 1, way: Way = "independent") -> float:
     """What the slowest rank executes of the model."""
-    rates, costs, around = [r.p for r in rows], [r.flops or 0.0 for r in rows], _around(rows)
+    rates, costs, around = _saving(rows), [r.flops or 0.0 for r in rows], _around(rows)
     share = sum(cost for cost, outer in zip(costs, around, strict=True) if outer is None)
     classes = cost_classes([row.parameters for row in rows])  # as balanced decisions have them
     kept = slowest(rates, costs, ranks, way, classes=classes, around=around)
-    return 1.0 - share * (1.0 - kept)
+    chances = chances_to_run(rates, around)
+    reached = [1.0 if outer is None else chances[outer] for outer in around]
+    beside = [row.projection * chance for row, chance in zip(rows, reached, strict=True) if row.p]
+    return 1.0 - share * (1.0 - kept) + sum(beside)
 
 
 def _running(rows: Sequence[Row]) -> list[float]:
@@ -240,7 +256,7 @@ def _running(rows: Sequence[Row]) -> list[float]:
     for row, outer in zip(rows, around, strict=True):
         if outer is not None:
             own[outer] -= row.flops or 0.0
-    chances = chances_to_run([row.p for row in rows], around)
+    chances = chances_to_run(_saving(rows), around)
     running = [0.0] * len(rows)
     for i, (cost, chance) in enumerate(zip(own, chances, strict=True)):
         at: int | None = i
@@ -248,6 +264,11 @@ def _running(rows: Sequence[Row]) -> list[float]:
             running[at] += cost * chance
             at = around[at]
     return running
+
+
+def _saving(rows: Sequence[Row]) -> list[float]:
+    """By row, how often what it drops is not computed."""
+    return [0.0 if row.masked else row.p for row in rows]
 
 
 def _around(rows: Sequence[Row]) -> list[int | None]:
@@ -316,14 +337,3 @@ def _name_now(name: str, homes: Mapping[str, str]) -> str | None:
         above = home.removesuffix(now).removesuffix(".")
         return name.removeprefix(above).removeprefix(".") if is_below(path, above) else None
     return name
-
-
-def _size(args: Any, kwargs: Any) -> int:
-    shapes: list[Any] = [getattr(x, "shape", ()) for x in (*args, *kwargs.values())]
-    return next((int(shape[0]) for shape in shapes if len(shape)), 0)
-
-
-def _rate(branch: Branch, size: int) -> float:
-    if branch.mode != "subset" or not size:
-        return branch.p
-    return 1.0 - subset_size(size, branch.p) / size

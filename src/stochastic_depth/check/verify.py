@@ -1,7 +1,8 @@
 """``verify``: prove on a user's own model what our tests prove on ours."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch import tree_leaves, tree_map_only
+from .._torch import tensor_leaves, tree_map_only
 from ..applied import branches, names_in, owners, sites
 from ..branch import Branch
 from ..calls import call_of
@@ -71,8 +72,8 @@ def verify(model: nn.Module, example_inputs: Any) -> Verification:
             "first training call, with example_inputs"
         )
     args, kwargs = call_of(example_inputs)
-    values = [*tree_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
-    if any(isinstance(t, Tensor) and t.is_meta for t in values):
+    values = [*tensor_leaves((args, kwargs)), *model.parameters(), *model.buffers()]
+    if any(t.is_meta for t in values):
         raise ValueError("verify compares values, and tensors on the meta device have none")
     with untouched(model):
         verifier = _Verifier(model, args, kwargs)
@@ -108,7 +109,8 @@ class _Verifier:
             yield alone
         selected = [b for b in self.branches if b.place is not None and b.kind != "block"]
         if selected:
-            yield self._check("selected samples are what they are where masked", self._samples)
+            name = "selected samples are what they are where masked"
+            yield self._check(name, self._samples, selected)
 
     def _check(self, name: str, check: Callable[..., str | None], *args: Any) -> Check:
         with untouched(self.model), in_mode(self.model, False):
@@ -154,8 +156,7 @@ class _Verifier:
                 expected = run_weighed(self.model, self.args, self.kwargs, sums, found)
             with forced(decisions) if decisions else nullcontext():
                 got = self._call(self.model)
-        reference = [x for x in tree_leaves(expected) if isinstance(x, Tensor)]
-        return differ("the output", reference, got, exact=False, eps=self.eps)
+        return differ("the output", tensor_leaves(expected), got, exact=False, eps=self.eps)
 
     def _kept(self) -> str | None:
         kept = dict.fromkeys(self.branches, (False, 1.0))
@@ -165,61 +166,30 @@ class _Verifier:
         return compare(expected, self._step(forced(kept)), exact=True)
 
     def _dropped(self) -> str | None:
-        ran: set[str] = set()
-        handles = []
-        names = {id(m): name for name, m in self.model.named_modules()}
-        inside = {
-            m
-            for branch, owner in owners(self.model).items()
-            for module in owner.modules_of(branch)
-            for m in module.modules()
-            if any(True for _ in m.parameters(recurse=False))
-        }
-        elsewhere = self._also_called_elsewhere(inside) | self._in_projections()
+        users: Counter[nn.Module] = Counter()  # how many branches call a module
+        for branch, owner in owners(self.model).items():
+            inside = {m for module in owner.modules_of(branch) for m in module.modules()}
+            users.update(m for m in inside if any(True for _ in m.parameters(recurse=False)))
+        elsewhere = self._also_called_elsewhere(users) | self._in_projections()
         dropped = dict.fromkeys(self.branches, (True, 1.0))
         with torch.no_grad(), forced(dropped):
             self._call(self.model)  # a block that is called in a new form is watched, and runs
-        for m in inside - elsewhere:
-            handles.append(
-                m.register_forward_pre_hook(
-                    lambda m, args: None if _is_form(m) else ran.add(names[id(m)])
-                )
-            )
-        try:
-            with torch.no_grad(), forced(dropped):
+            with _called(users.keys() - elsewhere) as ran:
                 self._call(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return f"{', '.join(sorted(ran)[:5])} ran" if ran else None
+        names = sorted(name for name, m in self.model.named_modules() if ran[m])
+        return f"{', '.join(names[:5])} ran" if names else None
 
-    def _also_called_elsewhere(self, inside: set[nn.Module]) -> set[nn.Module]:
+    def _also_called_elsewhere(self, users: Counter[nn.Module]) -> set[nn.Module]:
         """The modules that the plain model runs more often than its branches do."""
-        counts = dict.fromkeys(inside, 0)
-        handles = [
-            m.register_forward_pre_hook(lambda m, _: counts.__setitem__(m, counts[m] + 1))
-            for m in inside
-        ]
-        try:
-            with torch.no_grad(), plain():
-                self._call(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {m for m, n in counts.items() if n > 1 and len(self._users(m)) != n}
+        with torch.no_grad(), plain(), _called(users) as counts:
+            self._call(self.model)
+        return {m for m, n in counts.items() if n > 1 and n != users[m]}
 
     def _in_projections(self) -> set[nn.Module]:
         """The modules that wrappers call in the place of what they drop, which may be in it."""
         wrappers = [m for m in self.model.modules() if isinstance(m, StochasticDepth)]
         projections = [w.projection for w in wrappers if isinstance(w.projection, nn.Module)]
         return {m for projection in projections for m in projection.modules()}
-
-    def _users(self, module: nn.Module) -> list[Branch]:
-        return [
-            branch
-            for branch, owner in owners(self.model).items()
-            if any(m is module for own in owner.modules_of(branch) for m in own.modules())
-        ]
 
     def _alone(self) -> str | None:
         found, same = self._found()
@@ -237,8 +207,7 @@ class _Verifier:
                     return f"{name}, {how}: {failure}"
         return None
 
-    def _samples(self) -> str | None:
-        selected = [b for b in self.branches if b.place is not None and b.kind != "block"]
+    def _samples(self, selected: list[Branch]) -> str | None:
         failure = self._samples_of(selected)
         if failure is None:
             return None
@@ -276,14 +245,14 @@ class _Verifier:
     def _call(self, model: nn.Module) -> list[Tensor]:
         with _seeded():
             args, kwargs = copied((self.args, self.kwargs))
-            output = model(*args, **kwargs)
-        return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+            return tensor_leaves(model(*args, **kwargs))
 
     def _step(self, decisions: AbstractContextManager[None] | None = None) -> Outcome:
         """Outputs, gradients and buffers of a step of training."""
         model = self.model
         still: list[nn.Module] = [m for m in model.modules() if isinstance(m, NORMS)]
-        still += _own_drops(model)
+        for site in sites(model):  # and the DropPath of branches, which drop in the plain model
+            still += [m for b in site.branches for _, m in existing_of(b, site.block)]
         grads = [(p, p.grad) for p in model.parameters()]
         with ExitStack() as stack:
             stack.enter_context(untouched(model))
@@ -306,7 +275,7 @@ class _Verifier:
                     (x * torch.randn(x.shape, generator=source, device="cpu").to(x)).sum()
                     for x in differentiable
                 ]
-                torch.stack([t.to(torch.float64) for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
+                torch.stack([t.cpu().double() for t in terms]).sum().backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return Outcome([x.detach() for x in outputs], gradients, buffers)
@@ -319,15 +288,18 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _own_drops(model: nn.Module) -> list[nn.Module]:
-    """The DropPath modules of the branches, which drop in the plain model alone."""
-    found = [existing_of(branch, site.block) for site in sites(model) for branch in site.branches]
-    return [module for existing in found for _, module in existing]
+@contextmanager
+def _called(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """Count the calls of modules, but for those on the meta device, which ask for a form only."""
+    counts: Counter[nn.Module] = Counter()
 
+    def note(module: nn.Module, args: Any) -> None:
+        counts[module] += not any(p.is_meta for p in module.parameters(recurse=False))
 
-def _is_form(module: nn.Module) -> bool:
-    """Whether a call computes on the meta device, for the form of what a branch would return."""
-    return any(p.is_meta for p in module.parameters(recurse=False))
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(note))
+        yield counts
 
 
 def _double(x: Tensor) -> Tensor:

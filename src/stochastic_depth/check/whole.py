@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._torch import tree_flatten, tree_leaves, tree_unflatten
+from .._torch import tensor_leaves, tree_flatten, tree_unflatten
 from ..drop.layer import StochasticDepth
 from ..drop.site import Site
 
@@ -20,9 +20,10 @@ def weighed_block(owner: Site | StochasticDepth, weight: float) -> Iterator[None
 
     def moved(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         if isinstance(owner, Site):  # a block has one shortcut, the first tensor that fits
-            shortcuts = [x for x in _tensors((args, kwargs)) if x.is_floating_point()][:1]
+            shortcuts = [x for x in tensor_leaves((args, kwargs)) if x.is_floating_point()][:1]
         else:
-            shortcuts = _tensors(args[0] if owner.projection is None else owner.projection(args[0]))
+            project = owner.projection
+            shortcuts = tensor_leaves(args[0] if project is None else project(args[0]))
         leaves, structure = tree_flatten(out)
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         for i, shortcut in zip(places, shortcuts, strict=False):
@@ -32,12 +33,5 @@ def weighed_block(owner: Site | StochasticDepth, weight: float) -> Iterator[None
                 leaves[i] = shortcut + weight * (leaves[i] - shortcut)
         return tree_unflatten(leaves, structure)
 
-    handle = block.register_forward_hook(moved, with_kwargs=True)
-    try:
+    with block.register_forward_hook(moved, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]

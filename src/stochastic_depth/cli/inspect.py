@@ -24,7 +24,9 @@ def inspect(
     images = torch.zeros(2, 3, size, size)
     if image_size:
         try_out(model, network.model, image_size)
-    depth.apply(model, network.model, images, **{"p": 0.2, **options})
+    for branch in depth.apply(model, network.model, images, **{"p": 0.2, **options}):
+        if branch.mode == "subset":
+            branch.mode = "row"  # of so few images, a whole number would say nothing of p
     summary = sd.summary(network.model, images)
     print(summary)
     if png is not None:

@@ -1,14 +1,14 @@
 """What a model gives with something left out, and whether two results are the same to the bit."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
-from .._torch import tree_leaves
+from .._torch import tensor_leaves
 from ..branch import Branch, block_of
 from ..drop.force import forced
 from ..find.state import copied, in_mode, untouched
@@ -38,25 +38,21 @@ def output_of(
     """
     chosen, weights = list(chosen), weights or {}
     seen: dict[str, list[Tensor | None]] = {}
-    hooks = []
     whole = [block_of(branch) for branch in weights if branch.kind == "block"]
     if blocks is None:  # a hook sees what a block gives before it is weighed as a whole
         blocks = {name: name for name in look.blocks if name not in whole}
-    for key, name in blocks.items():
+    with ExitStack() as hooks:
+        for key, name in blocks.items():
 
-        def keep(_: Any, args: Any, out: Any, key: str = key) -> None:
-            value = first_float(out)  # which may be overwritten
-            seen.setdefault(key, []).append(None if value is None else value.clone())
+            def keep(_: Any, args: Any, out: Any, key: str = key) -> None:
+                value = first_float(out)  # which may be overwritten
+                seen.setdefault(key, []).append(None if value is None else value.clone())
 
-        hooks.append(model.get_submodule(name).register_forward_hook(keep))
-    try:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
         decisions = {b: (False, weight) for b, weight in weights.items()}
         with running(model, look, decisions | dict.fromkeys(chosen, (True, 1.0))):
             args, kwargs = copied(look.inputs)
             return model(*args, **kwargs), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -80,28 +76,23 @@ def is_handed_on(
 ) -> set[str]:
     """Which of these blocks hand on their input, to the bit, where branches are left out."""
     same: dict[str, bool] = {}
-    hooks = []
-    for name in blocks:
+    with ExitStack() as hooks:
+        for name in blocks:
 
-        def watch(_: Any, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-            given, made = first_float((args, kwargs)), first_float(out)
-            is_same = given is not None and made is not None and not difference(given, made)
-            same[name] = is_same and same.get(name, True)
+            def watch(_: Any, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
+                given, made = first_float((args, kwargs)), first_float(out)
+                is_same = given is not None and made is not None and not difference(given, made)
+                same[name] = is_same and same.get(name, True)
 
-        hooks.append(model.get_submodule(name).register_forward_hook(watch, with_kwargs=True))
-    try:
+            block = model.get_submodule(name)
+            hooks.enter_context(block.register_forward_hook(watch, with_kwargs=True))
         output_of(model, look, chosen)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name for name, is_same in same.items() if is_same}
 
 
 def first_float(x: Any) -> Tensor | None:
     """The first tensor of floating-point numbers in it."""
-    return next(
-        (t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()), None
-    )
+    return next((t for t in tensor_leaves(x) if t.is_floating_point()), None)
 
 
 def difference(a: Any, b: Any) -> str:
@@ -118,7 +109,7 @@ def _difference(a: Any, b: Any, compared: list[int]) -> str:
             return f"{a.dtype} of shape {tuple(a.shape)}, {b.dtype} of shape {tuple(b.shape)}"
         if torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()):
             return ""
-        apart = (a.double() - b.double()).abs().nan_to_num().max().item()
+        apart = (a.cpu().double() - b.cpu().double()).abs().nan_to_num().max().item()
         return f"apart by up to {apart:.3g}"
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return f"{type(a).__name__}, {type(b).__name__}"

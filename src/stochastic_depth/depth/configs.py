@@ -173,14 +173,11 @@ def _follow(
         return True
     decoder = "decoder" in home.rpartition("encoder")[2] and "decoder" in home
     both = any(_get(config, n) is not None for n in _OF_DECODER)
+    names: tuple[str, ...] = (*_OF_ENCODER, *_OF_ALL)
     if both and decoder:
-        names: tuple[str, ...] = _OF_DECODER
+        names = _OF_DECODER
         if is_inner and not _get(config, "is_encoder_decoder"):  # T5's stacks have one of their own
             names += _OF_ALL
-    elif both:
-        names = (*_OF_ENCODER, *_OF_ALL)
-    else:
-        names = (*_OF_ENCODER, *_OF_ALL)
     changed_any = False
     for name in names:
         if _is_number(_get(config, name), old):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._torch import tree_leaves
+from .._torch import tensor_leaves
 from ..branch import Branch, block_of
 from ..find.state import copied
 from .compare import output_of, running
@@ -95,11 +95,8 @@ class _Folding:
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append(copied((args, kwargs)))
 
-        hook = self.model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with self.model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True):
             output_of(self.model, self.look)
-        finally:
-            hook.remove()
         return calls
 
     def _is_linear(self, branch: Branch, place: Place, calls: list[Inputs]) -> bool:
@@ -197,4 +194,4 @@ def is_close(got: Any, wanted: Any, tolerance: float = 64.0) -> bool:
 
 
 def _floats(x: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(x) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tensor_leaves(x) if t.is_floating_point()]

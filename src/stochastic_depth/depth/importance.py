@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -231,13 +231,8 @@ def _call(model: nn.Module, batch: Any, loss: Loss | None) -> Inputs:
         calls.append((args, kwargs))
         raise _Called
 
-    hook = model.register_forward_pre_hook(take, with_kwargs=True)
-    try:
+    with suppress(_Called), model.register_forward_pre_hook(take, with_kwargs=True):
         loss(model, batch)
-    except _Called:
-        pass
-    finally:
-        hook.remove()
     if not calls:
         raise ValueError("loss has to call the model, as model(...), and did not")
     return calls[0]

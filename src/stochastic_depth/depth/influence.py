@@ -1,6 +1,7 @@
 """1 - cosine between what goes into a branch's sum, or a block, and what comes out."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..branch import Branch, block_of
 from ..find.flow import Key
-from ..find.functions import ADD, SUBTRACT
+from ..find.functions import SUBTRACT, SUMS
 from ..find.meet import record
 from ..find.record import Recorder
 from ..find.state import copied, in_mode, untouched
@@ -40,7 +41,8 @@ class Influences:
         dim = _features(before, block)
         if dim is None:
             before, after, dim = before.flatten(1), after.flatten(1), -1
-        apart = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=dim).double()
+        apart = 1.0 - torch.cosine_similarity(before.float(), after.float(), dim=dim)
+        apart = apart.cpu().double()
         self.sums[branch] = self.sums.get(branch, torch.zeros_like(apart.sum())) + apart.sum()
         self.counts[branch] = self.counts.get(branch, 0) + apart.numel()
 
@@ -98,11 +100,11 @@ class _Watching(Recorder):
         self.merges, self.result, self.blocks = merges, result, blocks
         super().__init__(model, constants)
 
-    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
-        key = self.key(name, self.stack[-1] if self.stack else -1)
+    def before(self, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        key = self.key(name, self.now)
         for position, branch in self.merges.get(key, ()):
             others = [t for i, t in enumerate(given) if i != position]
-            if name not in ADD | SUBTRACT or len(others) != 1:
+            if name not in SUMS or len(others) != 1:
                 self.result.failed[branch] = f"it enters a {name}, which is no sum of two"
                 continue
             sign = -1.0 if name in SUBTRACT else 1.0
@@ -134,32 +136,29 @@ def influence_of_blocks(
 ) -> Influences:
     """Of each block, on the first floating-point tensors that it is given and returns."""
     result = Influences()
-    hooks = []
     kept: dict[Branch, Tensor] = {}
-    for branch in branches:
-        block = model.get_submodule(block_of(branch))
 
-        def before(_: nn.Module, args: Any, kwargs: Any, branch: Branch = branch) -> None:
-            if (x := first_float((args, kwargs))) is not None:
-                kept[branch] = x.clone()  # the block may overwrite it
+    def before(branch: Branch, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if (x := first_float((args, kwargs))) is not None:
+            kept[branch] = x.clone()  # the block may overwrite it
 
-        def after(m: nn.Module, args: Any, kwargs: Any, out: Any, branch: Branch = branch) -> None:
-            x, y = kept.pop(branch, None), first_float(out)
-            if x is None or y is None:
-                result.failed[branch] = "it is not given, or does not return, a tensor of floats"
-            else:
-                result.add(branch, m, x, y)
+    def after(branch: Branch, block: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        x, y = kept.pop(branch, None), first_float(out)
+        if x is None or y is None:
+            result.failed[branch] = "it is not given, or does not return, a tensor of floats"
+        else:
+            result.add(branch, block, x, y)
 
-        hooks += [
-            block.register_forward_pre_hook(before, with_kwargs=True),
-            block.register_forward_hook(after, with_kwargs=True),
-        ]
-    try:
+    with ExitStack() as hooks:
+        for b in branches:
+            block = model.get_submodule(block_of(b))
+            for handle in (
+                block.register_forward_pre_hook(partial(before, b), with_kwargs=True),
+                block.register_forward_hook(partial(after, b), with_kwargs=True),
+            ):
+                hooks.enter_context(handle)
         for args, kwargs in calls:
             with untouched(model), in_mode(model, False), torch.no_grad():
                 args, kwargs = copied((args, kwargs))
                 model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return result

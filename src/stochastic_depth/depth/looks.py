@@ -3,17 +3,18 @@
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import BaseTorchFunctionMode
 
-from .._torch import is_flat_parameter, tree_leaves
+from .._torch import is_flat_parameter, tensor_leaves
 from ..applied import names_in, sites
-from ..branch import Branch, block_of, is_below, label_of
+from ..branch import Branch, block_of, is_below, label_of, name_in_model
 from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.layer import StochasticDepth
@@ -57,10 +58,11 @@ class Look:
     blocks: list[str]
     inputs: Inputs
     layers: list[str]
-    wholes: dict[str, Branch] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.wholes = {block_of(branch): branch for branch in self.whole.branches}
+    @cached_property
+    def wholes(self) -> dict[str, Branch]:
+        """The blocks that can be left out as a whole, by name."""
+        return {block_of(branch): branch for branch in self.whole.branches}
 
     def below(self, block: str) -> list[Branch]:
         """The branches in a block."""
@@ -180,7 +182,7 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
         args, kwargs = guess
     else:
         args, kwargs = call_of(example_inputs)
-    if any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+    if any(t.is_meta for t in tensor_leaves((args, kwargs))):
         raise ValueError("example_inputs are on the meta device, where there is nothing to compare")
     config = getattr(model, "config", None)
     takes_it = "use_cache" in inspect.signature(model.forward).parameters
@@ -242,12 +244,11 @@ def blocks_of(model: nn.Module, found: Findings) -> list[str]:
 
 
 def _is_of_one_kind(parent: nn.Module, item: str, homes: list[str]) -> bool:
-    prefix = item.rpartition(".")[0]
-    prefix = f"{prefix}." if prefix else ""
+    path = item.rpartition(".")[0]
     kinds = {
         type(child)
         for name, child in parent.named_children()
-        if any(is_below(home, prefix + name) for home in homes)
+        if any(is_below(home, name_in_model(name, path)) for home in homes)
     }
     return len(kinds) == 1
 

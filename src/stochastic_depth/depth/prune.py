@@ -10,6 +10,7 @@ from ..applied import names_in, sites
 from ..branch import Branch, block_of, is_below
 from ..drop.draws import ASIDE
 from ..drop.force import forced
+from ..drop.over import check_not_skipped
 from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..install import remove
@@ -91,6 +92,7 @@ def prune(
         (arXiv:1909.11556): every other layer left out after training.
     """
     names = _names(model, keep, remove, by)
+    check_not_skipped(model, "prune() is called")
     _prune(model, keep, names, by, example_inputs, config, is_shared=False)
     return model
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch import is_below
+from ..branch import is_below, name_in_model
 from .compare import difference, output_of
 from .configs import PerLayer, configured
 from .looks import Look
@@ -173,11 +173,10 @@ def _made(
                 fresh = make()
             fresh.load_state_dict(state, strict=True, assign=True)
             buffers = dict(like.named_buffers())
-            for module_name, module in fresh.named_modules():
+            for name, module in fresh.named_modules():
                 for key, buffer in module._buffers.items():
-                    full = f"{module_name}.{key}" if module_name else key
                     if buffer is not None and buffer.is_meta:
-                        module._buffers[key] = buffers[full]
+                        module._buffers[key] = buffers[name_in_model(key, name)]
             tie: Any = getattr(fresh, "tie_weights", None)
             if callable(tie):
                 tie()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map
+from .._torch import tensor_leaves, tree_map
 from ..branch import Branch
 from ..drop.forms import output_form
 from ..drop.part import first_part, form
@@ -47,7 +47,7 @@ class Removed(nn.Module):
         if part is not None:
             device = part._run.device
         else:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            tensors = tensor_leaves((args, kwargs))
             device = tensors[0].device if tensors else torch.device("cpu")
         # Its sums are counted, not looked for in the source, which another version may move.
         run = Run(self.branch, True, 1.0, device, self, self.dtype, compiling=True)

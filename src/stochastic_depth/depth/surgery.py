@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch import Branch, block_of
+from ..branch import Branch, block_of, name_in_model
 from ..find.plan import Findings, Gate
 from .removed import Removed
 
@@ -166,7 +166,6 @@ def _cut_branch(
     model: nn.Module, branch: Branch, others: list[Branch], called: Any, cuts: Cuts, undo: Undo
 ) -> list[str]:
     block = block_of(branch)
-    prefix = f"{block}." if block else ""
     own = [
         path
         for path, calls in called.items()
@@ -177,13 +176,13 @@ def _cut_branch(
             f"{branch.name} shares all of its modules with something that stays, so it cannot be "
             "taken out; skip() leaves it out"
         )
-    order = list(branch.modules)
-    own.sort(key=lambda path: order.index(prefix + path) if prefix + path in order else -1)
+    order = {name: i for i, name in enumerate(branch.modules)}
+    own.sort(key=lambda path: order.get(name_in_model(path, block), -1))
     makers = [path for path in own if not called[path][0][1].drops]
     has_last = any(gate.last for path in makers for _, gate, _ in called[path])
     for path in own:
         _, gate, dtype = called[path][0]
-        parent, _, key = (prefix + path).rpartition(".")
+        parent, _, key = name_in_model(path, block).rpartition(".")
         holder = model.get_submodule(cuts.name(parent))
         if gate.drops:
             made: nn.Module = nn.Identity().train(holder.training)
@@ -192,7 +191,7 @@ def _cut_branch(
             last = gate.last or (not has_last and path == makers[-1])
             made = Removed(holder.get_submodule(key), branch, gate, last, dtype)
         undo.keep(holder._modules)[key] = made
-    return [prefix + path for path in own]
+    return [name_in_model(path, block) for path in own]
 
 
 def cut_parameters(model: nn.Module, chosen: Iterable[Branch], cuts: Cuts, undo: Undo) -> list[str]:
@@ -201,7 +200,7 @@ def cut_parameters(model: nn.Module, chosen: Iterable[Branch], cuts: Cuts, undo:
     for branch in chosen:
         block = block_of(branch)
         for weight in branch.weights:
-            name = f"{block}.{weight}" if block else weight
+            name = name_in_model(weight, block)
             home, _, key = name.rpartition(".")
             try:
                 holder = model.get_submodule(cuts.name(home))

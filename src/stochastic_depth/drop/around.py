@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import tree_flatten, tree_unflatten
+from .._torch import tensor_leaves, tree_flatten, tree_unflatten
 from ..branch import Place
 from .merging import slots
 from .rows import put_rows, take_rows
@@ -19,7 +19,6 @@ from .run import Run, needs_company
 __all__ = ["Take", "around", "describe"]
 
 
-_FIRST = Place(0)
 Take = Callable[[Tensor, Place], Tensor] | None
 
 
@@ -27,8 +26,8 @@ def around(
     run: Run,
     shortcut: Any,
     call: Callable[[Take], Any],
-    select: bool = True,
-    place: Place = _FIRST,
+    select: bool,
+    place: Place,
 ) -> Any:
     """The module's output, its shortcut where it is dropped, or a mixture, as ``run`` decides.
 
@@ -44,8 +43,7 @@ def around(
         ValueError: a dropped call would return something else than a kept one.
     """
     if not run.decided:
-        tensors = [x for x in tree_flatten(shortcut)[0] if isinstance(x, Tensor)]
-        run.choose(tensors[0].shape[place.dim] // place.fold)
+        run.choose(tensor_leaves(shortcut)[0].shape[place.dim] // place.fold)
     if run.dropped:
         leaves, structure = tree_flatten(shortcut)
         first = next(i for i, x in enumerate(leaves) if isinstance(x, Tensor))

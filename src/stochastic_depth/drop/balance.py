@@ -30,13 +30,14 @@ __all__ = [
     "cost_classes",
     "slowest",
     "stream",
-    "systematic",
 ]
 
 Way = Literal["independent", "shared", "balanced"]  # how the decisions of several ranks are drawn
 
 ONE = 1 << 53  # lengths, rounded up, and positions are whole parts of 1, so nothing drifts
 STEP = int((5**0.5 - 1) / 2 * ONE) | 1  # the golden section of it, odd: no position comes twice
+_TOLERANCE = 0.1  # by which part of the highest cost of a class its others may be lower
+_LEAST = 4  # branches of a class, where there are so many
 
 
 def coins(rates: Sequence[float], order: Sequence[int], u: float) -> list[float]:
@@ -59,18 +60,7 @@ def coins(rates: Sequence[float], order: Sequence[int], u: float) -> list[float]
     return drawn
 
 
-def systematic(rates: Sequence[float], order: Sequence[int], u: float) -> list[bool]:
-    """Which branches are dropped: the sum of ``rates`` of them, rounded down or up.
-
-    Example:
-        >>> from stochastic_depth.drop.balance import systematic
-        >>> systematic([0.5, 0.5, 0.5, 0.5], [0, 2, 1, 3], 0.3)
-        [True, True, False, False]
-    """
-    return [c < p for c, p in zip(coins(rates, order, u), rates, strict=True)]
-
-
-def cost_classes(costs: Sequence[float], tolerance: float = 0.1, least: int = 4) -> list[int]:
+def cost_classes(costs: Sequence[float]) -> list[int]:
     """The class of each branch, counted from the most costly: those that cost about the same.
 
     Every class then drops the sum of its own rates to within one, and equally many on all ranks.
@@ -79,17 +69,15 @@ def cost_classes(costs: Sequence[float], tolerance: float = 0.1, least: int = 4)
 
     Args:
         costs: of each branch, in any unit; the same on all ranks, so counted and not timed.
-        tolerance: by which part of the highest cost of a class its others may be lower.
-        least: the fewest branches of a class, where there are so many.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         group = groups[-1] if groups else []
-        if group and (len(group) < least or costs[i] >= (1.0 - tolerance) * costs[group[0]]):
+        if group and (len(group) < _LEAST or costs[i] >= (1.0 - _TOLERANCE) * costs[group[0]]):
             group.append(i)
         else:
             groups.append([i])
-    if len(groups) > 1 and len(groups[-1]) < least:
+    if len(groups) > 1 and len(groups[-1]) < _LEAST:
         groups[-2:] = [groups[-2] + groups[-1]]
     number = {i: g for g, group in enumerate(groups) for i in group}
     return [number[i] for i in range(len(costs))]

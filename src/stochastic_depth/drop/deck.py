@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Generator
 
@@ -27,12 +26,12 @@ class Deck:
         self.name = branches[0].name
         self._keys = {branch: key for key, branch in enumerate(branches)}
         self._gone: set[Branch] = set()
-        self._rounds = {kind: Rounds(classes) for kind in ("separate", "shared")}
+        self.rounds = {kind: Rounds(classes) for kind in ("separate", "shared")}
 
     def is_dropped(self, branch: Branch, kind: str, generator: Generator, rank: int) -> bool:
         """Decide a call of ``branch``; see :meth:`.balance.Rounds.take`."""
         key = self._keys[branch]
-        return self._rounds[kind].take(key, self._rates, generator, rank) < branch.p
+        return self.rounds[kind].take(key, self._rates, generator, rank) < branch.p
 
     def withdraw(self, branch: Branch) -> None:
         """Balance the others among themselves from the next call of the model on."""
@@ -41,17 +40,11 @@ class Deck:
     def _rates(self) -> list[float]:
         return [b.p if b.decides_calls and b not in self._gone else 0.0 for b in self.branches]
 
-    def state(self, kind: str) -> dict[str, Any]:
-        return self._rounds[kind].state()
-
-    def set_state(self, kind: str, state: dict[str, Any]) -> None:
-        self._rounds[kind].set_state(state)
-
     def resume(self, before: "Deck") -> None:
         """Go on where a deck of the same branches was."""
         if [b.name for b in before.branches] == [b.name for b in self.branches]:
-            for kind, rounds in self._rounds.items():
-                rounds.set_state(before.state(kind))
+            for kind, rounds in self.rounds.items():
+                rounds.set_state(before.rounds[kind].state())
 
 
 def deal(

@@ -216,7 +216,7 @@ class Draws:
             else:
                 kind, name = source
                 deck = decks.get(name)
-                now = {} if deck is None else deck.state(kind)
+                now = {} if deck is None else deck.rounds[kind].state()
                 state["decks"].setdefault(name, {})[kind] = [generator.get_state(), now]
         return state
 
@@ -243,7 +243,7 @@ class Draws:
             for kind, (generator, now) in by_kind.items():
                 self._generators[kind, name] = _restored(generator)
                 if deck is not None:
-                    deck.set_state(kind, now)
+                    deck.rounds[kind].set_state(now)
 
 
 def _restored(state: Any) -> torch.Generator:

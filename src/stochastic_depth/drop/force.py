@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -13,7 +14,7 @@ from ..branch import Branch
 from ..find.tensors import is_function
 from .slot import here
 
-__all__ = ["check_repeats", "forced", "left_out", "plain", "sampled"]
+__all__ = ["check_repeats", "forced", "left_out", "noting_sizes", "plain", "sampled"]
 
 
 @contextmanager
@@ -25,50 +26,69 @@ def forced(decisions: Mapping[Branch, tuple[int, float]]) -> Iterator[None]:
             its weight where it is kept. Others decide as always. A nested ``with`` adds to those
             around it.
     """
-    before = here.forced
-    here.forced = {**(before or {}), **decisions}
-    try:
+    with _standing(_Layer(decisions)):
         yield
-    finally:
-        here.forced = before
 
 
 @contextmanager
 def left_out(branches: Iterable[Branch]) -> Iterator[None]:
     """Drop branches for a user."""
-    with forced(dict.fromkeys(branches, (True, 1.0))), _for_users():
+    with _standing(_Layer(dict.fromkeys(branches, (True, 1.0)), is_for_users=True)):
         yield
 
 
 @contextmanager
 def plain() -> Iterator[None]:
     """Run the model as it is without stochastic depth, on this thread."""
-    before, here.forced = here.forced, {}
-    try:
+    with _standing(_Layer({}, is_plain=True)):
         yield
-    finally:
-        here.forced = before
 
 
 @contextmanager
 def sampled(branches: Iterable[Branch]) -> Iterator[None]:
     """Draw decisions for these branches in evaluation as in training, on this thread."""
-    before = here.sampled
-    here.sampled = before | frozenset(branches)
-    try:
-        with _for_users():
-            yield
-    finally:
-        here.sampled = before
+    with _standing(_Layer(sampled=frozenset(branches), is_for_users=True)):
+        yield
 
 
 @contextmanager
-def _for_users() -> Iterator[None]:
-    before, here.is_for_users = here.is_for_users, True
+def noting_sizes() -> Iterator[dict[Branch, int]]:
+    """By branch that chooses samples meanwhile, of how many."""
+    before, here.sizes = here.sizes, {}
+    try:
+        yield here.sizes
+    finally:
+        here.sizes = before
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What one ``with`` asks for; ``is_plain`` hides the decisions of those around it."""
+
+    forced: Mapping[Branch, tuple[int, float]] | None = None
+    sampled: frozenset[Branch] = frozenset()
+    is_plain: bool = False
+    is_for_users: bool = False
+
+
+@contextmanager
+def _standing(layer: _Layer) -> Iterator[None]:
+    """Have a layer count, above those that are there; they may end in any order, as generators."""
+    _set([*here.layers, layer])
     try:
         yield
     finally:
-        here.is_for_users = before
+        _set([other for other in here.layers if other is not layer])
+
+
+def _set(layers: list[_Layer]) -> None:
+    here.layers, forced = layers, None
+    for layer in layers:
+        if layer.forced is not None:
+            forced = {**({} if layer.is_plain else forced or {}), **layer.forced}
+    here.forced = forced
+    here.sampled = frozenset().union(*[layer.sampled for layer in layers])
+    here.is_for_users = any(layer.is_for_users for layer in layers)
 
 
 def check_repeats(branches: Iterable[Branch], training: bool) -> None:

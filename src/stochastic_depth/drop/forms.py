@@ -16,13 +16,8 @@ __all__ = ["output_form"]
 def output_form(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """The result of a call, on the meta device, where nothing is computed.
 
-    What the module keeps (masks in a cache, say) is put back afterwards. A module that does not
-    run there runs for real, once for each size.
-
-    Args:
-        module: what is called.
-        args: what it is given; absent values are on the meta device.
-        kwargs: the same.
+    Absent values that it is given are there, too. What the module keeps (masks in a cache, say) is
+    put back afterwards. A module that does not run there runs for real, once for each size.
     """
     with untouched(module), without_gradients():
         try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._torch import (
     graph_task,
     has_hooks,
+    outside_graphs,
     saved_tensors_hooks,
     tree_flatten,
     tree_leaves,
@@ -48,9 +49,12 @@ class Frame:
         self.hooks: Any = None
         self.task = -1
         self.graph: Callable[[], Any] = _gone  # what lives as long as the graph behind it
+        self.around: str | None = None  # the file of the custom Function that calls the block
         self.compiling = torch.compiler.is_compiling()  # by whom this frame is opened
         if not self.compiling:
             self.hooks, self.task = saved_tensors_hooks(), graph_task()
+            if not self.gradients and site.block.training:
+                self.around = function_around(sys._getframe(1), None)
         self.runs: list[Run] = self._open(_device(args, kwargs))
 
     def _open(self, device: torch.device) -> list[Run]:
@@ -78,7 +82,7 @@ class Frame:
             if by_hand:
                 decision, weight = forced[branch]
             if self.outer and weight != 1.0:  # one graph for any rate
-                weight = torch.tensor(weight, dtype=torch.float32, device="cpu")
+                weight = torch.tensor(weight, dtype=torch.float64, device="cpu")
             dtype = self.plan.dtypes.get(i)
             run = Run(branch, decision, weight, device, site, dtype, in_graph)
             runs.append(run)
@@ -110,6 +114,9 @@ class Frame:
             kwargs: the same.
             again: checkpointing repeats the call that has this on record.
         """
+        apart = torch.is_grad_enabled() is not self.gradients  # in a Function, perhaps
+        if apart and self.outer and torch.compiler.is_compiling():
+            return self._call_outside(path, slot, args, kwargs, again)
         gates, index, gate = self.plan.gates.get(path), 0, _OTHER
         if gates is not None:
             index = self.counts.get(path, 0) if again is None else again.turn
@@ -126,7 +133,11 @@ class Frame:
             gate = _OTHER
         elif part is not None:
             run = part._run
-            known = gate.branch is not None and self.runs[gate.branch] is run
+            own = None if gate.branch is None else self.runs[gate.branch]
+            # What checkpointing within checkpointing repeats comes from the first of two frames.
+            known = own is run or (
+                again is not None and own is not None and own.branch is run.branch
+            )
             if not known or (gate.drops and not is_drop):  # not as it was watched
                 last = any([p._last for p in parts_in((*args, *kwargs.values()))])
                 gate = Gate(self.runs.index(run) if run in self.runs else None, last)
@@ -134,14 +145,14 @@ class Frame:
             run = self.runs[gate.branch]
         function = self._function() if again is None else again.function
         if again is None and run is not None and self._may_be_repeated(function):
-            slot.may_be_repeated(Repeat(self, path, index, function))
+            slot.may_be_repeated(Repeat(self, path, index, function or self.around))
             self.site.is_repeated = True
         if run is not None:
             run.called = True
         drops = self.site.replaces and not self.is_plain
         if run is not None and is_drop and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
-        if run is not None and not self.outer:
+        if run is not None and not (self.outer and torch.compiler.is_compiling()):
             run.apart, run.in_checkpoint = function is not None, function in (None, CHECKPOINT)
         before, here.frame = here.frame, INSIDE
         try:
@@ -158,6 +169,10 @@ class Frame:
         finally:
             here.frame = before
 
+    @outside_graphs  # in which neither the Function is seen, nor what it repeats later
+    def _call_outside(self, *call: Any) -> Any:
+        return self.call(*call)
+
     def _function(self) -> str | None:
         """The file of the custom autograd.Function that makes this call, if one does."""
         if torch.is_grad_enabled() is self.gradients:
@@ -168,9 +183,10 @@ class Frame:
 
     def _may_be_repeated(self, function: str | None) -> bool:
         """Whether a backward pass may repeat what is called now, without this frame."""
-        if self.compiling or self.outer or torch.compiler.is_compiling():
+        if self.compiling or torch.compiler.is_compiling():
             return False
-        return function is not None or saved_tensors_hooks() is not self.hooks
+        inverse = self.around not in (None, CHECKPOINT)  # may be computed in its backward pass
+        return inverse or function is not None or saved_tensors_hooks() is not self.hooks
 
     def decisions(self) -> Any:
         return [(run.dropped, run.seed) for run in self.runs]
@@ -211,7 +227,7 @@ class Frame:
         if here.forced:
             here.joined |= {run.branch for run in self.runs if run.joined}
         for run in self.runs:
-            run.split, run.closed = None, True  # a frame on record keeps no tensors
+            run.split, run.owed, run.closed = None, [], True  # on record it keeps no tensors
             if not (run.joined or self.compiling or self.outer or self.is_plain):
                 self._check_way(run)
         if self.site.is_repeated:

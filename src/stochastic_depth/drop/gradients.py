@@ -4,8 +4,13 @@ That is the optimizer, if asked for, and in a process group the other ranks, whi
 the branch: DistributedDataParallel waits for every parameter, and zeros from a rank that dropped
 make the average the unbiased gradient. (An undefined gradient is enough for it, but not with
 ``static_graph=True``, where it leaves this rank without the average.)
+
+What a dropped branch would have been given gets zeros, too: it may come from a module that only
+branches read (a norm before two parallel ones, the encoder before cross-attention), which gets a
+gradient from the ranks that kept one of them.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +20,22 @@ from ..branch import Branch
 from .collectives import own_parameters
 from .ranks import is_distributed
 
-__all__ = ["left_out"]
+__all__ = ["is_counted_on", "left_out"]
 
 
-def left_out(shortcut: Tensor, branch: Branch, owner: Any, in_place: bool = False) -> Tensor:
+def is_counted_on(branch: Branch) -> bool:
+    """Whether somebody waits for gradients of a dropped branch."""
+    counted_on = branch.dropped_grad == "zero" or is_distributed()
+    return counted_on and torch.is_grad_enabled()
+
+
+def left_out(
+    shortcut: Tensor,
+    branch: Branch,
+    owner: Any,
+    in_place: bool = False,
+    given: Iterable[Tensor] = (),
+) -> Tensor:
     """The sum of a branch that is dropped.
 
     Args:
@@ -27,10 +44,13 @@ def left_out(shortcut: Tensor, branch: Branch, owner: Any, in_place: bool = Fals
         owner: asked for its modules and parameters.
         in_place: it would have been added into ``shortcut`` itself. Otherwise the result is a
             copy, since what comes next may work in place, which must not reach the shortcut.
+        given: what its calls would have been given.
     """
-    counted_on = branch.dropped_grad == "zero" or is_distributed()
-    if counted_on and torch.is_grad_enabled():
+    if is_counted_on(branch):
         wanted = [p for p in own_parameters(branch, owner) if p.requires_grad]
+        # Of each nothing, so that it is not kept for the backward pass.
+        others = [x for x in given if not (x is shortcut or x.is_nested)]
+        wanted += [x.unsqueeze(0).narrow(0, 0, 0).clone() for x in others]
         if wanted and in_place:  # other views of the shortcut see what happens to it
             nothing: Tensor = _Unused.apply(shortcut.new_zeros(()), *wanted)  # type: ignore[no-untyped-call]
             return shortcut.sub_(nothing)  # a sum would turn a negative zero into a positive one

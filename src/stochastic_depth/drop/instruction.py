@@ -4,17 +4,15 @@ import dis
 from types import CodeType, FrameType
 from typing import Any
 
-from ..find.spot import by_instruction
+from ..find.spot import NOT_THE_USERS, by_instruction
 
 __all__ = ["is_asked", "unpacked"]
-
-_KNOW = ("torch.", f"{__name__.partition('.')[0]}.")  # modules in which a part is none
 
 
 def is_asked(frame: FrameType) -> bool:
     """Whether what ``frame`` does now is to ask for a class, in code that knows of no parts."""
     name = frame.f_globals.get("__name__")
-    if name is None or name.startswith(_KNOW):  # None: a guard of torch.compile's, evaluated
+    if name is None or name.startswith(NOT_THE_USERS):  # None: a guard of torch.compile's
         return False
     return _is_question(frame)
 

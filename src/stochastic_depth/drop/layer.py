@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves, tree_map_only
-from ..branch import Branch, Mode, Place, Scale, check_choice, check_p
+from .._torch import tensor_leaves, tree_map_only
+from ..branch import Branch, Mode, Place, Scale, check_p
 from .around import Take, around, describe
 from .decide import kept_weight
 from .draws import Draws
 from .force import check_repeats
 from .projections import Recipe, check_recipe, check_shapes, guess_input_shape, make_projection
 from .run import Run
-from .slot import here
+from .slot import check_replicas, here
 
 __all__ = ["StochasticDepth"]
 
@@ -87,8 +87,6 @@ class StochasticDepth(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        check_choice(mode, Mode, "mode")
-        check_choice(scale, Scale, "scale")
         self.module = module
         self.branch = Branch(
             type(self).__name__, "block", ("module",), mode=mode, scale=scale, target=check_p(p)
@@ -126,7 +124,6 @@ class StochasticDepth(nn.Module):
 
     @mode.setter
     def mode(self, value: Mode) -> None:
-        check_choice(value, Mode, "mode")
         self.branch.mode = value
 
     @property
@@ -135,12 +132,12 @@ class StochasticDepth(nn.Module):
 
     @scale.setter
     def scale(self, value: Scale) -> None:
-        check_choice(value, Scale, "scale")
         self.branch.scale = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         branch = self.branch
-        by_hand = here.forced is not None and branch in here.forced
+        forced = here.forced or {}
+        by_hand = branch in forced
         training = self.training or branch in here.sampled
         weighs = branch.is_active and (training or branch.scale == "eval")
         if here.forced == {} or not (by_hand or weighs):
@@ -152,10 +149,8 @@ class StochasticDepth(nn.Module):
         select = True
         if branch.mode != "batch":
             select = self._check_samples(x, (more, kwargs))
-        tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        forced = here.forced or {}
-        decision, weight = forced[branch] if branch in forced else self._decide(training)
+        device = next((t.device for t in tensor_leaves(x)), torch.device("cpu"))
+        decision, weight = forced[branch] if by_hand else self._decide(training)
         run = Run(branch, decision, weight, device, self)
         run.counts = self.training and not by_hand
         if branch.mode == "batch" and not torch.compiler.is_compiling():
@@ -173,7 +168,8 @@ class StochasticDepth(nn.Module):
             taken = x if take is None else tree_map_only(Tensor, lambda t: take(t, _ROWS), x)
             return self.module(taken, *more, **kwargs)
 
-        return around(run, shortcut, call, select)
+        run.owe((x, more, kwargs))
+        return around(run, shortcut, call, select, _ROWS)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what is wrapped, and the projection: a dropped call is skipped as before.
@@ -185,6 +181,16 @@ class StochasticDepth(nn.Module):
         for module in (self.module, self.projection):
             if isinstance(module, nn.Module):
                 module.compile(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        check_replicas([self.branch])
+        if self.recipe is not None and self.training:
+            raise RuntimeError(
+                f"StochasticDepth: projection={self.recipe!r} is made in the first call, and a "
+                "replica of nn.DataParallel would lose it: call the model once without that"
+            )
+        replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        return replica
 
     def _decide(self, training: bool) -> tuple[Any, float]:
         if not training:
@@ -208,7 +214,7 @@ class StochasticDepth(nn.Module):
 
     def _check_samples(self, x: Any, others: Any) -> bool:
         """Whether all arguments tell the samples apart."""
-        tensors = [t for t in tree_leaves(x) if isinstance(t, Tensor)]
+        tensors = tensor_leaves(x)
         counts = {t.shape[:1] for t in tensors}
         if len(counts) != 1 or counts <= {()}:
             raise ValueError(
@@ -216,9 +222,7 @@ class StochasticDepth(nn.Module):
                 f"dimension 0, got shapes {[tuple(t.shape) for t in tensors]}; use mode='batch'"
             )
         ((size,),) = counts
-        ambiguous = any(
-            isinstance(t, Tensor) and t.shape[:1] == (size,) for t in tree_leaves(others)
-        )
+        ambiguous = any(t.shape[:1] == (size,) for t in tensor_leaves(others))
         if ambiguous:
             warnings.warn(
                 "StochasticDepth: another tensor argument has as many entries as the input has "

@@ -5,15 +5,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._torch import tree_leaves
 from ..branch import Branch, Place
 from ..find.spot import spot
 from ..find.state import NORMS
 from ..find.tensors import version_of
 from .decide import choose_samples, draw_mask, draw_subset
-from .gradients import left_out
+from .gradients import is_counted_on, left_out
 from .part import Part, form, whole
 from .replay import is_recomputing
 from .rows import add_rows, take_rows
+from .slot import here
 
 __all__ = ["Merging", "Owner", "norms_in", "slots"]
 
@@ -81,6 +83,7 @@ class Merging:
         self.seed = None if isinstance(decision, bool) else decision
         self.decided = isinstance(decision, bool)
         self.in_graph = decision is None
+        self.owed: list[Tensor] = []  # what dropped calls were given, which may need a gradient
         # Found out here, as a graph that asks for names would be one of this block alone.
         self.norms = norms_in(owner.modules_of(branch)) if self.in_graph else []
         self.compiling = torch.compiler.is_compiling() if compiling is None else compiling
@@ -100,6 +103,8 @@ class Merging:
                 self.mask, self.weight = draw_mask(branch, size, self.device)
             return
         assert self.seed is not None
+        if here.sizes is not None:
+            here.sizes[branch] = size
         self.kept, self.weight = choose_samples(branch, self.seed, size, self.device)
         self.dropped = size > 0 and len(self.kept) == 0
         self.count(size, size - len(self.kept))
@@ -118,6 +123,14 @@ class Merging:
     def error(self, what: str) -> RuntimeError:
         return RuntimeError(f"stochastic depth: the branch {self.branch.name} {what}")
 
+    def check_order(self) -> None:
+        """Raise for ``x @ part`` in a graph: dynamo makes that of ``part @ x``, too."""
+        if torch.compiler.is_compiling() and not self.dropped:
+            raise self.error(
+                "multiplies one of its values with @, and a graph of torch.compile's cannot tell "
+                "which operand comes first: write torch.matmul(a, b)"
+            )
+
     def is_sum(self) -> bool:
         """Whether user code adds, just now, where finding saw the branch's sum."""
         if self.compiling or torch.compiler.is_compiling():  # which cannot tell where it is
@@ -126,7 +139,14 @@ class Merging:
         return spot() in self.branch.sums
 
     def is_join(self) -> bool:
-        return self.compiling or torch.compiler.is_compiling() or spot() in self.branch.joins
+        if not (self.compiling or torch.compiler.is_compiling()):
+            return spot() in self.branch.joins
+        if not self.branch.linear:  # else it may be weighed anywhere on its way
+            raise self.error(
+                "meets its shortcut otherwise than in a plain sum, after an operation that is not "
+                "linear in it, and a graph of torch.compile's cannot tell where: write x + y"
+            )
+        return True
 
     def joining(self, part: Part) -> Tensor:
         """The part as a tensor of full size, weighed, with zeros for what is dropped."""
@@ -159,7 +179,7 @@ class Merging:
     def nothing(self, like: Tensor) -> Tensor:
         """Zeros of the form of ``like``, for what a dropped branch would have made."""
         zeros = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
-        return left_out(zeros, self.branch, self.owner, in_place=True)
+        return self._left_out(zeros, in_place=True)
 
     def _place_of_sum(self) -> Place:
         return self.branch.place or self.branch.mask
@@ -192,6 +212,7 @@ class Merging:
         at = place or self._place_of_sum()
         self._decide_by(shortcut, at)
         if self.dropped:
+            self.owe(v)  # all its samples are dropped, which came out here
             return self.leave_out(shortcut, in_place)
         assert v is not None
         alpha = factor * self.weight
@@ -235,6 +256,7 @@ class Merging:
         self.joined = True
         self._decide_by(shortcut, part._place or self._place_of_sum())
         if self.dropped:
+            self.owe(part._value)
             return self.leave_out(shortcut)
         v = whole(part)
         if self.kept is None and self.mask is None:
@@ -260,7 +282,18 @@ class Merging:
         """The sum where the branch is dropped."""
         if self.dtype is not None and not in_place:  # what a kept branch makes of it
             shortcut = shortcut.to(torch.promote_types(shortcut.dtype, self.dtype))
-        return left_out(shortcut, self.branch, self.owner, in_place)
+        return self._left_out(shortcut, in_place)
+
+    def _left_out(self, shortcut: Tensor, in_place: bool) -> Tensor:
+        given, self.owed = self.owed, []
+        return left_out(shortcut, self.branch, self.owner, in_place, given)
+
+    def owe(self, given: Any) -> None:
+        """Note what a dropped call is given, where somebody waits for the gradient of that."""
+        if is_counted_on(self.branch):
+            tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
+            known = {id(x) for x in self.owed}
+            self.owed += [x for x in tensors if id(x) not in known]
 
     def check_shape(self, shortcut: Tensor, v: Tensor) -> None:
         if v.dim() > shortcut.dim() or any(

@@ -1,5 +1,7 @@
 """The names of torch's functions, by what they do with a value of a branch."""
 
+from ..find.functions import ADD, SUBTRACT, writes
+
 __all__ = [
     "ACTIVATIONS",
     "ADD",
@@ -11,11 +13,8 @@ __all__ = [
     "VIEWS",
 ]
 
-ADD = {"add", "__add__", "__radd__", "add_", "__iadd__"}
-SUMS = ADD | {
-    "sub", "__sub__", "sub_", "__isub__", "subtract", "subtract_", "__rsub__", "rsub",
-}  # fmt: skip
-IN_PLACE = {"add_", "__iadd__", "sub_", "subtract_", "__isub__"}
+SUMS = ADD | SUBTRACT | {"__rsub__"}
+IN_PLACE = set(filter(writes, SUMS))  # a set, as dynamo does not look at the ends of names
 ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu",
     "relu6", "relu_", "selu", "sigmoid", "silu", "softplus", "tanh",

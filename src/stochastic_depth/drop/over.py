@@ -10,7 +10,7 @@ from .site import Site
 from .slot import Slot, here, outer_slot, put, slot_of
 from .whole import WholeSite
 
-__all__ = ["Aside", "Over", "WholeAside", "skipped_in"]
+__all__ = ["Aside", "Over", "WholeAside", "check_not_skipped", "skipped_in"]
 
 
 class Aside(Site):
@@ -24,14 +24,8 @@ class Aside(Site):
         return []
 
 
-class WholeAside(WholeSite):
+class WholeAside(Aside, WholeSite):
     """The same for a whole block."""
-
-    def install(self) -> None:
-        self.replaces = False
-
-    def _existing(self) -> list[nn.Module]:
-        return []
 
 
 class Over:
@@ -115,6 +109,22 @@ def skipped_in(block: nn.Module) -> frozenset[Branch]:
         found |= over.fresh
         over = over.under
     return found
+
+
+def check_not_skipped(model: nn.Module, what: str) -> None:
+    """Raise where something stands to be skipped, as what is under it cannot change meanwhile.
+
+    Args:
+        model: the model.
+        what: would change it.
+    """
+    for name, module in model.named_modules():
+        slot = outer_slot(module)
+        if slot is not None and isinstance(slot.site, Over):
+            raise RuntimeError(
+                f"{what} inside `with sd.skip(...)`, which skips something of "
+                f"{name or 'the model'}: do this before the `with`"
+            )
 
 
 _lock = threading.RLock()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_given_to_function, is_given_to_hook, tree_leaves, tree_map
+from .._torch import is_given_to_function, is_given_to_hook, tensor_leaves, tree_leaves, tree_map
 from ..find.functions import writes
 from .instruction import is_asked, unpacked
 from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
@@ -86,23 +86,26 @@ class Part:
             if type(ends[1]) is Part and _is_outside(ends[0]) and ends[1]._run.is_sum():
                 return ends[1]._run.interpolate(*ends)
         if name in SUMS:
-            sides = _sides(name, args, kwargs)
-            if sides is not None and sides[1]._last and sides[1]._run.is_sum():
-                return sides[1]._run.merge(*sides)
+            run = _met(args, kwargs)
+            if run and run.is_sum() and (sides := _sides(name, args, kwargs)):
+                return run.merge(*sides)
         parts = parts_in((*args, *kwargs.values()))
         run, last = parts[0]._run, any([part._last for part in parts])
+        if func is Tensor.matmul and type(args[1]) is Part:
+            run.check_order()
         if run.is_over():
             args, kwargs = tree_map(_outlived, (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.branch.joins and run.is_join():
             # What is stacked has one shape: nobody need be asked for the branch's.
-            like = first_tensor(args) if name == "stack" else None
+            like = next(iter(tensor_leaves(args)), None) if name == "stack" else None
             args, kwargs = tree_map(partial(_joining, like), (tuple(args), kwargs))
             return func(*args, **kwargs)
         if run.dropped:
             writes_it = not torch.compiler.is_compiling() and writes(name)
             if writes_it and type(args[0]) is not Part:
                 raise run.error(f"is dropped, and {_WRITTEN}")
+            run.owe((args, kwargs))
             return Part(
                 run,
                 None,
@@ -306,8 +309,12 @@ def _joining(like: Tensor | None, x: Any) -> Any:
     return x._run.joining(x)
 
 
-def first_tensor(values: Any) -> Tensor | None:
-    return next((x for x in tree_leaves(values) if isinstance(x, Tensor)), None)
+def _met(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The run of a last value that one other tensor is given with, as finding counts sums."""
+    two = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])[:2]
+    last = [x._run for x in two if type(x) is Part and x._last]
+    tensors = sum(type(x) is Part or isinstance(x, Tensor) for x in two)
+    return last[0] if tensors == 2 and len(last) == 1 else None
 
 
 def _sides(
@@ -318,7 +325,7 @@ def _sides(
         args = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])
     if len(args) < 2:
         return None
-    a, b = args[:2] if name not in ("__rsub__", "rsub") else args[1::-1]
+    a, b = args[:2] if name != "__rsub__" else args[1::-1]
     factor = kwargs.get("alpha", 1)
     if _is_outside(a) and type(b) is Part:
         return a, b, factor if name in ADD else -factor, name in IN_PLACE, False

@@ -2,11 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from ..find.state import untouched
+from .force import plain
 
 __all__ = ["Recipe", "check_recipe", "check_shapes", "guess_input_shape", "make_projection"]
 
@@ -123,14 +127,12 @@ def _run_on_meta(
     def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         layers.append((layer, args[0].shape, output.shape))
 
-    handles = [m.register_forward_hook(record) for m in module.modules() if isinstance(m, _LAYERS)]
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     dtype = next((p.dtype for p in module.parameters()), None)
-    try:
-        with torch.no_grad():
-            meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-            output = functional_call(module, meta, torch.empty(shape, dtype=dtype, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), untouched(module), plain():
+        for m in module.modules():
+            if isinstance(m, _LAYERS):
+                hooks.enter_context(m.register_forward_hook(record))
+        meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        output = functional_call(module, meta, torch.empty(shape, dtype=dtype, device="meta"))
     return output.shape, layers

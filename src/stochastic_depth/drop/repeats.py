@@ -57,9 +57,10 @@ class Repeats:
         calls = self.calls.get(ticket_of(default=True))
         if not calls or calls[0] is None:
             raise RuntimeError(
-                "stochastic depth: gradient checkpointing repeats a call of which it is not known "
-                "whether it was dropped: keep preserve_rng_state=True, and seed torch differently "
-                "in each step"
+                "stochastic depth: a backward pass repeats a call of which it is not known whether "
+                "it was dropped. Under gradient checkpointing, keep preserve_rng_state=True, and "
+                "seed torch differently in each step; reversible blocks have to be called as plain "
+                "ones in training, too"
             )
         calls.append(calls.pop(0))
         again = calls[-1]

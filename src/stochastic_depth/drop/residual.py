@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..branch import Branch, Mode, Place, Scale, check_choice, check_p
+from ..branch import Branch, Mode, Place, Scale, check_p
 from ..find.plan import Gate, Leaf
 from .decide import kept_weight
 from .draws import Draws
@@ -89,17 +89,14 @@ def residual(
         Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382), eq. 2
         and 5; the division by 1-p in training is Srivastava et al.'s inverted dropout.
     """
-    rate = check_p(p)
-    check_choice(mode, Mode, "mode")
-    check_choice(scale, Scale, "scale")
+    rate, place = check_p(p), Place(batch_dim)
+    about = Branch("residual()", "identity", (), place=place, mode=mode, scale=scale, target=rate)
     given: Any = shortcut
     if type(given) is Part:
         raise given._run.error("goes on into residual(): call that in a module of the branch's")
     inputs = inputs or (shortcut,)
     if mode != "batch":
         _check_samples(shortcut, inputs, mode, batch_dim)
-    place = Place(batch_dim)
-    about = Branch("residual()", "identity", (), place=place, mode=mode, scale=scale, target=rate)
     if not training or rate == 0.0:
         decision: Any = False
     elif rate == 1.0:

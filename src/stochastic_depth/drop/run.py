@@ -64,6 +64,7 @@ class Run(Merging):
         return out
 
     def _absent(self, gate: Gate, args: Any, kwargs: Any, make: Callable[[], Any]) -> Any:
+        self.owe((args, kwargs))
         if gate.structure is None:
             return self._stand_in(gate, make)
         given, _ = tree_flatten((args, kwargs)) if _hands_on(gate) else ([], None)
@@ -244,7 +245,8 @@ class Run(Merging):
         Reentrant checkpointing is a custom Function, too: in its forward the grad mode is another
         than where the block was called, and what it repeats has to return the same.
         """
-        if not (self.branch.in_function if self.compiling else self.apart):
+        in_graph = self.compiling and torch.compiler.is_compiling()
+        if not (self.branch.in_function if in_graph else self.apart):
             return False
         if not self.branch.linear:
             raise self.error(

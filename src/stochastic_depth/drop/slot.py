@@ -11,7 +11,7 @@ None outside of blocks, INSIDE while a child runs, whose calls are its own affai
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -62,8 +62,10 @@ class _Here(threading.local):
     def __init__(self) -> None:  # dynamo's guards want the attribute on every thread
         self.frame: Any = None
         self.entering: Any = None  # that of the newest call of a block with hooks
+        self.layers: list[Any] = []  # of each with that is open, what the next three come from
         # Decisions that were made by hand; an empty dict stops all sites.
         self.forced: dict[Any, tuple[int, float]] | None = None
+        self.sizes: dict[Any, int] | None = None  # of how many samples branches choose
         self.joined: set[Any] = set()  # those whose sum has been met since
         # The branches that are dropped in evaluation, too.
         self.sampled: frozenset[Any] = frozenset()
@@ -187,13 +189,34 @@ class Slot:
         return copied
 
     def replicate(self) -> nn.Module:
-        """DataParallel's replicas share the ``__dict__``; their slots have to be their own."""
+        """DataParallel's replicas share the ``__dict__``; their slots have to be their own.
+
+        Raises:
+            RuntimeError: what is asked for on this thread would not hold on those of the replicas,
+                or there is nothing yet that a replica could have.
+        """
+        if self.site is not None and not hasattr(self.site, "of_replica"):
+            raise RuntimeError(_REPLICAS)
+        check_replicas(getattr(self.site, "branches", ()))
         replica = class_replicate(self.module)
         replica.__dict__.pop(COMPILED_CALL, None)
         slot = replica.__dict__[CALL] = Slot(replica)
         if self.site is not None:
             slot.site = self.site.of_replica(replica)
         return replica
+
+
+_REPLICAS = (
+    "stochastic depth: nn.DataParallel runs replicas of the model on other threads: give apply() "
+    "example_inputs, as branches cannot be found there, and use skip() and sampling() on the model "
+    "without it"
+)
+
+
+def check_replicas(branches: Iterable[Any]) -> None:
+    """Raise where a user asks on this thread for something of these branches."""
+    if here.is_for_users and not here.sampled.union(here.forced or ()).isdisjoint(branches):
+        raise RuntimeError(_REPLICAS)
 
 
 @starts_graphs

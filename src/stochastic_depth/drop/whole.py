@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._torch import tree_flatten, tree_map, tree_unflatten
-from ..branch import Branch, Place
+from ..branch import Place
 from ..find.plan import Plan
 from .arguments import each_once, fits, hand_on, has_samples
 from .around import Take, around
@@ -19,9 +19,8 @@ __all__ = ["WholeSite"]
 class WholeSite(Site):
     """What the slot of such a block asks: it has one branch, itself."""
 
-    def install(self) -> None:
-        self.meet_calls()
-        self.replace_existing()
+    def _renew(self) -> None:
+        """No frame meets the calls of its modules."""
 
     def reach(self) -> dict[str, Slot]:
         return {}
@@ -54,6 +53,7 @@ class WholeSite(Site):
             result: Tensor = returned[0][output]
             return result
 
+        run.owe(given)
         merged = around(run, given[main], call, select, place)
         if not run.compiling:
             merged = merged.to(plan.dtypes.get(0, given[main].dtype))
@@ -65,6 +65,3 @@ class WholeSite(Site):
                 leaves[i] = run.unknown()
         leaves[output] = merged
         return merged if gate.structure is None else tree_map(lambda i: leaves[i], gate.structure)
-
-    def modules_of(self, branch: Branch) -> list[nn.Module]:
-        return [self.block]

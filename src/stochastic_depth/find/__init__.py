@@ -55,9 +55,7 @@ def find(
     flow = record_examples(model, args, kwargs)
     flow.result = None
     drops = find_drops(model, args, kwargs, flow.constants)
-    is_drop = [call.name in drops.modules for call in flow.calls]
-    finder, regions, rejected = find_regions(flow, is_drop.__getitem__)
-    planned = plan(model, flow, finder, regions, rejected)
+    planned = plan(model, flow, *find_regions(flow, drops.modules))
     findings = planned.findings
     for branch, found in planned.regions.items():
         findings.merges[branch] = tuple(merge for region in found for merge in region.merges)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Samples", "first_samples", "inputs_in", "mapped", "ways_to_batch"]
+from .tensors import tensors_within
+
+__all__ = ["Batch", "Samples", "first_samples", "mapped", "ways_to_batch"]
 
 _TRIES = 4  # ways to take a dimension of the inputs for the batch's
 
@@ -42,18 +44,10 @@ class Batch:
     rows: int = 1
 
 
-def inputs_in(x: Any) -> Iterator[Tensor]:
-    """The tensors in arguments."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple | dict):
-        for item in x.values() if isinstance(x, dict) else x:
-            yield from inputs_in(item)
-
-
 def ways_to_batch(x: Any, known: Samples = ANYWHERE) -> Iterator[Batch]:
     """The ways to take a dimension for the samples', the likeliest first."""
-    shaped = [t for t in inputs_in(x) if t.layout == torch.strided and not t.is_nested and t.dim()]
+    given = tensors_within(x, 0)
+    shaped = [t for t in given if t.layout == torch.strided and not t.is_nested and t.dim()]
     tried: list[dict[int, int]] = []
     for dim in range(max((t.dim() for t in shaped), default=0)):
         if known.dim not in (None, dim):

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..branch import Branch, block_of, is_below
 from .batch import Samples
-from .drops import Drops, find_drops, tell_drops
+from .drops import find_drops, tell_drops
 from .flow import Call, Flow
 from .frames import Frame, Member
 from .meet import record_examples
@@ -32,75 +32,47 @@ def find_blocks(
     """The modules of these names as one branch each, and what they return where it is dropped.
 
     The first floating-point tensor that a block is given is its shortcut; the first tensor that it
-    returns takes its place.
-
-    Args:
-        model: the model.
-        args: what it is called with.
-        kwargs: the same.
-        names: of the blocks.
-        samples: what is known of where these have the samples of the batch, to find out where all
-            values have them; None is not to.
-
-    Raises:
-        ValueError: the model fails on these arguments.
+    returns takes its place. The arguments are those of :func:`find`.
     """
     flow = record_examples(model, args, kwargs)
-    planned, wanted = Planned(), set(names)
-    findings, known = planned.findings, {}
+    planned = Planned()
+    findings = planned.findings
+    called: dict[str, list[int]] = {}
     for c, call in enumerate(flow.calls):
-        if call.name not in wanted:
-            continue
-        made = _region(flow, c, call)
-        name = f"{call.name}:{WHOLE}"
-        if isinstance(made, str):
-            if not any(refused.name == name for refused in findings.refused):
-                findings.refused.append(Refused(name, made))
-            findings.plans.setdefault(call.name, {}).setdefault(call.form, Plan())
-            continue
-        region, gate = made
-        if name not in known:
-            known[name] = Branch(name, "block", (call.name,) if call.name else ())
-            findings.branches.append(known[name])
-        branch = known[name]
-        planned.regions.setdefault(branch, []).append(region)
-        plans = findings.plans.setdefault(call.name, {})
-        if call.form not in plans:
-            dtypes = dtypes_of(flow, [region])
-            plan = Plan([branch], {"": (gate,)}, dtypes=dtypes, precision=call.precision)
-            plans[call.form] = plan
-            frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
-            planned.frames.append((frame, plan))
-    for name in names:
-        if name not in {call.name for call in flow.calls}:
-            findings.refused.append(Refused(f"{name}:{WHOLE}", "it is not called"))
+        called.setdefault(call.name, []).append(c)
+    for name in (name for name in called if name in names):
+        branch = Branch(f"{name}:{WHOLE}", "block", (name,) if name else ())
+        made = {c: _region(flow, c, flow.calls[c]) for c in called[name]}
+        reasons = {flow.calls[c].form: m for c, m in made.items() if isinstance(m, str)}
+        if reasons:
+            findings.refused.append(Refused(branch.name, next(iter(reasons.values()))))
+        plans = findings.plans[name] = {form: Plan() for form in reasons}  # all its calls, or none
+        for c, m in made.items():
+            call = flow.calls[c]
+            if isinstance(m, str) or call.form in reasons:
+                continue
+            region, gate = m
+            planned.regions.setdefault(branch, []).append(region)
+            if call.form not in plans:
+                dtypes = dtypes_of(flow, [region])
+                plan = Plan([branch], {"": (gate,)}, dtypes=dtypes, precision=call.precision)
+                plans[call.form] = plan
+                frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
+                planned.frames.append((frame, plan))
+    findings.branches = list(planned.regions)
+    uncalled = [name for name in names if name not in called]
+    findings.refused += [Refused(f"{name}:{WHOLE}", "it is not called") for name in uncalled]
     findings.nodes = {
         b: frozenset().union(*[r.nodes for r in rs]) for b, rs in planned.regions.items()
     }
-    _settle_drops(model, findings, find_drops(model, args, kwargs, flow.constants), flow)
+    drops = find_drops(model, args, kwargs, flow.constants)
+    inside = sorted(drops.modules & called.keys())
+    for branch in findings.branches:
+        branch.existing = tuple(name for name in inside if is_below(name, block_of(branch)))
+    tell_drops(model, findings, drops, flow, products=True)
     if samples is not None:
         place_samples(model, args, kwargs, flow, planned, samples)
     return findings
-
-
-def _settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow) -> None:
-    """Let blocks replace the drop modules in them, and tell what else goes on dropping."""
-    called = {call.name for call in flow.calls}
-    inside = sorted(drops.modules & called)
-    for branch in findings.branches:
-        branch.existing = tuple(name for name in inside if is_below(name, block_of(branch)))
-    taken = {name for branch in findings.branches for name in branch.existing}
-    tell_drops(model, findings, drops, called - taken)
-    seen = {}
-    for node, where in drops.products.items():
-        assert drops.flow is not None
-        seen[drops.flow.calls[drops.flow.nodes[node].call].name, where] = where
-    for (name, _), where in seen.items():
-        reason = (
-            f"it drops by itself, in {where.function} (line {where.line} of {where.file}), and "
-            "goes on dropping: set that rate to 0"
-        )
-        findings.unused.append(Refused(name, reason))
 
 
 def _region(flow: Flow, c: int, call: Call) -> tuple[Region, Gate] | str:

@@ -2,7 +2,7 @@
 
 from .flow import Flow
 from .frames import Frame, Member
-from .functions import ADD, SUBTRACT
+from .functions import DIVIDE, MULTIPLY, SUMS, VIEWS, writes
 from .parts import OUTSIDE, WRITES
 
 __all__ = [
@@ -16,16 +16,11 @@ __all__ = [
 ]
 
 # Of degree one in what they are given.
-_LIKE = {
-    "dropout", "reshape", "view", "permute", "transpose", "flatten", "contiguous", "unflatten",
-    "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "roll", "neg", "__neg__",
-    "__getitem__", "item", "to", "float", "half", "bfloat16", "type_as", "expand", "clone",
-    "movedim", "moveaxis", "t", "T", "mT",
-    "adjoint", "swapdims", "mean", "sum", "relu", "alias", "detach", "cat", "stack", "pad",
-    "feature_dropout", "dropout2d", "view_as", "swapaxes", "select", "index_select", "flip",
+_LIKE = VIEWS | {
+    "dropout", "dropout2d", "feature_dropout", "neg", "__neg__", "relu", "mean", "sum", "t",
+    "adjoint", "moveaxis", "swapdims", "index_select", "flip",
 }  # fmt: skip
-_PRODUCTS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "matmul", "__matmul__", "bmm"}
-_QUOTIENTS = {"div", "div_", "__truediv__", "__itruediv__"}
+_PRODUCTS = MULTIPLY | {"matmul", "__matmul__", "bmm"}
 
 
 def objection(flow: Flow, frame: Frame, member: Member) -> str:
@@ -46,6 +41,11 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
         made_in_frame = call.owner > frame.call  # a list that it makes, and gives to a child
         if call.writes and not made_in_frame and not call.start <= region.sum < call.end:
             return WRITES.format(call.writes)
+    if any(flow.calls[c].function == "custom" for c in flow.around(frame.call)):
+        return (
+            "its block is called in a custom autograd.Function, whose backward pass may compute it "
+            "in another way: have that Function used in training only"
+        )
     if _is_added_in_function(flow, member):
         return (
             "its sum is in a custom autograd.Function, which passes on the gradients of tensors "
@@ -83,9 +83,8 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
         )
     for i in member.free:
         node = nodes[i]
-        written = node.op == "__setitem__" or (node.op.endswith("_") and not node.op.endswith("__"))
         into, values = node.sources[:1], node.sources[1:]
-        if written and absent.isdisjoint(into) and not absent.isdisjoint(values):
+        if writes(node.op) and absent.isdisjoint(into) and not absent.isdisjoint(values):
             return (
                 "it is written into a tensor that is not its own, which would stay as it was: "
                 "use torch.cat or torch.where"
@@ -103,10 +102,9 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
 def _is_added_in_function(flow: Flow, member: Member) -> bool:
     """Whether a custom autograd.Function is given the branch, and adds it."""
     nodes, output = flow.nodes, member.region.output
-    if not nodes[member.region.sum].function:
-        return False
-    made_by = [flow.calls[c] for c in member.gates if output in flow.calls[c].made]
-    return not (made_by[-1].in_function if made_by else nodes[output].function)
+    made_by = [flow.calls[c].function for c in member.gates if output in flow.calls[c].made]
+    function = made_by[-1] if made_by else nodes[output].function
+    return nodes[member.region.sum].function == "custom" and function != "custom"
 
 
 def kept_in(name: str) -> str:
@@ -195,12 +193,12 @@ def works_in_function(flow: Flow, member: Member) -> bool:
 
     That of reentrant checkpointing does if a value from outside goes into it.
     """
-    nodes, calls = flow.nodes, [flow.calls[c] for c in member.gates]
-    within = {n for call in calls if call.apart for n in call.made}
-    within |= {i for i in member.free if nodes[i].apart}
-    used = {n for call in calls if call.apart for n in call.given}
-    used |= {n for i in member.free if nodes[i].apart for n in nodes[i].sources}
-    return any(nodes[i].function for i in member.free) or any(
+    nodes = flow.nodes
+    calls = [flow.calls[c] for c in member.gates if flow.calls[c].function == "checkpoint"]
+    free = [i for i in member.free if nodes[i].function == "checkpoint"]
+    within = {*free, *(n for call in calls for n in call.made)}
+    used = {n for i in free for n in nodes[i].sources}.union(*(call.given for call in calls))
+    return any(nodes[i].function == "custom" for i in member.free) or any(
         n in member.region.nodes and n not in within for n in used
     )
 
@@ -211,7 +209,7 @@ def sums_before(flow: Flow, member: Member, last: set[int]) -> int:
     count = 0
     for i in member.free:
         node = flow.nodes[i]
-        if i in after and (node.op in ADD or node.op in SUBTRACT) and len(node.parts) == 2:
+        if i in after and node.op in SUMS and len(node.parts) == 2:
             count += sum(x in after for x in node.parts) == 1
     return count
 
@@ -236,16 +234,10 @@ def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
             of = {d for x, d in zip(node.sources, degrees, strict=True) if nodes[x].varies}
             degree[i] = 1 if of == {1} else None
         elif node.op in _PRODUCTS:
-            degree[i] = (
-                1
-                if len(degrees) <= 2
-                and sorted(degrees, key=str)[-1] == 1
-                and (sum(d or 0 for d in degrees) == 1)
-                else None
-            )
-        elif node.op in _QUOTIENTS:
+            degree[i] = 1 if len(degrees) <= 2 and degrees.count(1) == 1 else None
+        elif node.op in DIVIDE:
             degree[i] = 1 if degrees[0] == 1 and not any(degrees[1:]) else None
-        elif node.op in ADD or node.op in SUBTRACT:
+        elif node.op in SUMS:
             degree[i] = 1 if degrees == [1, 1] else None
         else:
             degree[i] = None

@@ -63,14 +63,8 @@ def flop_shares(
     """The share of one forward's FLOPs that each branch has, in evaluation.
 
     FLOPs are what :mod:`torch.utils.flop_counter` counts: matrix products, convolutions and
-    attention.
-
-    Args:
-        model: the model.
-        args: what it was called with when its branches were found.
-        kwargs: the same.
-        findings: what was found.
-        modules: of other branches, what they call.
+    attention. The model is called as it was when ``findings`` were made; ``modules`` are what other
+    branches call.
     """
     counter = FlopCounter()
     recorder = partial(_Counting, counter.get_total_flops)

@@ -9,6 +9,7 @@ import random
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,22 +17,18 @@ from torch import Tensor, nn
 from ..branch import Spot
 from .batch import first_samples
 from .flow import Flow
-from .functions import ADD, SUBTRACT
+from .functions import DIVIDE, MULTIPLY, SUMS
 from .meet import record
 from .nesting import find_regions
 from .plan import Findings, Refused, only
 from .record import Recorder
-from .regions import is_ours
-from .spot import RESIDUAL, spot
+from .spot import NOT_THE_USERS, RESIDUAL, is_ours, spot
 from .state import NORMS
 
 __all__ = ["Drops", "find_drops", "rate_of", "settle_drops", "tell_drops"]
 
 _NAMES = ("DropPath", "StochasticDepth")
 _RATES = ("p", "drop_prob", "drop_path_prob", "prob", "drop_rate", "drop_path")
-_PRODUCTS = {
-    "mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply", "div", "div_", "__truediv__",
-}  # fmt: skip
 _DRAWN = ("rand", "rand_like", "uniform_", "bernoulli", "bernoulli_")
 # What coins give: the number that torch draws, and a seed whose first number is as good as that.
 _HEADS, _TAILS = (0.0, 15106), (0.9999, 119706)
@@ -76,7 +73,7 @@ class _Drawing(Recorder):
         """Whether Python's or NumPy's numbers were drawn since, in the call that goes on."""
         now = _state()
         if now != self.state and self.stack:
-            self.coins.setdefault(self.stack[-1], spot(2))
+            self.coins.setdefault(self.now, spot(2))
         self.state = now
 
     def _look(self, given: list[Tensor]) -> None:
@@ -84,10 +81,10 @@ class _Drawing(Recorder):
         for t in given:
             node = self.node(t)
             if node is not None and self.flow.nodes[node].random and self.stack:
-                self.coins.setdefault(self.stack[-1], spot(3))
+                self.coins.setdefault(self.now, spot(3))
 
     def after(self, name: str, given: list[Tensor], made: list[Tensor], number: int) -> None:
-        if name in _PRODUCTS and len(given) == 2 and self.stack:
+        if (name in MULTIPLY or name in DIVIDE) and len(given) == 2 and self.stack:
             for x, mask in (given, given[::-1]):
                 if _is_one_each(x, mask) and self._is_random(self.source(mask), mask.numel()):
                     self.products[number] = spot(3)
@@ -149,7 +146,8 @@ def find_drops(
 ) -> Drops:
     """What drops samples or layers of ``model`` in training."""
     drops = Drops({name for name, m in model.named_modules() if _is_named_so(name, m)})
-    if not any(_may_drop(type(m)) for n, m in model.named_modules() if n not in drops.modules):
+    kinds: set[Any] = {type(m) for name, m in model.named_modules() if name not in drops.modules}
+    if not any(map(_may_drop, kinds)):
         return drops
 
     def run(recorder: Any, inputs: Any) -> Flow:
@@ -194,7 +192,7 @@ def _does(flow: Flow, name: str) -> Counter[str]:
     """What the forward of a module calls, and how often it adds."""
     own = {c for c, call in enumerate(flow.calls) if call.name == name}
     done = Counter(call.name for call in flow.calls if call.parent in own)
-    done["+"] = sum(n.call in own and n.op in ADD | SUBTRACT for n in flow.nodes)
+    done["+"] = sum(n.call in own and n.op in SUMS for n in flow.nodes)
     return done
 
 
@@ -220,23 +218,17 @@ def _is_named_so(name: str, module: nn.Module) -> bool:
     return named and rate_of(module) is not None
 
 
-_known: dict[type, bool] = {}
-
-
+@cache
 def _may_drop(kind: type) -> bool:
     """Whether the code of a class asks if it is in training, or draws numbers."""
-    known = _known.get(kind)
-    if known is None:
-        asked = {"training", "rand", "random", "bernoulli", "bernoulli_", "rand_like"}
-        codes = (
-            getattr(method, "__code__", None)
-            for base in kind.__mro__
-            if not base.__module__.startswith(("torch.", __name__.partition(".")[0] + "."))
-            for method in vars(base).values()
-        )
-        known = any(code is not None and not asked.isdisjoint(code.co_names) for code in codes)
-        _known[kind] = known
-    return known
+    asked = {"training", "rand", "random", "bernoulli", "bernoulli_", "rand_like"}
+    codes = (
+        getattr(method, "__code__", None)
+        for base in kind.__mro__
+        if not base.__module__.startswith(NOT_THE_USERS)
+        for method in vars(base).values()
+    )
+    return any(code is not None and not asked.isdisjoint(code.co_names) for code in codes)
 
 
 def settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow) -> None:
@@ -249,31 +241,41 @@ def settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow)
             left[branch] = "residual() drops it by itself, at the p that it is given there"
         elif found is not None:
             left[branch] = (
-                f"the model drops it by itself, in {found.function} (line {found.line} of "
-                f"{found.file}), and it would be dropped twice: set that rate to 0"
+                f"the model drops it by itself, {_told(found)}, and it would be dropped twice: set "
+                "that rate to 0"
             )
     if left:
         findings.refused += [Refused(branch.name, reason) for branch, reason in left.items()]
         findings.branches = kept = [b for b in findings.branches if b not in left]
         for plans in findings.plans.values():
             plans.update({form: only(plan, kept) for form, plan in plans.items()})
+    tell_drops(model, findings, drops, flow)
+
+
+def tell_drops(
+    model: nn.Module, findings: Findings, drops: Drops, flow: Flow, products: bool = False
+) -> None:
+    """Tell which modules go on dropping, who tosses coins, and who multiplies samples if asked."""
+    called = {call.name for call in flow.calls}
     taken = {name for branch in findings.branches for name in branch.existing}
-    tell_drops(model, findings, drops, {call.name for call in flow.calls} - taken)
-
-
-def tell_drops(model: nn.Module, findings: Findings, drops: Drops, called: set[str]) -> None:
-    """Tell which modules go on dropping, of those that are called, and who tosses coins."""
-    for name in sorted(drops.modules & called):
+    for name in sorted((drops.modules & called) - taken):
         module = model.get_submodule(name)
         if not isinstance(module, nn.Identity) and rate_of(module) != 0.0:
             reason = "it is not on a branch that was found, and goes on dropping"
             findings.unused.append(Refused(name, reason))
-    for name, where in drops.coins.items():
-        reason = (
-            f"it tosses a coin of its own (layerdrop, say), in {where.function} (line {where.line} "
-            f"of {where.file}), and goes on dropping: set that rate to 0"
-        )
+    own = [
+        (n, where, "tosses a coin of its own (layerdrop, say)") for n, where in drops.coins.items()
+    ]
+    if products and drops.flow is not None:
+        names = {n: drops.flow.calls[drops.flow.nodes[n].call].name for n in drops.products}
+        own += [(names[n], where, "drops by itself") for n, where in drops.products.items()]
+    for name, where, what in dict.fromkeys(own):
+        reason = f"it {what}, {_told(where)}, and goes on dropping: set that rate to 0"
         findings.unused.append(Refused(name, reason))
+
+
+def _told(where: Spot) -> str:
+    return f"in {where.function} (line {where.line} of {where.file})"
 
 
 def _dropped_in_frames(drops: Drops) -> dict[Spot, Spot]:
@@ -282,7 +284,7 @@ def _dropped_in_frames(drops: Drops) -> dict[Spot, Spot]:
     if flow is None or not drops.products:
         return {}
     found: dict[Spot, Spot] = {}
-    _, regions, _ = find_regions(flow)
+    _, regions = find_regions(flow)
     for region in regions:
         inside = [n for n in drops.products if n in region.nodes]
         for merge in region.merges:

@@ -7,10 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .plan import Form, Precision, Spot
+from ..branch import Spot
+from .plan import Form, Precision
 
-__all__ = ["Call", "Flow", "Key", "Node"]
+__all__ = ["Call", "Flow", "Function", "Key", "Node"]
 
+Function = Literal["", "checkpoint", "custom"]  # that of reentrant checkpointing, or another
 Key = tuple[int, str, int]  # of the call; a function; how many of its values were made before
 
 
@@ -28,8 +30,7 @@ class Node:
         weights: it is a parameter, or made of parameters alone.
         random: it is made of random numbers alone.
         factor: ``alpha=`` of a sum.
-        function: it was made in a custom autograd.Function, which is none of checkpoint's.
-        apart: it was made in that of reentrant checkpointing.
+        function: the custom autograd.Function that it was made in, if any.
         name: of a parameter or buffer.
         key: by what it is found again in another run, which may do a little more or less elsewhere:
             the call that it is made in, and how many of its kind were made there before.
@@ -45,8 +46,7 @@ class Node:
     weights: bool = False
     random: bool = False
     factor: float = 1.0
-    function: bool = False
-    apart: bool = False
+    function: Function = ""
     spot: Spot | None = None
     name: str = ""
     key: Key | None = None
@@ -72,8 +72,7 @@ class Call:
         writes: the type of what it is given and changes: a cache.
         owner: the outermost call that was given this, or whose module keeps it, else the call.
         put: the nodes of tensors that it has put there.
-        apart: reentrant checkpointing makes it.
-        in_function: another custom autograd.Function makes it.
+        function: the custom autograd.Function that makes it, if one does.
         precision: of the call.
     """
 
@@ -91,8 +90,7 @@ class Call:
     writes: str = ""
     owner: int = -1
     put: set[int | None] = field(default_factory=set)
-    apart: bool = False
-    in_function: bool = False
+    function: Function = ""
     precision: Precision = None
 
 

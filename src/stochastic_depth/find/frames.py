@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from .flow import Flow
 from .regions import Finder, Region
@@ -114,7 +115,8 @@ def _assign(flow: Flow, frame: Frame, units: list[tuple[int, ...]]) -> None:
     owner = {c: k for k, calls in enumerate(units) for c in calls}
     of_node = {i: k for k, member in enumerate(frame.members) for i in member.region.nodes}
     for c in frame.met:
-        found = {owner[outer] for outer in _up_to(flow, c, frame.call) if outer in owner}
+        inside = takewhile(frame.call.__ne__, flow.around(c))
+        found = {owner[outer] for outer in inside if outer in owner}
         call = flow.calls[c]
         made = [n for n in call.made if n is not None]
         if not found and made and flow.count[call.start] == flow.count[call.end]:
@@ -129,17 +131,10 @@ def _assign(flow: Flow, frame: Frame, units: list[tuple[int, ...]]) -> None:
             frame.gate_of[c] = k
             frame.members[k].gates.append(c)
     for member in frame.members:
-        inside = [(flow.calls[c].start, flow.calls[c].end) for c in member.gates]
+        spans = [(flow.calls[c].start, flow.calls[c].end) for c in member.gates]
         at = 0
         for i in sorted(member.region.nodes):
-            while at < len(inside) and inside[at][1] <= i:
+            while at < len(spans) and spans[at][1] <= i:
                 at += 1
-            if at == len(inside) or i < inside[at][0]:
+            if at == len(spans) or i < spans[at][0]:
                 member.free.append(i)
-
-
-def _up_to(flow: Flow, call: int, top: int) -> Iterator[int]:
-    for c in flow.around(call):
-        if c == top:
-            return
-        yield c

@@ -2,25 +2,31 @@
 
 __all__ = [
     "ADD",
+    "DIVIDE",
     "FROM_PYTHON",
     "LOOKS",
     "MAY_ADD",
+    "MULTIPLY",
     "OVERWRITES",
     "RANDOM",
     "SUBTRACT",
+    "SUMS",
     "VIEWS",
     "writes",
 ]
 
 ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 SUBTRACT = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
+SUMS = ADD | SUBTRACT
+MULTIPLY = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+DIVIDE = {"div", "div_", "__truediv__", "__itruediv__"}
 VIEWS = {
     "chunk", "expand", "flatten", "permute", "reshape", "split", "squeeze", "transpose", "item",
     "unbind", "unflatten", "unsqueeze", "view", "view_as", "contiguous", "__getitem__", "roll",
     "pad", "cat", "concat", "stack", "to", "type_as", "float", "alias", "narrow", "select",
     "movedim", "swapaxes", "T", "mT", "clone", "detach", "tensor_split", "half", "bfloat16",
 }  # fmt: skip
-MAY_ADD = ADD | SUBTRACT | {
+MAY_ADD = SUMS | {
     "addcmul", "addcmul_", "addcdiv", "addcdiv_", "lerp", "lerp_", "addmm", "addmm_", "baddbmm",
     "addbmm", "addmv", "index_add", "index_add_", "scatter_add", "scatter_add_", "stack", "cat",
     "concat", "concatenate", "sum", "hstack", "vstack", "where", "__setitem__", "einsum", "fsum",

@@ -49,9 +49,8 @@ def guess_inputs(model: nn.Module) -> Inputs | None:
 def _placed(x: Any, device: Any, dtype: torch.dtype) -> Any:
     if not isinstance(x, Tensor):
         return x
-    return (
-        x.to(device, dtype) if x.is_floating_point() and dtype.is_floating_point else x.to(device)
-    )
+    floats = x.is_floating_point() and dtype.is_floating_point
+    return x.to(device, dtype) if floats else x.to(device)
 
 
 def _candidates(model: nn.Module) -> Iterator[Inputs]:
@@ -78,8 +77,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
         yield (_noise(2, width),) * count, {}
         yield (_noise(2, 16, width),) * count, {}
         for size in sizes:  # patches, flattened
-            channels = 3
-            yield (_noise(2, channels, size, size),) * count, {}
+            yield (_noise(2, 3, size, size),) * count, {}
 
 
 def _noise(*shape: int) -> Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Collection
 
 from .flow import Flow
-from .functions import ADD, SUBTRACT, VIEWS
+from .functions import ADD, SUMS, VIEWS
 
 __all__ = ["Measures"]
 
 _NO_SHORTCUT = {"embedding", "sigmoid", "sigmoid_", "tanh", "tanh_", "softmax", "softplus", "exp"}
 _NORMAL = {"randn", "randn_like", "normal", "normal_"}
+_PRODUCTS = {"matmul", "__matmul__", "mv"}
 _LIGHT = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
@@ -23,18 +24,32 @@ class Measures:
         """How many weight matrices, and depthwise filters, a value is made with."""
         matrices = depthwise = 0
         for x in self.nodes[i].sources:
-            node = self.nodes[x]
-            shape = node.shape
-            if node.weights and len(shape) > 1 and _numel(shape) > max(shape):
+            shape = self.nodes[x].shape
+            if self.nodes[x].weights and self.is_matrix(shape, self.nodes[i].op):
                 small = self.nodes[i].op.startswith("conv") and len(shape) > 2 and shape[1] == 1
                 matrices, depthwise = matrices + (not small), depthwise + small
         return matrices, depthwise
 
+    def is_matrix(self, shape: tuple[int, ...], op: str) -> bool:
+        """Whether weights are those of a layer, though of one with a single output, and no gain."""
+        if _numel(shape) > max(shape, default=1):
+            return len(shape) > 1
+        to_one = len(shape) > 1 and shape[0] == 1 and (op == "linear" or op.startswith("conv"))
+        return to_one or (len(shape) == 1 and op in _PRODUCTS)
+
+    def matrices(self, values: Collection[int]) -> set[int]:
+        """The weight matrices that ``values`` are made with."""
+        nodes = self.nodes
+        return {
+            x
+            for i in values
+            for x in nodes[i].sources
+            if nodes[x].weights and self.is_matrix(nodes[x].shape, nodes[i].op)
+        }
+
     def size_of(self, values: Collection[int]) -> int:
-        """How many weights there are in the matrices that ``values`` are made with."""
-        read = {x for i in values for x in self.nodes[i].sources if self.nodes[x].weights}
-        shapes = [self.nodes[x].shape for x in read]
-        return sum(_numel(shape) for shape in shapes if shape and _numel(shape) > max(shape))
+        """How many weights there are in these."""
+        return sum(_numel(self.nodes[x].shape) for x in self.matrices(values))
 
     def depth(self, values: set[int]) -> tuple[int, int]:
         """The weight matrices, and the depthwise filters, one after the other in ``values``."""
@@ -67,7 +82,7 @@ class Measures:
 
     def is_unseen(self, i: int) -> bool:
         """Whether it comes from a scripted function, or from other work outside of torch's."""
-        return self.nodes[i].op == "opaque" and self.nodes[i].function
+        return self.nodes[i].op == "opaque" and self.nodes[i].function == "custom"
 
     def is_little(self, own: set[int]) -> bool:
         """Whether it has one layer at most, and no gate: values squashed, or two multiplied."""
@@ -88,7 +103,7 @@ class Measures:
         while True:
             factors = {x for x in nodes[b].sources if nodes[x].varies or nodes[x].random}
             if len(factors) != 1 or any(self.weights(b)):
-                return set() if nodes[b].op in ADD | SUBTRACT | VIEWS else factors
+                return set() if nodes[b].op in SUMS | VIEWS else factors
             (b,) = factors
 
     def is_gated(self, b: int, branch: set[int], starts: set[int]) -> bool:

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._torch import is_compiler_loaded, without_parametrize_cache
 from .flow import Flow
 from .record import Recorder
+from .spot import is_ours
 from .state import Kept, copied, in_mode, untouched, unwritten
 
 __all__ = ["plainly", "record", "record_examples", "without_gradients"]
@@ -48,8 +49,8 @@ class _Met:
 
     def __init__(self, recorder: Any, module: nn.Module, own: Any) -> None:
         self.recorder = recorder
-        ours = type(own).__module__.startswith(__name__.partition(".")[0] + ".")
-        self.through = type(module)._call_impl.__get__(module) if own is None or ours else own
+        by_class = own is None or is_ours(own)
+        self.through = type(module)._call_impl.__get__(module) if by_class else own
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,17 +77,11 @@ def without_gradients() -> Iterator[None]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """The same, and without compiled code."""
-    with without_gradients(), _uncompiled():
+    """The same, and compiled code runs as it is written."""
+    with without_gradients(), ExitStack() as stack:
+        if is_compiler_loaded():  # else loading it takes a second, and nothing has been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled code runs as it is written."""
-    if not is_compiler_loaded():  # which takes a second, and nothing has been compiled
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def record(
@@ -111,15 +106,34 @@ def record(
         kept: the model's state, where that is known.
         frozen: types of modules that run as in evaluation in any case.
     """
-    asked = model, args, kwargs, training, recorder, constants, kept, frozen
+
+    def run() -> Flow:
+        watch = recorder(model, constants or [])
+        watch.keeps_unknown = constants is None
+        given, named = copied((args, kwargs))
+        with _one_at_a_time, ExitStack() as stack:
+            stack.enter_context(untouched(model, kept))
+            stack.enter_context(in_mode(model, training, frozen))
+            if training:
+                stack.enter_context(unwritten(model))
+            stack.enter_context(plainly())
+            stack.enter_context(_met(watch, model))
+            watch.inputs(given, named)
+            with watch:
+                result = model(*given, **named)
+            flow: Flow = watch.finish(result)
+            flow.watch, flow.constants = watch, constants or []
+            del watch.flow, watch.written  # no cycle, in which all would wait for a collection
+        return flow
+
     was_loaded = is_compiler_loaded()
     try:
-        flow = _recorded(*asked)
+        flow = run()
     except Exception:
         if is_compiler_loaded() == was_loaded:
             raise
     if is_compiler_loaded() != was_loaded:  # by the model, which has compiled something
-        flow = _recorded(*asked)
+        flow = run()
     if flow.unknown and constants is None:  # what a second run reads again was there before
         return record(model, args, kwargs, training, recorder, flow.unknown, kept, frozen)
     return flow
@@ -138,26 +152,3 @@ def record_examples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             "example_inputs must be what the model is called with (a tensor, a tuple of arguments "
             f"or a dict of keywords), but calling it failed: {error}"
         ) from error
-
-
-def _recorded(
-    model: nn.Module, args: Any, kwargs: Any, training: bool, recorder: Any,
-    constants: list[Tensor] | None, kept: Kept | None, frozen: Container[type],
-) -> Flow:  # fmt: skip
-    watch = recorder(model, constants or [])
-    watch.keeps_unknown = constants is None
-    args, kwargs = copied((args, kwargs))
-    with _one_at_a_time, ExitStack() as stack:
-        stack.enter_context(untouched(model, kept))
-        stack.enter_context(in_mode(model, training, frozen))
-        if training:
-            stack.enter_context(unwritten(model))
-        stack.enter_context(plainly())
-        stack.enter_context(_met(watch, model))
-        watch.inputs(args, kwargs)
-        with watch:
-            result = model(*args, **kwargs)
-        flow: Flow = watch.finish(result)
-        flow.watch, flow.constants = watch, constants or []
-        del watch.flow, watch.written  # no cycle, in which all of it would wait for a collection
-    return flow

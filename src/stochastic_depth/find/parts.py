@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from .flow import Flow
+from .functions import VIEWS
 from .measure import Measures
 
 __all__ = ["OUTSIDE", "WRITES", "Parts"]
@@ -128,7 +129,16 @@ class Parts(Measures):
         nodes = self.nodes
         return {x for i in values for x in nodes[i].sources if nodes[x].varies and x not in values}
 
-    def leak(self, near: set[int], branch: set[int]) -> str:
+    def viewed(self, values: set[int]) -> set[int]:
+        """These, and what they are views of."""
+        found = set(values)
+        for i in values:
+            while self.nodes[i].op in VIEWS:
+                i = self.nodes[i].sources[0]
+                found.add(i)
+        return found
+
+    def leak(self, near: set[int]) -> str:
         """Why nothing of a branch can be left out: who else uses what it computes."""
         around = {c for i in near for c in self.flow.around(self.nodes[i].call)}
         for c in sorted(around, reverse=True):

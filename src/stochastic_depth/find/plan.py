@@ -12,23 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..branch import Branch, Place, Spot
+from ..branch import Branch, Place
 from .batch import Samples
 
-__all__ = [
-    "Branch",
-    "Findings",
-    "Form",
-    "Gate",
-    "Leaf",
-    "Merge",
-    "Place",
-    "Plan",
-    "Precision",
-    "Refused",
-    "Spot",
-    "only",
-]
+__all__ = ["Findings", "Form", "Gate", "Leaf", "Merge", "Plan", "Precision", "Refused", "only"]
 
 
 class Leaf(NamedTuple):

@@ -1,5 +1,7 @@
 """From the regions of a run to plans: what every call of a block has to do with its branches."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import nn
 
@@ -15,24 +17,22 @@ __all__ = ["Planned", "dtypes_of", "plan"]
 Key = tuple[str, tuple[str, ...], frozenset[Spot]]
 
 
+@dataclass
 class Planned:
-    """Findings, and which regions of the run each branch is.
+    """Findings, and what of the run they are.
 
     Attributes:
         findings: what is found.
         regions: by branch; several where its block is called several times.
-        gates: for each plan that a frame makes, the frame.
+        frames: the calls of blocks, each with the plan that it goes by.
     """
 
-    def __init__(self) -> None:
-        self.findings = Findings()
-        self.regions: dict[Branch, list[Region]] = {}
-        self.frames: list[tuple[Frame, Plan]] = []
+    findings: Findings = field(default_factory=Findings)
+    regions: dict[Branch, list[Region]] = field(default_factory=dict)
+    frames: list[tuple[Frame, Plan]] = field(default_factory=list)
 
 
-def plan(
-    model: nn.Module, flow: Flow, finder: Finder, regions: list[Region], rejected: list[Rejected]
-) -> Planned:
+def plan(model: nn.Module, flow: Flow, finder: Finder, regions: list[Region]) -> Planned:
     """What is found, from the regions of one run."""
     tops = [r.block for r in regions]
     refused: dict[int, str] = {}
@@ -46,7 +46,7 @@ def plan(
                 if reason := objection(flow, frame, member):
                     refused[member.region.sum] = reason
                     region = member.region
-                    rejected.append(Rejected(frame.call, region.calls, reason, region.sum))
+                    finder.rejected.append(Rejected(frame.call, region.calls, reason, region.sum))
         if len(refused) > before:
             continue
         planner = _Planner(model, flow, frames)
@@ -56,7 +56,7 @@ def plan(
         for k, top in enumerate(tops):
             if top in planner.conflicts:
                 tops[k] = flow.calls[top].parent
-    planner.refuse(rejected)
+    planner.refuse(finder.rejected)
     return planner.planned
 
 
@@ -74,10 +74,7 @@ class _Planner:
         if not self.conflicts:
             for frame, draft in sorted(drafts, key=lambda d: d[0].members[0].region.sum):
                 self.settle(frame, draft)
-            self.planned.findings.branches.sort(key=self.order)
-
-    def order(self, branch: Branch) -> int:
-        return self.planned.regions[branch][0].sum
+            self.planned.findings.branches.sort(key=lambda b: self.planned.regions[b][0].sum)
 
     def compare(self, drafts: list[tuple[Frame, Plan]]) -> None:
         """Find the blocks that are called in one form and do different things."""
@@ -270,10 +267,11 @@ class _Planner:
         return self.sizes[name]
 
     def refuse(self, rejected: list[Rejected]) -> None:
-        taken = {m for regions in self.planned.regions.values() for r in regions for m in (r.sum,)}
+        regions = [region for found in self.planned.regions.values() for region in found]
+        taken = {region.sum for region in regions}.union(*(region.nodes for region in regions))
         told: dict[tuple[str, str], None] = {}
         for r in rejected:
-            if r.sum in taken:
+            if r.sum in taken:  # by a branch, or inside of one, with which it is left out
                 continue
             block = self.flow.calls[r.block].name
             names = tuple(dict.fromkeys(self.flow.calls[c].name for c in r.calls))

@@ -7,6 +7,7 @@ identity and held weakly; what overwrites one is told by its version.
 import sys
 import threading
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch import tree_flatten, tree_unflatten
-from .flow import Call, Flow, Key, Node
+from .flow import Call, Flow, Function, Key, Node
 from .form import form_of, precision_of
 from .functions import FROM_PYTHON, LOOKS, MAY_ADD, OVERWRITES, RANDOM
 from .ranks import held, is_between_ranks, is_sharded
@@ -67,9 +68,14 @@ class Recorder(TorchFunctionMode):
 
     # Calls of modules.
 
+    @property
+    def now(self) -> int:
+        """The innermost call in progress, -1 outside of all."""
+        return self.stack[-1] if self.stack else -1
+
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> int:
         """A call begins."""
-        parent = self.stack[-1] if self.stack else -1
+        parent = self.now
         leaves = leaves_of(args, kwargs)
         given = [self._given(x) if isinstance(x, Tensor) else None for x in leaves]
         name = self._called(module, parent)
@@ -77,9 +83,8 @@ class Recorder(TorchFunctionMode):
         start = len(self.flow.nodes)
         key = hash(self.key(f".{name}", parent, count=True))
         form = form_of(args, kwargs)
-        function = function_around(sys._getframe(2))
         call = Call(name, module, parent, start, form, given, key=key)
-        call.apart, call.in_function = function == CHECKPOINT, function not in (None, CHECKPOINT)
+        call.function = _function(sys._getframe(2))
         call.precision = precision_of(args, kwargs)
         self.flow.calls.append(call)
         self.written.enter(number, args, kwargs)
@@ -163,16 +168,16 @@ class Recorder(TorchFunctionMode):
         else:
             if self.keeps_unknown:
                 self.flow.unknown.append(t)
-            call = self.stack[-1] if self.stack else -1
+            call = self.now
             given = self.flow.calls[call].given if call >= 0 else []
             sources = tuple(n for n in given if n is not None)
-            node = self._add(Node("opaque", call, sources, function=True), t)
+            node = self._add(Node("opaque", call, sources, function="custom"), t)
         self._name(t, node)
         return node
 
     def _is_swapped_in(self, t: Tensor) -> bool:
         """Whether a module has it as a parameter for the time of its call only."""
-        for c in self.flow.around(self.stack[-1] if self.stack else -1):
+        for c in self.flow.around(self.now):
             call = self.flow.calls[c]
             for name, own in call.module._parameters.items() if type(t) is nn.Parameter else ():
                 if own is t:
@@ -187,8 +192,7 @@ class Recorder(TorchFunctionMode):
             if other is None or other is t or memory_of(other) != memory_of(t):  # moved since
                 continue
             if (node := self.node(other)) is not None:
-                call = self.stack[-1] if self.stack else -1
-                alias = self._add(Node("alias", call, (node,), function=True), t)
+                alias = self._add(Node("alias", self.now, (node,), function="custom"), t)
                 self._name(t, alias)
                 return alias
         return None
@@ -231,32 +235,28 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             if not isinstance(result, Tensor) or result is args[0] or name == "grad":
                 return result
-            return self._record(func, name, args, kwargs, list(args[:1]), [], [result])
+            self._record(name, args, kwargs, list(args[:1]), [], [result])
+            return result
         given = tensors_in(args, [])
         if kwargs:
             tensors_in(kwargs, given)
         versions = [version_of(t) for t in given]
         if name in MAY_ADD:
-            args, kwargs = self.before(func, name, args, kwargs, given)
+            args, kwargs = self.before(name, args, kwargs, given)
         result = func(*args, **kwargs)
         changed = [
             t
             for t, v in zip(given, versions, strict=True)
             if v != version_of(t) and id(t) not in self.own
         ]
-        if isinstance(result, Tensor):
-            fresh = [] if any(result is g for g in given) else [result]
-        elif isinstance(result, list | tuple):
-            fresh = [t for t in tensors_in(result, []) if not any(t is g for g in given)]
-        else:
-            fresh = []
-            if name in LOOKS and given:
-                self._look(given)
+        fresh = [t for t in tensors_in(result, []) if not any(t is g for g in given)]
+        if name in LOOKS and given and not fresh:
+            self._look(given)
         if changed or fresh:
-            return self._record(func, name, args, kwargs, given, changed, fresh, result)
+            self._record(name, args, kwargs, given, changed, fresh)
         return result
 
-    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+    def before(self, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
         """Change what a function that may be a sum is given, before it runs."""
         return args, kwargs
 
@@ -264,18 +264,17 @@ class Recorder(TorchFunctionMode):
         """What a function made has been recorded, as the value of this number."""
 
     def _look(self, given: list[Tensor]) -> None:
-        call = self.stack[-1] if self.stack else -1
+        call = self.now
         for t in given:
             if (node := self.node(t)) is not None and self.flow.nodes[node].varies:
                 self.flow.looks.append((node, call))
                 self.looked.setdefault(call, []).append(node)
 
     def _record(
-        self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor],
-        changed: list[Tensor], fresh: list[Tensor], result: Any = None,
-    ) -> Any:  # fmt: skip
-        sources = tuple([self.source(t) for t in given])
-        call = self.stack[-1] if self.stack else -1
+        self, name: str, args: Any, kwargs: Any, given: list[Tensor], changed: list[Tensor],
+        fresh: list[Tensor],
+    ) -> None:  # fmt: skip
+        sources, call = tuple([self.source(t) for t in given]), self.now
         if name.endswith("_as") or name == "to":  # of the second, the shape or the dtype alone
             sources = sources[:1]
         elif name in FROM_PYTHON and call in self.looked:
@@ -292,28 +291,22 @@ class Recorder(TorchFunctionMode):
         elif name in ("zero_", "fill_") and len(given) == 1:
             node.varies = False
         if len(given) > 1:
-            node.parts = (
-                tuple(self.source(a) for a in args if isinstance(a, Tensor))
-                if name in MAY_ADD
-                else ()
-            )
-            if not node.parts or (len(node.parts) < 2 and kwargs):
-                node.parts = sources
+            node.parts = sources
         if name in MAY_ADD:
+            positional = tuple(self.source(a) for a in args if isinstance(a, Tensor))
+            if len(given) > 1 and len(positional) > (1 if kwargs else 0):  # else some are keywords
+                node.parts = positional
             node.spot = spot(3)
             alpha = kwargs.get("alpha", 1)
             node.factor = float(alpha) if isinstance(alpha, int | float) else 1.0
         # An input that a custom Function returns is handed on as a view of itself, by its apply().
         handed_on = name == "view_as" and len(args) == 2 and args[0] is args[1]
-        function = function_around(sys._getframe(2))
-        node.apart = function == CHECKPOINT
-        node.function = handed_on or (function is not None and not node.apart)
+        node.function = "custom" if handed_on else _function(sys._getframe(2))
         for t in outputs:
             self._name(t, self._add(Node("item", call, (index,)), t) if several else index)
         for t in changed:
             self._spread(t, index)
         self.after(name, given, outputs, index)
-        return result if result is not None or changed else fresh[0]
 
     def _spread(self, written: Tensor, op: int) -> None:
         """Other tensors with the memory of one that was overwritten have changed with it."""
@@ -323,8 +316,7 @@ class Recorder(TorchFunctionMode):
                 continue
             node = self.node(t)
             if node is not None and node != op:
-                call = self.stack[-1] if self.stack else -1
-                self._name(t, self._add(Node("alias", call, (node, op)), t))
+                self._name(t, self._add(Node("alias", self.now, (node, op)), t))
 
     def finish(self, result: Any) -> Flow:
         """The flow of a run that returned ``result``."""
@@ -347,3 +339,9 @@ class Recorder(TorchFunctionMode):
             call.end = len(flow.nodes) if call.end < 0 else call.end
         flow.index()
         return flow
+
+
+def _function(frame: FrameType) -> Function:
+    """In what custom Function it runs, within the innermost call of a module."""
+    file = function_around(frame)
+    return "" if file is None else "checkpoint" if file == CHECKPOINT else "custom"

@@ -9,18 +9,17 @@ branch, or, where nothing of the branch would remain, looked into.
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from .flow import Flow, Node
-from .functions import ADD, SUBTRACT, VIEWS
-from .parts import OUTSIDE, Parts
+from .functions import ADD, SUBTRACT, SUMS, VIEWS
+from .lookalikes import Lookalikes
 from .plan import Merge
+from .spot import is_ours
 
-__all__ = ["Finder", "Region", "Rejected", "is_ours"]
+__all__ = ["Finder", "Region", "Rejected"]
 
 _SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
 _COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
@@ -66,12 +65,7 @@ class Rejected:
     block: int
     calls: tuple[int, ...]
     reason: str
-    sum: int = -1
-
-
-def is_ours(module: nn.Module) -> bool:
-    """Whether it is a wrapper of this library, which drops what is in it by itself."""
-    return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
+    sum: int
 
 
 def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
@@ -93,14 +87,15 @@ def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
             yield terms[1], terms[0]
 
 
-class Finder(Parts):
+class Finder(Lookalikes):
     """Finds the region of each sum of a flow, and knows what belongs to one."""
 
-    def __init__(self, flow: Flow, is_drop: Callable[[int], bool]) -> None:
+    def __init__(self, flow: Flow, drops: Container[str]) -> None:
         super().__init__(flow)
         self.found: dict[int, Region] = {}
         self.rejected: list[Rejected] = []
-        self.drops = [c for c, call in enumerate(flow.calls) if call.made and is_drop(c)]
+        self.streams: dict[int, int] = {}  # by sum, refused or not, what it goes on from
+        self.drops = [c for c, call in enumerate(flow.calls) if call.made and call.name in drops]
 
     def run(self) -> None:
         ours = {c for c, call in enumerate(self.calls) if is_ours(call.module)}
@@ -139,6 +134,8 @@ class Finder(Parts):
         if isinstance(found, Rejected) and tight != whole:
             # Look into the calls that do more than it.
             found = self.placed(m, s, b, trunk, own, of_branch, tight, merges)
+        if found is not None:
+            self.streams[m] = trunk[-1]
         if isinstance(found, Rejected):
             self.rejected.append(found)
             return None
@@ -193,16 +190,11 @@ class Finder(Parts):
             return None
         if not self.is_substantial(near, m):
             return None
-        if reason := self.objection(inside, near, b, m):
-            return Rejected(block, calls, reason, m)
-        if own and any(map(self.is_noise, self.factors(b))):
-            reason = "it scales normal random numbers: a sample of a distribution"
-            return Rejected(block, calls, reason, m)
-        if self.is_shared(own, branch.union(trunk), m):
-            reason = "a sum of two branches of a cell, neither of which is its shortcut"
-            return Rejected(block, calls, reason, m)
-        if any(self.depth(own)) and block == 0 and not self.is_followed(m):
-            reason = "two ways to the model's output, wide and deep: no shortcut"
+        reason = self.objection(inside, near, b, m)
+        if not reason and own and self.starts_elsewhere(own, near, inside):
+            reason = self.leak(near)
+        needs = branch.union(trunk)
+        if reason := reason or self.likeness(m, b, own, needs, inside, block):
             return Rejected(block, calls, reason, m)
         drops = tuple(
             c for c in self.drops if any(n in inside for n in self.calls[c].made if n is not None)
@@ -232,35 +224,36 @@ class Finder(Parts):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
-        readers = [i for i in own | near if not start.isdisjoint(self.nodes[i].sources)]
-        if all(self.nodes[i].op in _SLICES for i in readers):
-            return False  # of several parts of it, as of two steps
+        if self.is_cut(start, own | near) or self.is_part(start, own) or self.is_part(start, near):
+            return False  # of a part of it: a step, the coordinates
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
         return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
-    def is_shared(self, own: set[int], branch: set[int], m: int) -> bool:
-        """Whether others read what a projection of the shortcut makes with its weights."""
-        made: set[int] = set()
-        for i in sorted(own):
-            if any(self.weights(i)) or not made.isdisjoint(self.nodes[i].sources):
-                made.add(i)
-        readers = {r for i in made for r in self.readers[i]}
-        return not readers <= own | branch | {m}
+    def is_cut(self, start: set[int], values: set[int]) -> bool:
+        """Whether ``values`` are made of slices of ``start`` alone."""
+        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
+        return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
 
-    def objection(self, branch: set[int], near: set[int], b: int, m: int) -> str:
-        nodes = self.nodes
-        if b not in branch or not self.is_substantial(branch, m):
-            return self.leak(near, branch)
-        if not self.largest(branch, 0, m) and not any(self.depth(branch)):
-            weighs = "it only weighs values: a token shift, an interpolation"
-            return OUTSIDE if any(map(self.is_unseen, branch)) else weighs
-        weighted = [i for i in branch if any(nodes[x].weights for x in nodes[i].sources)]
-        if weighted and all(self.is_grouped(i) for i in weighted):
-            return "it is made of grouped convolutions alone: a positional encoding"
-        if not weighted and any(nodes[x].random for i in branch for x in nodes[i].sources):
-            return "it is made of random numbers: noise"
-        return ""
+    def is_part(self, start: set[int], values: set[int]) -> bool:
+        """Whether ``values`` are made of one slice of ``start``, but no crop or stride."""
+        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
+        if len(readers) != 1 or self.nodes[readers[0]].op not in _SLICES - {"chunk", "split"}:
+            return False
+        (i,) = readers
+        left, whole = self.nodes[i].shape, self.nodes[self.nodes[i].sources[0]].shape
+        return len(left) != len(whole) or any(2 * a < b for a, b in zip(left, whole, strict=True))
+
+    def starts_elsewhere(self, own: set[int], near: set[int], left: set[int]) -> bool:
+        """Whether what is left of a branch starts from something else than its shortcut."""
+        start = self.entries(own)
+        if all(self.nodes[i].op in VIEWS for i in own):
+            if not self.is_cut(start, own) or not self.is_cut(start, near):
+                return False
+            again = (len(self.readers[x]) > 1 for x in self.matrices(left))  # these are steps
+            return any(again) or start.isdisjoint(self.viewed(self.entries(left)))
+        inner = [x for i, x in self.streams.items() if i in near and self.nodes[x].varies]
+        return not near.union(start).issuperset(inner)
 
     def trunk(self, s: int, own: set[int]) -> tuple[list[int], set[int], frozenset[int]]:
         """x + f(x) + g(x): the second branch reads the trunk x of the shortcut x + f(x).
@@ -317,7 +310,7 @@ class Finder(Parts):
         node, readers = self.nodes[m], self.readers[m]
         if node.op == "sum":
             return m, (self.merge(node.sources[0], b, plain=False),)
-        plain = node.op in ADD or node.op in SUBTRACT or node.op.startswith("lerp")
+        plain = node.op in SUMS or node.op.startswith("lerp")
         merges = [self.merge(m, b, plain)]
         whole = self.cut_of(b)
         if whole in branch and len(readers) == 1 and self.nodes[readers[0]].op in _JOINS:

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch import Branch, Place
-from .batch import Batch, Samples, inputs_in, mapped, ways_to_batch
+from ..branch import Branch, Place, name_in_model
+from .batch import Batch, Samples, mapped, ways_to_batch
 from .flow import Flow, Key
+from .frames import Frame
 from .meet import record
 from .plan import Gate, Plan
 from .plans import Planned
 from .record import Recorder
 from .regions import Region
 from .remembering import held_in, remembering
+from .tensors import tensors_within
 from .zeros import without, zeros_in
 
 __all__ = ["place_samples"]
@@ -123,8 +125,8 @@ def _digest(t: Tensor, place: Place, size: int, in_a_row: bool = True) -> Tensor
     t = t.reshape(shape).movedim(place.dim + (not in_a_row), 0).reshape(size, -1)
     each = t.shape[1] // _PARTS
     parts = t[:, : each * _PARTS].reshape(size, -1, max(each, 1))
-    sums, some = parts.sum(2).double(), parts[:, :, 0].double()
-    return torch.cat([sums, some, t[:, each * _PARTS :].double()], 1).nan_to_num().cpu()
+    numbers = torch.cat([parts.sum(2), parts[:, :, 0], t[:, each * _PARTS :]], 1)
+    return numbers.cpu().double().nan_to_num()
 
 
 def place_samples(
@@ -157,8 +159,9 @@ def place_samples(
             if branch.mask == _NOWHERE and _WHOLE not in branch.reason:
                 branch.reason += _WHOLE
     if chosen is not None:
-        for plan in {id(p): p for _, p in planned.frames}.values():
-            _fill(flow, planned, plan, chosen)
+        first = {id(plan): (frame, plan) for frame, plan in reversed(planned.frames)}
+        for frame, plan in first.values():
+            _fill(flow, frame, plan, chosen)
 
 
 def _evidence(
@@ -178,7 +181,7 @@ def _evidence(
         ).watch
         return watch
 
-    if any(t.is_meta for t in inputs_in((args, kwargs))):
+    if any(t.is_meta for t in tensors_within((args, kwargs), 0)):
         raise ValueError("there are no values on the meta device")
     with without(zeros_in(model)):
         more, other = run(_one_more, {}), run(_moved, drawn)
@@ -305,14 +308,12 @@ def _mask(regions: list[Region], seen: _Evidence) -> Place:
     return place
 
 
-def _fill(flow: Flow, planned: Planned, plan: Plan, seen: _Evidence) -> None:
+def _fill(flow: Flow, frame: Frame, plan: Plan, seen: _Evidence) -> None:
     """Give the gates of a plan the places of what they are given and return."""
-    frame = next(frame for frame, made in planned.frames if made is plan)
     block = flow.calls[frame.call].name
     count: dict[int, int] = {}
-    path = f"{block}." if block else ""
     module_of = flow.calls[0].module.get_submodule
-    names = {id(module_of(path + name if name else block)): name for name in plan.gates}
+    names = {id(module_of(name_in_model(name, block))): name for name in plan.gates}
     filled: dict[str, list[Gate]] = {name: list(gates) for name, gates in plan.gates.items()}
     for c in frame.met:
         call = flow.calls[c]

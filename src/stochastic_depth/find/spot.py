@@ -10,14 +10,16 @@ from typing import TypeVar
 
 import torch
 
-from .plan import Spot
+from ..branch import Spot
 
-__all__ = ["RESIDUAL", "by_instruction", "is_of_library", "spot"]
+__all__ = ["NOT_THE_USERS", "RESIDUAL", "by_instruction", "is_of_library", "is_ours", "spot"]
 
 T = TypeVar("T")
 
 _TORCH = os.path.dirname(torch.__file__)
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_PACKAGE = __name__.partition(".")[0] + "."
+NOT_THE_USERS = ("torch.", _PACKAGE)  # what the names of such modules begin with
 _BETWEEN = (
     _OURS,
     os.path.join(_TORCH, "overrides.py"),
@@ -56,6 +58,11 @@ def by_instruction(look: Callable[[CodeType, int], T]) -> Callable[[FrameType], 
 def is_of_library(frame: FrameType) -> bool:
     """Whether this library's code runs in ``frame``."""
     return frame.f_code.co_filename.startswith(_OURS)
+
+
+def is_ours(x: object) -> bool:
+    """Whether it is an object of this library: a wrapper, which drops what is in it, or a slot."""
+    return type(x).__module__.startswith(_PACKAGE)
 
 
 def spot(depth: int = 1) -> Spot:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch import global_hooks, is_flat_parameter, is_view_of_flat_parameter
 from .functions import writes
 from .ranks import is_sharded
+from .spot import NOT_THE_USERS
 from .tensors import memory_of, tensors_in, tensors_within
 
 __all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched", "unwritten"]
@@ -33,9 +34,7 @@ _DEPTH = 4  # of containers and plain objects within what a module keeps
 def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
     """Put everything back that a forward may change, and let no warning of its own out.
 
-    Args:
-        model: the model.
-        kept: its state, where that is known already.
+    ``kept`` is the model's state, where that is known already.
     """
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the model will say it again
@@ -141,14 +140,8 @@ class Kept:
         self.alive.append(x)
         if isinstance(x, Tensor):
             self._keep_tensor(x)
-        elif isinstance(x, dict):
-            self._keep_dict(x, depth)
-        elif isinstance(x, list | deque | set):
-            before = list(x)
-            self.undo.append(lambda: _refill(x, before))
-            self._keep_all(before, depth)
-        elif isinstance(x, tuple):
-            self._keep_all(x, depth)
+        elif isinstance(x, dict | list | deque | set | tuple):
+            self._keep_all(self._contents(x), depth)
         elif isinstance(x, random.Random):
             state = x.getstate()
             self.undo.append(lambda: x.setstate(state))
@@ -159,7 +152,17 @@ class Kept:
             bits = x.bit_generator.state
             self.undo.append(lambda: setattr(x.bit_generator, "state", bits))
         elif depth and not callable(x) and isinstance(getattr(x, "__dict__", None), dict):
-            self._keep_dict(vars(x), depth)
+            self._keep_all(self._contents(vars(x)), depth)
+
+    def _contents(self, x: Any) -> list[Any]:
+        """What is in a container, which is to be in it again."""
+        if isinstance(x, dict):
+            self.dicts.append((x, before := dict(x)))
+            return list(before.values())
+        items = list(x)
+        if not isinstance(x, tuple):
+            self.undo.append(partial(_refill, x, items))
+        return items
 
     def _keep_containers(self, x: Any, depth: int) -> None:
         """Keep what is in lists and dicts that hooks fill, and no values of tensors."""
@@ -167,13 +170,7 @@ class Kept:
             return
         self.contained.add(id(x))
         self.alive.append(x)
-        items = x
-        if isinstance(x, dict):
-            self.dicts.append((x, before := dict(x)))
-            items = list(before.values())
-        elif not isinstance(x, tuple):
-            items = list(x)
-            self.undo.append(partial(_refill, x, items))
+        items = self._contents(x)
         if depth and len(items) <= _MANY:
             for item in items:
                 if type(item) in _CONTAINERS:
@@ -184,8 +181,8 @@ class Kept:
         while isinstance(hook, partial):
             self._keep_containers((*hook.args, *hook.keywords.values()), _DEPTH)
             hook = hook.func
-        if (getattr(hook, "__module__", None) or "").startswith(_NOT_THE_USERS):
-            return
+        if (getattr(hook, "__module__", None) or "").startswith(NOT_THE_USERS):
+            return  # engines keep their own state, and ours are asked what they have seen
         own, function = getattr(hook, "__self__", None), getattr(hook, "__func__", hook)
         if not isinstance(function, types.FunctionType):
             own, function = hook, type(hook).__call__
@@ -214,11 +211,6 @@ class Kept:
                 self._keep_tensor(x)
             if type(x).__name__ == "ndarray" and x.flags.writeable:
                 self.undo.append(partial(x.__setitem__, ..., x.copy()))
-
-    def _keep_dict(self, x: dict[Any, Any], depth: int) -> None:
-        before = dict(x)
-        self.dicts.append((x, before))
-        self._keep_all(before.values(), depth)
 
     def _keep_all(self, items: Any, depth: int) -> None:
         if depth:
@@ -262,8 +254,6 @@ _PLAIN = {bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size, t
 _COUNTS = {bool, int, float, str, Tensor}
 _MANY = 1000  # in a list that is looked into
 _CONTAINERS = {dict, list, set, tuple, OrderedDict, defaultdict}
-# Engines keep their own state, and ours are asked what they have seen.
-_NOT_THE_USERS = ("torch.", __name__.partition(".")[0] + ".")
 
 
 def _named_in(function: Any, own: Any) -> set[str]:
@@ -313,10 +303,7 @@ def in_mode(
 ) -> Iterator[None]:
     """Set all modules to training or evaluation, without what a class may do in ``train``.
 
-    Args:
-        model: the model.
-        training: which of both.
-        frozen: types of modules that are set to evaluation in any case.
+    Modules of the types in ``frozen`` are set to evaluation in any case.
     """
     changed = [m for m in model.modules() if m.training != (training and type(m) not in frozen)]
     try:

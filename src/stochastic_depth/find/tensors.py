@@ -111,12 +111,12 @@ def memory_of(t: Tensor) -> int:
         return -id(t)
 
 
-def function_around(frame: FrameType | None, within: CodeType = CALL) -> str | None:
+def function_around(frame: FrameType | None, within: CodeType | None = CALL) -> str | None:
     """The file of the custom Function that runs ``frame`` within the innermost call of a module.
 
     Args:
         frame: where to begin.
-        within: the code of what calls the module.
+        within: the code of what calls the module; None looks beyond it.
     """
     while frame is not None and frame.f_code is not within:
         code = frame.f_code

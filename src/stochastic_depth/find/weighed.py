@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import tree_map
 from ..branch import Branch
 from .flow import Flow, Key
+from .functions import writes
 from .meet import record
 from .plan import Findings
 from .record import Recorder
@@ -33,8 +35,8 @@ class _Weighing(Recorder):
         self.done: set[Key] = set()
         super().__init__(model, constants)
 
-    def before(self, func: Any, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
-        key = self.key(name, self.stack[-1] if self.stack else -1)
+    def before(self, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
+        key = self.key(name, self.now)
         if key not in self.weights or id(given[0]) in self.own:  # a buffer that is written to
             return args, kwargs
         self.done.add(key)
@@ -46,10 +48,10 @@ class _Weighing(Recorder):
                     args = (*args[:2], args[2] * weight, *args[3:])
                 else:
                     kwargs = {**kwargs, "weight": kwargs["weight"] * weight}
+            elif writes(name) and given[position] is args[0]:
+                args[0].copy_(_weighed(args[0], weight))
             else:
-                branch = given[position]
-                args = _weighed(args, branch, weight, name)
-                kwargs = _weighed(kwargs, branch, weight, name)
+                args, kwargs = _with_weighed((args, kwargs), given[position], weight)
         return args, kwargs
 
     def finish(self, result: Any) -> Flow:
@@ -59,23 +61,14 @@ class _Weighing(Recorder):
         return super().finish(result)
 
 
-def _weighed(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
-    if isinstance(x, dict):
-        return {k: _one(v, branch, weight, "") for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)([_one(v, branch, weight, "" if i else name) for i, v in enumerate(x)])
-    return x
+def _with_weighed(given: Any, branch: Tensor, weight: Weight) -> Any:
+    weighed = _weighed(branch, weight)
+    return tree_map(lambda x: weighed if x is branch else x, given)
 
 
-def _one(x: Any, branch: Tensor, weight: Weight, name: str) -> Any:
-    if x is not branch:
-        return x if isinstance(x, Tensor) else _weighed(x, branch, weight, "")
-    in_place = name in ("__iadd__", "__isub__")
-    in_place |= name.endswith("_") and not name.startswith("__")
+def _weighed(x: Tensor, weight: Weight) -> Tensor:
     if callable(weight):
-        return x.copy_(weight(x)) if in_place else weight(x)
-    if in_place:
-        return x.zero_() if weight == 0 else x.mul_(weight)
+        return weight(x)
     return torch.zeros_like(x) if weight == 0 else x * weight
 
 
@@ -89,13 +82,8 @@ def run_weighed(
 ) -> Any:
     """What the plain model returns in evaluation where a branch counts ``weights[branch]`` times.
 
-    Args:
-        model: the model, whose stochastic depth is left aside.
-        args: what it was called with when its branches were found.
-        kwargs: the same.
-        weights: by branch; 0 leaves it out. The others count once.
-        findings: what was found.
-        kept: the model's state, where that is known.
+    0 leaves it out, and the others count once. The model is called as it was when ``findings`` were
+    made; its stochastic depth is left aside.
     """
     at: dict[Key, list[tuple[int, Weight]]] = {}
     for branch, weight in weights.items():
