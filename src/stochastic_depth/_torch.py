@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch._functorch.utils import unwrap_dead_wrappers as _look_through
 from torch.nn.modules import module as modules
 from torch.nn.utils import parametrize
 from torch.utils import hooks
@@ -40,7 +39,6 @@ __all__ = [
     "is_compiled_around",
     "is_compiler_loaded",
     "is_flat_parameter",
-    "is_given_to_function",
     "is_given_to_hook",
     "is_transformed",
     "is_view_of_flat_parameter",
@@ -141,13 +139,7 @@ def saved_tensors_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-# Whether the code of a frame looks through the arguments of a custom autograd.Function: what is no
-# tensor among them goes on without being asked anything else.
-def is_given_to_function(frame: FrameType) -> bool:
-    return frame.f_globals is _look_through.__globals__
-
-
-# Whether it looks for the tensors that a full backward hook is to see the gradients of.
+# Whether the code of a frame looks for the tensors whose gradients a full backward hook is to see.
 def is_given_to_hook(frame: FrameType) -> bool:
     return frame.f_globals is vars(hooks)
 

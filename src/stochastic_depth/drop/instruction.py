@@ -1,4 +1,4 @@
-"""What code of the user's does with a stand-in at an instruction: ask for its class, unpack it."""
+"""What code does with a stand-in at an instruction: ask for its class, apply a Function, unpack."""
 
 import dis
 from types import CodeType, FrameType
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..find.spot import NOT_THE_USERS, by_instruction
 
-__all__ = ["is_asked", "unpacked"]
+__all__ = ["is_applied", "is_asked", "unpacked"]
 
 
 def is_asked(frame: FrameType) -> bool:
@@ -28,9 +28,22 @@ def _is_question(code: CodeType, at: int) -> bool:
         return now.positions is not None and now.positions.col_offset is not None
     if now.opname == "MATCH_CLASS":
         return True
-    # A call begins in the source where the name of what is called does.
-    names = [i for i in known if i.argval == "isinstance"]
-    return any(_begin(i) == _begin(now) for i in names)
+    return _calls(known, now, "isinstance")
+
+
+@by_instruction
+def is_applied(code: CodeType, at: int) -> bool:
+    """Whether an instruction is ``x.apply(...)``, where x may be a custom autograd.Function.
+
+    What asks for a class then is its code in C.
+    """
+    known = list(dis.get_instructions(code))
+    return any(_calls(known, i, "apply") for i in known if i.offset == at)
+
+
+def _calls(known: list[Any], now: Any, name: str) -> bool:
+    """Whether what is called begins in the source where this name does."""
+    return any(_begin(i) == _begin(now) for i in known if i.argval == name)
 
 
 def _begin(instruction: Any) -> Any:

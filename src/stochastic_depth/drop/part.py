@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_given_to_function, is_given_to_hook, tensor_leaves, tree_leaves, tree_map
+from .._torch import is_given_to_hook, tensor_leaves, tree_leaves, tree_map
 from ..find.functions import writes
-from .instruction import is_asked, unpacked
+from .instruction import is_applied, is_asked, unpacked
 from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
 
 __all__ = ["Part", "Unmade", "first_part", "form", "parts_in", "whole"]
@@ -62,7 +62,7 @@ class Part:
         Torch's own, and anything in C, would take it for one in memory, and crash.
         """
         frame = sys._getframe(1)
-        if is_given_to_function(frame) and self._has_gradient():
+        if is_applied(frame) and self._has_gradient():
             raise self._run.error(
                 "hands one of its values to a custom autograd.Function (reentrant checkpointing is "
                 "one), which it did not when it was watched; checkpoint with use_reentrant=False, "
