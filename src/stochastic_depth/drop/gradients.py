@@ -20,13 +20,7 @@ from ..branch import Branch
 from .collectives import own_parameters
 from .ranks import is_distributed
 
-__all__ = ["is_counted_on", "left_out"]
-
-
-def is_counted_on(branch: Branch) -> bool:
-    """Whether somebody waits for gradients of a dropped branch."""
-    counted_on = branch.dropped_grad == "zero" or is_distributed()
-    return counted_on and torch.is_grad_enabled()
+__all__ = ["left_out"]
 
 
 def left_out(
@@ -46,7 +40,8 @@ def left_out(
             copy, since what comes next may work in place, which must not reach the shortcut.
         given: what its calls would have been given.
     """
-    if is_counted_on(branch):
+    counted_on = branch.dropped_grad == "zero" or is_distributed()
+    if counted_on and torch.is_grad_enabled():
         wanted = [p for p in own_parameters(branch, owner) if p.requires_grad]
         # Of each nothing, so that it is not kept for the backward pass.
         others = [x for x in given if not (x is shortcut or x.is_nested)]

@@ -11,8 +11,9 @@ from ..find.spot import spot
 from ..find.state import NORMS
 from ..find.tensors import version_of
 from .decide import choose_samples, draw_mask, draw_subset
-from .gradients import is_counted_on, left_out
+from .gradients import left_out
 from .part import Part, form, whole
+from .ranks import is_distributed
 from .replay import is_recomputing
 from .rows import add_rows, take_rows
 from .slot import here
@@ -212,7 +213,8 @@ class Merging:
         at = place or self._place_of_sum()
         self._decide_by(shortcut, at)
         if self.dropped:
-            self.owe(v)  # all its samples are dropped, which came out here
+            if v is not None:
+                self.owe(v)  # all its samples are dropped, which came out here
             return self.leave_out(shortcut, in_place)
         assert v is not None
         alpha = factor * self.weight
@@ -290,7 +292,7 @@ class Merging:
 
     def owe(self, given: Any) -> None:
         """Note what a dropped call is given, where somebody waits for the gradient of that."""
-        if is_counted_on(self.branch):
+        if self.branch.dropped_grad == "zero" or is_distributed():
             tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
             known = {id(x) for x in self.owed}
             self.owed += [x for x in tensors if id(x) not in known]

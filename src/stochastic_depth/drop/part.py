@@ -311,10 +311,13 @@ def _joining(like: Tensor | None, x: Any) -> Any:
 
 def _met(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The run of a last value that one other tensor is given with, as finding counts sums."""
-    two = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])[:2]
-    last = [x._run for x in two if type(x) is Part and x._last]
-    tensors = sum(type(x) is Part or isinstance(x, Tensor) for x in two)
-    return last[0] if tensors == 2 and len(last) == 1 else None
+    if kwargs:
+        args = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])
+    last = [x for x in args[:2] if type(x) is Part and x._last]
+    if len(args) < 2 or len(last) != 1:
+        return None
+    other = args[0] if args[1] is last[0] else args[1]
+    return last[0]._run if type(other) is Part or isinstance(other, Tensor) else None
 
 
 def _sides(
