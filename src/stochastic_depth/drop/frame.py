@@ -143,7 +143,9 @@ class Frame:
                 gate = Gate(self.runs.index(run) if run in self.runs else None, last)
         elif gate.branch is not None:
             run = self.runs[gate.branch]
-        function = self._function() if again is None else again.function
+        function = None if again is None else again.function
+        if again is None and apart:
+            function = self._function()
         if again is None and run is not None and self._may_be_repeated(function):
             slot.may_be_repeated(Repeat(self, path, index, function or self.around))
             self.site.is_repeated = True
@@ -175,8 +177,6 @@ class Frame:
 
     def _function(self) -> str | None:
         """The file of the custom autograd.Function that makes this call, if one does."""
-        if torch.is_grad_enabled() is self.gradients:
-            return None
         if torch.compiler.is_compiling():
             return CHECKPOINT
         return function_around(sys._getframe(1), _BLOCK)

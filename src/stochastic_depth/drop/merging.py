@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_leaves
+from .._torch import tensor_leaves
 from ..branch import Branch, Place
 from ..find.spot import spot
 from ..find.state import NORMS
@@ -293,8 +293,8 @@ class Merging:
     def owe(self, given: Any) -> None:
         """Note what a dropped call is given, where somebody waits for the gradient of that."""
         if self.branch.dropped_grad == "zero" or is_distributed():
-            tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
             known = {id(x) for x in self.owed}
+            tensors = [x for x in tensor_leaves(given) if x.requires_grad]
             self.owed += [x for x in tensors if id(x) not in known]
 
     def check_shape(self, shortcut: Tensor, v: Tensor) -> None:

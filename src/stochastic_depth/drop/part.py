@@ -86,8 +86,9 @@ class Part:
             if type(ends[1]) is Part and _is_outside(ends[0]) and ends[1]._run.is_sum():
                 return ends[1]._run.interpolate(*ends)
         if name in SUMS:
-            run = _met(args, kwargs)
-            if run and run.is_sum() and (sides := _sides(name, args, kwargs)):
+            two = _operands(args, kwargs)
+            run = _met(two)
+            if run and run.is_sum() and (sides := _sides(name, two, kwargs.get("alpha", 1))):
                 return run.merge(*sides)
         parts = parts_in((*args, *kwargs.values()))
         run, last = parts[0]._run, any([part._last for part in parts])
@@ -309,27 +310,27 @@ def _joining(like: Tensor | None, x: Any) -> Any:
     return x._run.joining(x)
 
 
-def _met(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The run of a last value that one other tensor is given with, as finding counts sums."""
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The two that a sum is of."""
     if kwargs:
         args = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])
-    last = [x for x in args[:2] if type(x) is Part and x._last]
-    if len(args) < 2 or len(last) != 1:
+    return args[:2]
+
+
+def _met(two: tuple[Any, ...]) -> Any:
+    """The run of a last value that one other tensor is given with, as finding counts sums."""
+    last = [x for x in two if type(x) is Part and x._last]
+    if len(two) < 2 or len(last) != 1:
         return None
-    other = args[0] if args[1] is last[0] else args[1]
+    other = two[0] if two[1] is last[0] else two[1]
     return last[0]._run if type(other) is Part or isinstance(other, Tensor) else None
 
 
 def _sides(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, two: tuple[Any, ...], factor: float
 ) -> tuple[Tensor, Part, float, bool, bool] | None:
     """Where a part is added to a tensor: this, the part, its factor, in place, part first."""
-    if kwargs:
-        args = (*args, *[kwargs[k] for k in ("input", "other") if k in kwargs])
-    if len(args) < 2:
-        return None
-    a, b = args[:2] if name != "__rsub__" else args[1::-1]
-    factor = kwargs.get("alpha", 1)
+    a, b = two if name != "__rsub__" else two[::-1]
     if _is_outside(a) and type(b) is Part:
         return a, b, factor if name in ADD else -factor, name in IN_PLACE, False
     if _is_outside(b) and type(a) is Part and name in ADD and factor == 1:
