@@ -85,7 +85,7 @@ def widen(value: Any) -> Any:
 
 
 SUBJECTS = {
-    "resnet50": Subject(image("resnet50"), r"layer\d\.\d\.bn3", 16),
+    "resnet18": Subject(image("resnet18"), r"layer\d\.\d\.bn2", 8),
     "convnext": Subject(small_convnext, r"features\.\d\.\d\.stochastic_depth", 4),
     "swin": Subject(small_swin, r"features\.\d\.\d\.stochastic_depth", 8),
     "efficientnet": Subject(

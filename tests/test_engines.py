@@ -200,8 +200,9 @@ class State:
         sd.load_state_dict(self.model, state)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("lora", "checkpointed"), [(False, False), (True, True)], ids=["full", "checkpointed LoRA"]
+)
 def test_accelerate_resumes_checkpointed_with_lora_and_average(tmp_path, lora, checkpointed):
     def run(start: int, stop: int) -> tuple[nn.Module, nn.Module]:
         accelerator = Accelerator(cpu=True)
@@ -312,11 +313,10 @@ def train(folder: Path, *given: str, lora: bool = False, resume: bool = False) -
     return trainer
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize(
-    "given",
-    [[], ["--bf16"], ["--activation_checkpointing"]],
-    ids=["plain", "bf16", "activation checkpointing"],
+    ("given", "lora"),
+    [([], False), (["--bf16"], True), (["--activation_checkpointing"], True)],
+    ids=["plain", "bf16 LoRA", "activation checkpointing LoRA"],
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_the_trainer_takes_its_arguments_and_resumes(tmp_path, given, lora):

@@ -191,26 +191,39 @@ def apply_kept(model: nn.Module, x: Tensor) -> None:
     sd.apply(model, KEPT, schedule="uniform", scale="none", seed=0, example_inputs=x)
 
 
-# Over 140 million parameters, of the same blocks as their small siblings, and MaxViT, which wants
-# images of 224: they take more than half of the time of all.
-SLOW = {
-    "convnext_large",
-    "maxvit_t",
-    "regnet_y_32gf",
-    "regnet_y_128gf",
-    "vit_h_14",
-    "vit_l_16",
-    "vit_l_32",
+# One of each class of blocks, and of each way to build a block; their siblings are more of the
+# same, and longer.
+QUICK = {
+    "convnext_tiny",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "mnasnet0_5",
+    "mnasnet1_0",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
+    "resnet50",
+    "swin_t",
+    "swin_v2_t",
+    "vit_b_32",
+    # Without branches.
+    "alexnet",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "vgg11_bn",
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.zoo) if name in SLOW else name
-        for name in WITH_BRANCHES
-    ],
-)
+def quick_first(names: list[str]) -> list[Any]:
+    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.zoo) for n in names]
+
+
+@pytest.fixture(scope="module", params=quick_first(WITH_BRANCHES))
 def case(request: pytest.FixtureRequest) -> Case:
     model, x = build(request.param), images(request.param)
     set_existing(model, 0.0)
@@ -335,7 +348,7 @@ def test_remove_restores_the_model_exactly(case: Case) -> None:  # the last one 
     assert torch.equal(training_output(case.model, case.x), case.training)
 
 
-@pytest.mark.parametrize("name", WITHOUT_BRANCHES)
+@pytest.mark.parametrize("name", quick_first(WITHOUT_BRANCHES))
 def test_a_model_without_residual_branches_is_an_error(name: str) -> None:
     model = build(name)
     before = contents(model)

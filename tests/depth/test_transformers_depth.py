@@ -59,7 +59,7 @@ def test_families_prune_as_they_skip(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("keep", [range(1), range(2), [1, 2], [0, 2]])
+@pytest.mark.parametrize("keep", [range(1), [0, 2]])
 def test_generation_is_the_same_with_and_without_a_cache(name, keep):
     model, inputs = made(name)
     view = sd.shallow(model, keep=keep, example_inputs=inputs)
