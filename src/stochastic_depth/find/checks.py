@@ -1,5 +1,7 @@
 """What a frame does with the values of a branch between its calls, and what cannot be run."""
 
+from collections.abc import Iterable
+
 from .flow import Flow
 from .frames import Frame, Member
 from .functions import DIVIDE, MULTIPLY, SUMS, VIEWS, writes
@@ -115,20 +117,27 @@ def kept_in(name: str) -> str:
     )
 
 
+def _made(flow: Flow, member: Member, calls: Iterable[int]) -> set[int]:
+    """The values of the branch that these calls return."""
+    nodes = member.region.nodes
+    return {n for c in calls for n in flow.calls[c].made if n is not None and n in nodes}
+
+
+def _in_frame(flow: Flow, member: Member, values: set[int]) -> set[int]:
+    """``values``, and what the frame computes of them."""
+    found = set(values)
+    for i in member.free:
+        if not found.isdisjoint(flow.nodes[i].sources):
+            found.add(i)
+    return found
+
+
 def _absent(flow: Flow, member: Member) -> set[int]:
     """The values that are not there when no gate of the branch is called."""
-    nodes, region = flow.nodes, member.region
-    absent = {
-        n for c in member.gates for n in flow.calls[c].made if n is not None and n in region.nodes
-    }
-    for c in member.gates:
-        call = flow.calls[c]
-        absent.update(i for i in range(call.start, call.end) if i in region.nodes)
-    absent -= _handed(flow, member)
-    for i in member.free:
-        if any(x in absent for x in nodes[i].sources):
-            absent.add(i)
-    return absent
+    calls = [flow.calls[c] for c in member.gates]
+    within = {i for call in calls for i in range(call.start, call.end) if i in member.region.nodes}
+    absent = _made(flow, member, member.gates) | within
+    return _in_frame(flow, member, absent - _handed(flow, member))
 
 
 def _handed(flow: Flow, member: Member) -> set[int]:
@@ -177,17 +186,6 @@ def is_absent(flow: Flow, member: Member) -> bool:
     return bool(member.gates) and member.region.output in _absent(flow, member)
 
 
-def _after_last(flow: Flow, member: Member, last: set[int]) -> set[int]:
-    """The values in the frame that come of the last gates, and what these return."""
-    after = {
-        n for c in last for n in flow.calls[c].made if n is not None and n in member.region.nodes
-    }
-    for i in member.free:
-        if any(x in after for x in flow.nodes[i].sources):
-            after.add(i)
-    return after
-
-
 def works_in_function(flow: Flow, member: Member) -> bool:
     """Whether a custom autograd.Function works on a value of the branch in the frame.
 
@@ -205,7 +203,7 @@ def works_in_function(flow: Flow, member: Member) -> bool:
 
 def sums_before(flow: Flow, member: Member, last: set[int]) -> int:
     """How many sums with something else the branch goes through before its own."""
-    after = _after_last(flow, member, last)
+    after = _in_frame(flow, member, _made(flow, member, last))
     count = 0
     for i in member.free:
         node = flow.nodes[i]
@@ -217,9 +215,7 @@ def sums_before(flow: Flow, member: Member, last: set[int]) -> int:
 def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
     """Whether all from the last gates to the sum is of degree one in them (conservative)."""
     nodes = flow.nodes
-    degree: dict[int, int | None] = {
-        n: 1 for c in last for n in flow.calls[c].made if n is not None and n in member.region.nodes
-    }
+    degree: dict[int, int | None] = dict.fromkeys(_made(flow, member, last), 1)
     if not degree:
         return False
     for i in member.free:

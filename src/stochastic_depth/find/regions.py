@@ -224,23 +224,23 @@ class Finder(Lookalikes):
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
-        if self.is_cut(start, own | near) or self.is_part(start, own) or self.is_part(start, near):
+        if self.slices(start, own | near) or self.is_part(start, own) or self.is_part(start, near):
             return False  # of a part of it: a step, the coordinates
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
         return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
-    def is_cut(self, start: set[int], values: set[int]) -> bool:
-        """Whether ``values`` are made of slices of ``start`` alone."""
+    def slices(self, start: set[int], values: set[int]) -> list[int]:
+        """The slices of ``start``, where ``values`` are made of such alone."""
         readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
-        return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
+        return readers if all(self.nodes[i].op in _SLICES for i in readers) else []
 
     def is_part(self, start: set[int], values: set[int]) -> bool:
         """Whether ``values`` are made of one slice of ``start``, but no crop or stride."""
-        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
-        if len(readers) != 1 or self.nodes[readers[0]].op not in _SLICES - {"chunk", "split"}:
+        slices = self.slices(start, values)
+        if len(slices) != 1 or self.nodes[slices[0]].op in ("chunk", "split"):
             return False
-        (i,) = readers
+        (i,) = slices
         left, whole = self.nodes[i].shape, self.nodes[self.nodes[i].sources[0]].shape
         return len(left) != len(whole) or any(2 * a < b for a, b in zip(left, whole, strict=True))
 
@@ -248,7 +248,7 @@ class Finder(Lookalikes):
         """Whether what is left of a branch starts from something else than its shortcut."""
         start = self.entries(own)
         if all(self.nodes[i].op in VIEWS for i in own):
-            if not self.is_cut(start, own) or not self.is_cut(start, near):
+            if not (self.slices(start, own) and self.slices(start, near)):
                 return False
             again = (len(self.readers[x]) > 1 for x in self.matrices(left))  # these are steps
             return any(again) or start.isdisjoint(self.viewed(self.entries(left)))
