@@ -106,6 +106,14 @@ class Correction(Net):
         return self.d(self.a(x) + 2 * self.up(self.down(x)))
 
 
+class CorrectionOfParts(Net):
+    """The same, for the parts of what a layer gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.up(part) for part in self.down(x).chunk(2, 1)]
+        return self.d(self.a(x) + torch.cat(parts, 1))
+
+
 class Iteration(Net):
     """A deep equilibrium model's, whose input enters each time."""
 
@@ -137,6 +145,32 @@ class Centred(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.d(x - self.mean(x))
+
+
+class Jitter(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * x * torch.randn_like(x)
+
+
+class Jittered(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.jitter = Jitter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(x + self.jitter(x))
+
+
+class ActivationAlone(Net):
+    """What else it does is used, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        return self.d(x + self.relu(y)), y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
 
 
 class Head(Net):
@@ -203,6 +237,9 @@ REFUSED = [
     (Scores, "scores, a gate, a cell"),
     (AdditiveScores, "scores, a gate, a cell"),
     (Correction, "a correction"),
+    (CorrectionOfParts, "a correction"),
+    (Jittered, "random numbers: noise"),
+    (ActivationAlone, "also used outside"),
     (Iteration, "a step of an iteration"),
     (WideAndDeep, "wide and deep"),
     (WideAndDeepInAWrapper, "wide and deep"),
@@ -312,7 +349,52 @@ class Strided(Net):
         return self.d(self.a(x[:, ::2]) + y)
 
 
+class Backbone(nn.Module):
+    """The last block makes the output, which no head follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = small.linear(), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.stem(x).relu())
+
+
+class GainOnTheShortcut(Net):
+    """Which makes no layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.gain * x + self.a(x))
+
+
+class Convolutions(nn.Module):
+    """Whole ones, and not by group as in a positional encoding; nothing else has weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv1d(5, 5, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+class Noisy(Net):
+    """Its branch is no product of noise, as that of a distribution is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.c(x).relu())
+        return self.d(self.a(x) + (y + 0.1 * torch.randn_like(y)))
+
+
 FOUND = [
+    (Noisy, ("c", "b")),
+    (Convolutions, ("a", "b")),
+    (GainOnTheShortcut, ("a",)),
+    (Backbone, ("last.c", "last.b")),
     (TanhBlock, ("c", "b")),
     (Action, ("c", "b")),
     (Codes, ("a",)),
@@ -393,6 +475,19 @@ def test_a_layer_of_some_of_the_values_that_another_is_given_is_no_branch() -> N
             return self.d(self.a(x) + self.b(self.up(x[..., :2]).relu()))
 
     assert look(Placed()).branches == []
+
+
+def test_what_the_shortcut_starts_from_weighed_by_something_else_is_no_branch() -> None:
+    class Cell(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.c(x).relu()
+            return self.one(self.a(h) + self.gain * h * self.b(self.d(x).relu()).sigmoid())
+
+    assert look(Cell()).branches == []
 
 
 def test_a_call_whose_state_is_used_too_is_refused_with_that_reason() -> None:

@@ -33,10 +33,10 @@ _SCORES = "it goes on through a softmax, a sigmoid, or a tanh alone: scores, a g
 class Lookalikes(Parts):
     """Of a recorded run."""
 
-    def objection(self, branch: set[int], near: set[int], b: int, m: int) -> str:
+    def objection(self, branch: set[int], near: set[int], m: int) -> str:
         """Why a branch cannot be left out, or is too little to be one."""
         nodes = self.nodes
-        if b not in branch or not self.is_substantial(branch, m):
+        if not self.is_substantial(branch, m):
             return self.leak(near)
         if not self.largest(branch, 0, m) and not any(self.depth(branch)):
             if any(map(self.is_unseen, branch)):
@@ -73,10 +73,10 @@ class Lookalikes(Parts):
             return "of the difference only the size is used: an error, as that of an autoencoder"
         if self.weighs(m, _SOFTMAXES, _TO_SCORES) or (difference and self.squashed(m)):
             return _SCORES
-        if own and self.is_gate(m, branch):
-            return _SCORES
         if not own:
             return ""
+        if self.is_gate(m, branch):
+            return _SCORES
         if any(map(self.is_noise, self.factors(b))):
             return "it scales normal random numbers: a sample of a distribution"
         if self.is_shared(own, needs, m):
@@ -103,21 +103,15 @@ class Lookalikes(Parts):
 
     def is_cut_off(self, i: int) -> bool:
         """Whether no gradient comes to what a value is made of."""
-        while self.nodes[i].op in VIEWS | {"data"}:
-            sources = {x for x in self.nodes[i].sources if self.nodes[x].varies}
-            if self.nodes[i].op in ("detach", "data"):
-                return not self.nodes[i].function  # whose backward pass may give it one
-            if len(sources) != 1:
-                return False
-            (i,) = sources
-        return False
+        ways = [self.nodes[x] for x in self.viewed({i})]
+        # A custom Function's backward pass may give it one.
+        return any(way.op in ("detach", "data") and not way.function for way in ways)
 
     def is_linear(self, i: int) -> bool:
         """Whether a value is linear in what it is made of, but for weights."""
         op, factors = self.nodes[i].op, [x for x in self.nodes[i].sources if self.nodes[x].varies]
-        if op in VIEWS or op in SUMS:
-            return True
-        return len(factors) == 1 and (op in _LINEAR or op.startswith("conv"))
+        alone = len(factors) == 1 and (op in _LINEAR or op.startswith("conv"))
+        return alone or op in VIEWS | SUMS
 
     def is_size(self, r: int, i: int) -> bool:
         """Whether ``r`` is the size of ``i``: its square, a distance."""

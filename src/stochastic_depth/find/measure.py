@@ -26,7 +26,7 @@ class Measures:
         for x in self.nodes[i].sources:
             shape = self.nodes[x].shape
             if self.nodes[x].weights and self.is_matrix(shape, self.nodes[i].op):
-                small = self.nodes[i].op.startswith("conv") and len(shape) > 2 and shape[1] == 1
+                small = self.nodes[i].op.startswith("conv") and shape[1] == 1
                 matrices, depthwise = matrices + (not small), depthwise + small
         return matrices, depthwise
 
@@ -124,35 +124,28 @@ class Measures:
         return node.random and (node.op in _NORMAL or any(map(self.is_noise, node.sources)))
 
     def is_grouped(self, i: int) -> bool:
-        node = self.nodes[i]
-        if not node.op.startswith("conv") or len(node.sources) < 2:
+        """Whether it is made by a convolution in groups, of more than a point."""
+        if not self.nodes[i].op.startswith("conv"):
             return False
-        image, weight = (self.nodes[x].shape for x in node.sources[:2])
-        grouped = len(weight) > 2 and len(image) == len(weight) and weight[1] < image[1]
-        return grouped and max(weight[2:]) > 1
+        image, weight = (self.nodes[x].shape for x in self.nodes[i].sources[:2])
+        return len(image) == len(weight) and weight[1] < image[1] and max(weight[2:]) > 1
 
-    def is_made_of(self, i: int, values: set[int], first: int) -> bool:
-        """Whether a value is computed from one of ``values``, by what comes from ``first`` on."""
-        waiting, seen = ([i] if i >= first else []), {i}
-        while waiting:
-            for x in self.nodes[waiting.pop()].sources:
-                if x in values:
-                    return True
-                if x >= first and x not in seen:
-                    seen.add(x)
-                    waiting.append(x)
-        return False
+    def is_made_of(self, i: int, values: set[int]) -> bool:
+        """Whether a value is computed from one of ``values``."""
+        made = {i}
+        for n in range(i, min(values), -1):
+            if n in made:
+                made.update(self.nodes[n].sources)
+        return not made.isdisjoint(values)
 
     def is_followed(self, m: int) -> bool:
         """Whether a layer with weights works on the sum."""
-        waiting, seen = [m], {m}
-        while waiting:
-            for i in self.readers[waiting.pop()]:
-                if i not in seen:
-                    if any(self.weights(i)):
-                        return True
-                    seen.add(i)
-                    waiting.append(i)
+        after = {m}
+        for i in range(m, len(self.nodes)):
+            if self.live[i] and not after.isdisjoint(self.nodes[i].sources):
+                if any(self.weights(i)):
+                    return True
+                after.add(i)
         return False
 
 

@@ -190,7 +190,7 @@ class Finder(Lookalikes):
             return None
         if not self.is_substantial(near, m):
             return None
-        reason = self.objection(inside, near, b, m)
+        reason = self.objection(inside, near, m)
         if not reason and own and self.starts_elsewhere(own, near, inside):
             reason = self.leak(near)
         needs = branch.union(trunk)
@@ -286,9 +286,7 @@ class Finder(Lookalikes):
         if not sums or is_made or not self.is_little(own):  # what it starts from is made in it
             return False
         starts = self.entries(own) or {trunk[-1]}
-        if not starts.isdisjoint(region.stream):
-            return False
-        return self.is_made_of(region.shortcut, starts, self.calls[region.block].start)
+        return region.stream.isdisjoint(starts) and self.is_made_of(region.shortcut, starts)
 
     def is_block(self, region: Region) -> bool:
         """Whether a branch makes a block: not a layer of several parts, or one with a correction.
