@@ -477,6 +477,60 @@ def test_a_layer_of_some_of_the_values_that_another_is_given_is_no_branch() -> N
     assert look(Placed()).branches == []
 
 
+def test_two_ways_from_different_values_are_no_shortcut_and_branch() -> None:
+    class Towers(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.d(self.a(x) + self.b(self.c(y).relu()))
+
+    given = torch.randn(3, 5, WIDTH), torch.randn(3, 5, WIDTH)
+    assert find(Towers(), given, {}, samples=None).branches == []
+
+
+class Halves(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(x)
+        return self.d(self.a(y[..., :WIDTH]) + self.b(self.c(y[..., WIDTH:]).relu()))
+
+
+class FirstOfAll(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.a(x[:, 0]) + self.b(self.c(x.mean(1)).relu()))
+
+
+@pytest.mark.parametrize("kind", [Halves, FirstOfAll])
+def test_what_starts_from_other_parts_is_no_shortcut_and_branch(kind: type[nn.Module]) -> None:
+    assert look(kind()).branches == []
+
+
+def test_a_sum_of_whole_numbers_is_none() -> None:
+    class Shift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(1)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.f = Shift(), nn.Embedding(9, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x + self.shift(x))
+
+    found = find(Shifted(), (torch.arange(8).view(2, 4) % 4,), {}, samples=None)
+    assert (found.branches, found.refused) == ([], [])
+
+
+def test_what_is_weighed_in_its_sum_is_no_shortcut() -> None:
+    class Halved(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(self.a(x), x, alpha=0.5)
+
+    assert look(Halved()).branches == []
+
+
 def test_what_the_shortcut_starts_from_weighed_by_something_else_is_no_branch() -> None:
     class Cell(Net):
         def __init__(self) -> None:

@@ -26,9 +26,6 @@ class Samples(NamedTuple):
     rows: int = 1
 
 
-ANYWHERE = Samples()
-
-
 @dataclass
 class Batch:
     """One way to see the inputs.
@@ -44,7 +41,7 @@ class Batch:
     rows: int = 1
 
 
-def ways_to_batch(x: Any, known: Samples = ANYWHERE) -> Iterator[Batch]:
+def ways_to_batch(x: Any, known: Samples) -> Iterator[Batch]:
     """The ways to take a dimension for the samples', the likeliest first."""
     given = tensors_within(x, 0)
     shaped = [t for t in given if t.layout == torch.strided and not t.is_nested and t.dim()]
@@ -80,7 +77,7 @@ def mapped(x: Any, batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Any
 
 def first_samples(x: Any, n: int) -> Any:
     """``x`` with its first ``n`` samples alone, in the likeliest way to see it, if it has more."""
-    batch = next(ways_to_batch(x), None)
+    batch = next(ways_to_batch(x, Samples()), None)
     if batch is None or batch.size <= n:
         return None
     return mapped(x, batch, lambda t, dim: t.narrow(dim, 0, n))

@@ -1,6 +1,6 @@
 """How much there is to a set of values: weights, layers one after the other, modules."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 from .flow import Flow
 from .functions import ADD, SUMS, VIEWS
@@ -130,7 +130,7 @@ class Measures:
         image, weight = (self.nodes[x].shape for x in self.nodes[i].sources[:2])
         return len(image) == len(weight) and weight[1] < image[1] and max(weight[2:]) > 1
 
-    def is_made_of(self, i: int, values: set[int]) -> bool:
+    def is_made_of(self, i: int, values: Set[int]) -> bool:
         """Whether a value is computed from one of ``values``."""
         made = {i}
         for n in range(i, min(values), -1):

@@ -80,7 +80,7 @@ def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
     elif node.op in _WITH_FACTORS:
         for part in reversed(parts[1:]):  # the later one is a layer's, the other its gate
             yield parts[0], part
-    elif node.op == "sum" and node.sources and nodes[node.sources[0]].op == "stack":
+    elif node.op == "sum" and nodes[node.sources[0]].op == "stack":
         terms = nodes[node.sources[0]].sources
         if len(terms) == 2 and nodes[terms[0]].shape == node.shape:
             yield terms[0], terms[1]
@@ -112,7 +112,7 @@ class Finder(Lookalikes):
 
     def region(self, m: int, s: int, b: int) -> Region | None:
         nodes = self.nodes
-        if not nodes[b].varies or s == b:
+        if not nodes[b].varies:
             return None
         if not (nodes[m].is_continuous and nodes[b].is_continuous):
             return None
@@ -134,15 +134,16 @@ class Finder(Lookalikes):
         if isinstance(found, Rejected) and tight != whole:
             # Look into the calls that do more than it.
             found = self.placed(m, s, b, trunk, own, of_branch, tight, merges)
-        if found is not None:
-            self.streams[m] = trunk[-1]
+        if found is None:
+            return None
+        self.streams[m] = trunk[-1]
         if isinstance(found, Rejected):
             self.rejected.append(found)
             return None
-        return None if found is not None and self.has_stream(found) else found
+        return None if self.has_stream(found) else found
 
     def apart(self, branch: int, shortcut: int) -> tuple[set[int], set[int]]:
-        """What the one side needs alone, and what the other; inputs are nobody's."""
+        """What the one side needs alone, and what the other."""
         nodes = self.nodes
         marks = {branch: 1, shortcut: 2} if nodes[shortcut].varies else {branch: 1}
         heap = [-i for i in marks]
@@ -154,8 +155,7 @@ class Finder(Lookalikes):
             mark = marks[i]
             if mark != 3:
                 alone -= 1
-                if nodes[i].op != "input":
-                    found[mark - 1].add(i)
+                found[mark - 1].add(i)
             for x in nodes[i].sources:
                 if not nodes[x].varies:
                     continue
@@ -179,7 +179,7 @@ class Finder(Lookalikes):
                 continue
             near = {i for i in branch if start <= i < end}
             inside = {i for i in kept if start <= i < end}
-            if not self.is_residual(b, trunk, own, near, inside):
+            if not self.is_residual(b, trunk, own, near):
                 continue
             calls = self.largest(inside or near, block, m)
             name = self.calls[block].name
@@ -191,7 +191,7 @@ class Finder(Lookalikes):
         if not self.is_substantial(near, m):
             return None
         reason = self.objection(inside, near, m)
-        if not reason and own and self.starts_elsewhere(own, near, inside):
+        if not reason and self.starts_elsewhere(own, near, inside):
             reason = self.leak(near)
         needs = branch.union(trunk)
         if reason := reason or self.likeness(m, b, own, needs, inside, block):
@@ -205,22 +205,16 @@ class Finder(Lookalikes):
             m, s, b, nodes, block, calls, kind, merges, drops, self.stream, frozenset(branch)
         )
 
-    def is_residual(
-        self, b: int, trunk: list[int], own: set[int], near: set[int], kept: set[int]
-    ) -> bool:
+    def is_residual(self, b: int, trunk: list[int], own: set[int], near: set[int]) -> bool:
         """Whether the branch starts where the shortcut does, and is no product with that."""
         read = {x for i in near for x in self.nodes[i].sources}
-        if not self.nodes[trunk[-1]].varies:  # learned queries: what is computed of them alone
-            waiting = [x for x in read if not self.nodes[x].varies]
-            while waiting:
-                for x in self.nodes[waiting.pop()].sources:
-                    if x not in read:
-                        read.add(x)
-                        waiting.append(x)
         if not own:
-            return not read.isdisjoint(self.stream)
+            learned = () if self.nodes[trunk[-1]].varies else read  # queries, and what is made of
+            constants = (x for x in learned if not self.nodes[x].varies)  # them alone
+            alone = any(self.is_made_of(x, self.stream) for x in constants)
+            return alone or not read.isdisjoint(self.stream)
         start, depth = self.entries(own), self.depth(own)
-        if not start or not start <= read | self.entries(kept):
+        if not start <= read:
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
@@ -283,7 +277,7 @@ class Finder(Lookalikes):
         trunk, own, _ = self.trunk(region.output, set(region.needs))
         sums = [self.found[i] for i in trunk if i in self.found]
         is_made = any(self.depth(own)) and all(r.kind == "identity" for r in sums)
-        if not sums or is_made or not self.is_little(own):  # what it starts from is made in it
+        if is_made or not self.is_little(own):  # what it starts from is made in it
             return False
         starts = self.entries(own) or {trunk[-1]}
         return region.stream.isdisjoint(starts) and self.is_made_of(region.shortcut, starts)
