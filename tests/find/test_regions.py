@@ -295,3 +295,23 @@ def test_what_becomes_of_a_branch_in_another_way_is_no_sum_with_it(use: Any) -> 
             return use(x, self.f(x))
 
     assert look(Block()).branches == []
+
+
+def test_what_another_branch_is_given_besides_is_no_shortcut() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = small.linear(), small.linear()
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x + self.f(x * scale) + self.g(scale)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.block = small.linear(), Conditioned()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, self.scale(x))
+
+    assert modules(Outer()) == [("block.f",)]

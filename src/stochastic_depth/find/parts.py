@@ -97,7 +97,7 @@ class Parts(Measures):
         for n in call.made:
             if n is None or n in branch.all:
                 continue
-            if n in call.given and n < call.start and n not in self.stream:
+            if n in call.given and n not in self.stream:
                 continue  # an argument that is handed on is there without the call
             if self.live[n] if self.nodes[n].varies else self.flow.used_until[n] >= call.end:
                 return True

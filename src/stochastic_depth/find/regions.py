@@ -196,9 +196,7 @@ class Finder(Lookalikes):
         needs = branch.union(trunk)
         if reason := reason or self.likeness(m, b, own, needs, inside, block):
             return Rejected(block, calls, reason, m)
-        drops = tuple(
-            c for c in self.drops if any(n in inside for n in self.calls[c].made if n is not None)
-        )
+        drops = tuple(c for c in self.drops if not inside.isdisjoint(self.calls[c].made))
         kind: Literal["identity", "projection"] = "projection" if own else "identity"
         nodes = frozenset(inside)
         return Region(
