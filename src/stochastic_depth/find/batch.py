@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import tree_map_only
 from .tensors import tensors_within
 
 __all__ = ["Batch", "Samples", "first_samples", "mapped", "ways_to_batch"]
@@ -65,14 +66,11 @@ def ways_to_batch(x: Any, known: Samples) -> Iterator[Batch]:
 
 def mapped(x: Any, batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Any:
     """``x`` with ``change(tensor, dim)`` in the place of each tensor that has samples."""
-    if isinstance(x, Tensor):
-        return change(x.detach(), batch.dims[id(x)]) if id(x) in batch.dims else x
-    if isinstance(x, list | tuple):
-        items = [mapped(item, batch, change) for item in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    if type(x) is dict:
-        return {k: mapped(v, batch, change) for k, v in x.items()}
-    return x
+
+    def changed(t: Tensor) -> Tensor:
+        return change(t.detach(), batch.dims[id(t)]) if id(t) in batch.dims else t
+
+    return tree_map_only(Tensor, changed, x)
 
 
 def first_samples(x: Any, n: int) -> Any:
