@@ -315,3 +315,21 @@ def test_what_another_branch_is_given_besides_is_no_shortcut() -> None:
             return self.block(x, self.scale(x))
 
     assert modules(Outer()) == [("block.f",)]
+
+
+def test_a_layer_of_weights_that_its_block_is_given_is_refused() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return x + nn.functional.linear(x, weight)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.block = small.linear(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x, self.head.weight))
+
+    found = look(Tied())
+    assert found.branches == []
+    assert "none of its modules is called by itself" in found.refused[0].reason

@@ -28,9 +28,6 @@ _PRODUCTS = MULTIPLY | {"matmul", "__matmul__", "bmm"}
 def objection(flow: Flow, frame: Frame, member: Member) -> str:
     """Why a branch cannot be left out of this frame, or nothing."""
     nodes, region = flow.nodes, member.region
-    if shared := [c for c in member.gates if c in frame.twice]:
-        name = flow.calls[shared[0]].name
-        return f"one call of {name} works for two branches: call it once for each"
     for c in member.gates:
         kinds = flow.calls[c].kinds
         if "object" in kinds and "tensor" not in kinds:
@@ -135,7 +132,7 @@ def _in_frame(flow: Flow, member: Member, values: set[int]) -> set[int]:
 def _absent(flow: Flow, member: Member) -> set[int]:
     """The values that are not there when no gate of the branch is called."""
     calls = [flow.calls[c] for c in member.gates]
-    within = {i for call in calls for i in range(call.start, call.end) if i in member.region.nodes}
+    within = {i for call in calls for i in range(call.start, call.end)}
     absent = _made(flow, member, member.gates) | within
     return _in_frame(flow, member, absent - _handed(flow, member))
 
@@ -216,8 +213,6 @@ def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
     """Whether all from the last gates to the sum is of degree one in them (conservative)."""
     nodes = flow.nodes
     degree: dict[int, int | None] = dict.fromkeys(_made(flow, member, last), 1)
-    if not degree:
-        return False
     for i in member.free:
         node = nodes[i]
         degrees = [degree.get(x, 0) for x in node.sources]
