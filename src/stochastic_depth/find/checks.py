@@ -90,10 +90,10 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
             )
     for n, c in flow.looks:
         if n in derived and gates.isdisjoint(flow.around(c)):
-            where = flow.calls[c].name if c >= 0 else ""
+            where = flow.calls[c].name or "the model"
             return (
-                f"{where or 'the model'} looks at a value of it in Python (item(), if, a float), "
-                "and there is none where it is dropped: do that in a module of its own"
+                f"{where} looks at a value of it in Python (item(), if, a float), and there is "
+                "none where it is dropped: do that in a module of its own"
             )
     return ""
 
@@ -172,7 +172,7 @@ def read_parameters(flow: Flow, member: Member, block: str) -> tuple[str, ...]:
         waiting.remove(x)
         if own.issuperset(flow.readers[x]):
             own.add(x)
-            waiting.update(s for s in nodes[x].sources if nodes[s].weights)
+            waiting.update(nodes[x].sources)
             if nodes[x].op == "parameter" and nodes[x].name.startswith(prefix):
                 found.append(nodes[x].name[len(prefix) :])
     return tuple(dict.fromkeys(reversed(found)))
