@@ -114,6 +114,54 @@ class CorrectionOfParts(Net):
         return self.d(self.a(x) + torch.cat(parts, 1))
 
 
+class Packed(nn.Module):
+    """A layer whose weights are packed, two in a byte, as bitsandbytes has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bytes = torch.randint(256, (WIDTH * WIDTH // 2, 1), dtype=torch.uint8)
+        self.weight = nn.Parameter(bytes, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_product(x, self.weight.view(-1, 1))
+
+
+@torch.library.custom_op("stochastic_depth_tests::packed_product", mutates_args=())
+def packed_product(x: Tensor, bytes: Tensor) -> Tensor:
+    numbers = torch.cat([bytes & 15, bytes >> 4]).reshape(WIDTH, WIDTH)
+    return x @ ((numbers.float() - 7.5) / 10)
+
+
+class PackedInABuffer(nn.Module):
+    """A layer whose weights are packed in numbers that are no parameters, as GPTQ has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = torch.randint(2**31, (WIDTH // 4, WIDTH), dtype=torch.int32)
+        self.register_buffer("weight", numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.cat([self.weight >> shift & 15 for shift in (0, 4, 8, 12)])
+        return x @ ((numbers.float() - 7.5) / 10)
+
+
+class PackedCorrection(Net):
+    """LoRA beside a layer whose weights are packed."""
+
+    kind: type[nn.Module] = Packed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = self.kind()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.layer(x) + 2 * self.up(self.down(x)))
+
+
+class BufferedCorrection(PackedCorrection):
+    kind = PackedInABuffer
+
+
 class Iteration(Net):
     """A deep equilibrium model's, whose input enters each time."""
 
@@ -237,6 +285,8 @@ REFUSED = [
     (Scores, "scores, a gate, a cell"),
     (AdditiveScores, "scores, a gate, a cell"),
     (Correction, "a correction"),
+    (PackedCorrection, "a correction"),
+    (BufferedCorrection, "a correction"),
     (CorrectionOfParts, "a correction"),
     (Jittered, "random numbers: noise"),
     (ActivationAlone, "also used outside"),

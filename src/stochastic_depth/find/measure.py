@@ -24,14 +24,18 @@ class Measures:
         """How many weight matrices, and depthwise filters, a value is made with."""
         matrices = depthwise = 0
         for x in self.nodes[i].sources:
-            shape = self.nodes[x].shape
-            if self.nodes[x].weights and self.is_matrix(shape, self.nodes[i].op):
-                small = self.nodes[i].op.startswith("conv") and shape[1] == 1
+            if self.is_matrix(x, self.nodes[i].op):
+                small = self.nodes[i].op.startswith("conv") and self.nodes[x].shape[1] == 1
                 matrices, depthwise = matrices + (not small), depthwise + small
         return matrices, depthwise
 
-    def is_matrix(self, shape: tuple[int, ...], op: str) -> bool:
-        """Whether weights are those of a layer, though of one with a single output, and no gain."""
+    def is_matrix(self, x: int, op: str) -> bool:
+        """Whether it is a layer's weights, though of one with a single output, and no gain."""
+        shape = self.nodes[x].shape
+        if not self.nodes[x].weights:
+            return False
+        if not self.nodes[x].is_continuous:  # packed, several in a number
+            return len(shape) > 1
         if _numel(shape) > max(shape, default=1):
             return len(shape) > 1
         to_one = len(shape) > 1 and shape[0] == 1 and (op == "linear" or op.startswith("conv"))
@@ -40,16 +44,15 @@ class Measures:
     def matrices(self, values: Collection[int]) -> set[int]:
         """The weight matrices that ``values`` are made with."""
         nodes = self.nodes
-        return {
-            x
-            for i in values
-            for x in nodes[i].sources
-            if nodes[x].weights and self.is_matrix(nodes[x].shape, nodes[i].op)
-        }
+        return {x for i in values for x in nodes[i].sources if self.is_matrix(x, nodes[i].op)}
 
     def size_of(self, values: Collection[int]) -> int:
-        """How many weights there are in these."""
-        return sum(_numel(self.nodes[x].shape) for x in self.matrices(values))
+        """How many weights there are in these; packed ones are taken to have four bits."""
+        matrices = (self.nodes[x] for x in self.matrices(values))
+        return sum(
+            _numel(x.shape) * (1 if x.is_continuous or x.dtype is None else 2 * x.dtype.itemsize)
+            for x in matrices
+        )
 
     def depth(self, values: set[int]) -> tuple[int, int]:
         """The weight matrices, and the depthwise filters, one after the other in ``values``."""

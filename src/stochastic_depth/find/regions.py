@@ -286,7 +286,7 @@ class Finder(Lookalikes):
         The correction (DoRA) has fewer weights than what the layer has just made.
         """
         s = region.shortcut
-        made = {s} if s >= self.calls[region.block].start else set()
+        made = self.viewed({s}) if s >= self.calls[region.block].start else set()
         if region.kind == "projection":
             _, made, _ = self.trunk(s, self.apart(region.output, s)[1])
             if self.depth(set(region.nodes))[0] < 2:
