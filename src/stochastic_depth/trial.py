@@ -22,7 +22,7 @@ from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
 from .find.checks import kept_in
 from .find.meet import plainly
-from .find.plan import Findings, Refused, only
+from .find.plan import Findings
 from .find.state import Kept, attributes, copied, in_mode, untouched, unwritten
 from .find.weighed import Weight
 from .find.zeros import without, zeros_in
@@ -80,15 +80,7 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
             site.uninstall()
         for branch in found:
             branch.decided = branch.dropped = 0
-    if not any(reasons.values()):
-        return findings
-    right = [b for b in findings.branches if reasons.get(b) is None]
-    findings.refused += [Refused(b.name, reason) for b, reason in reasons.items() if reason]
-    findings.branches = right
-    findings.plans = {
-        name: {form: only(plan, right) for form, plan in plans.items()}
-        for name, plans in findings.plans.items()
-    }
+    findings.refuse({branch: reason for branch, reason in reasons.items() if reason})
     return findings
 
 

@@ -1216,23 +1216,49 @@ def test_a_shortcut_that_mixes_values_is_none() -> None:
         applied(Rearranging(gate=True), example_inputs=torch.randn(3, 4))
 
 
+class Magnitude(nn.Module):
+    """DoRA's correction, which reads what the layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        self.magnitude = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        scale = self.magnitude / (base + self.up.weight @ self.down.weight).norm(dim=1)
+        return (scale - 1) * y + scale * self.up(self.down(x))
+
+
 class Corrected(nn.Module):
-    """DoRA: a layer, and a correction that reads what the layer made."""
+    """DoRA: a layer, and a correction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 8)
+        self.correct = Magnitude()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y + self.correct(x, y, self.base.weight)
+
+    def layer(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+class CorrectedInRows(Corrected):
+    """The same where the layer works on rows, as quantized ones do."""
+
+    def layer(self, x: Tensor) -> Tensor:
+        return self.base(x.reshape(-1, 8)).reshape(x.shape)
+
+
+class Adapted(nn.Module):
+    """LoRA: a correction beside the layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.base = nn.Linear(8, 8)
         self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
-        self.magnitude = nn.Parameter(torch.ones(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        scale = self.magnitude / (self.base.weight + self.up.weight @ self.down.weight).norm(dim=1)
-        return y + (scale - 1) * y + scale * self.up(self.down(x))
-
-
-class Adapted(Corrected):
-    """LoRA: a correction beside the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
@@ -1247,7 +1273,7 @@ class WithCorrections(nn.Module):
         return x + self.g(torch.tanh(self.f(x)))
 
 
-@pytest.mark.parametrize("layer", [Corrected, Adapted])
+@pytest.mark.parametrize("layer", [Corrected, CorrectedInRows, Adapted])
 def test_corrections_of_layers_are_no_blocks(layer: type[nn.Module]) -> None:
     model = nn.Sequential(WithCorrections(layer), WithCorrections(layer))
     sd.apply(model, 0.5, example_inputs=torch.randn(3, 8))

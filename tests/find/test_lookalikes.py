@@ -106,6 +106,62 @@ class Correction(Net):
         return self.d(self.a(x) + 2 * self.up(self.down(x)))
 
 
+class CorrectionOfParts(Net):
+    """The same, for the parts of what a layer gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.up(part) for part in self.down(x).chunk(2, 1)]
+        return self.d(self.a(x) + torch.cat(parts, 1))
+
+
+class Packed(nn.Module):
+    """A layer whose weights are packed, two in a byte, as bitsandbytes has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bytes = torch.randint(256, (WIDTH * WIDTH // 2, 1), dtype=torch.uint8)
+        self.weight = nn.Parameter(bytes, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_product(x, self.weight.view(-1, 1))
+
+
+@torch.library.custom_op("stochastic_depth_tests::packed_product", mutates_args=())
+def packed_product(x: Tensor, bytes: Tensor) -> Tensor:
+    numbers = torch.cat([bytes & 15, bytes >> 4]).reshape(WIDTH, WIDTH)
+    return x @ ((numbers.float() - 7.5) / 10)
+
+
+class PackedInABuffer(nn.Module):
+    """A layer whose weights are packed in numbers that are no parameters, as GPTQ has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = torch.randint(2**31, (WIDTH // 4, WIDTH), dtype=torch.int32)
+        self.register_buffer("weight", numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.cat([self.weight >> shift & 15 for shift in (0, 4, 8, 12)])
+        return x @ ((numbers.float() - 7.5) / 10)
+
+
+class PackedCorrection(Net):
+    """LoRA beside a layer whose weights are packed."""
+
+    kind: type[nn.Module] = Packed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = self.kind()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.layer(x) + 2 * self.up(self.down(x)))
+
+
+class BufferedCorrection(PackedCorrection):
+    kind = PackedInABuffer
+
+
 class Iteration(Net):
     """A deep equilibrium model's, whose input enters each time."""
 
@@ -137,6 +193,32 @@ class Centred(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.d(x - self.mean(x))
+
+
+class Jitter(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * x * torch.randn_like(x)
+
+
+class Jittered(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.jitter = Jitter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(x + self.jitter(x))
+
+
+class ActivationAlone(Net):
+    """What else it does is used, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        return self.d(x + self.relu(y)), y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
 
 
 class Head(Net):
@@ -203,6 +285,11 @@ REFUSED = [
     (Scores, "scores, a gate, a cell"),
     (AdditiveScores, "scores, a gate, a cell"),
     (Correction, "a correction"),
+    (PackedCorrection, "a correction"),
+    (BufferedCorrection, "a correction"),
+    (CorrectionOfParts, "a correction"),
+    (Jittered, "random numbers: noise"),
+    (ActivationAlone, "also used outside"),
     (Iteration, "a step of an iteration"),
     (WideAndDeep, "wide and deep"),
     (WideAndDeepInAWrapper, "wide and deep"),
@@ -312,7 +399,52 @@ class Strided(Net):
         return self.d(self.a(x[:, ::2]) + y)
 
 
+class Backbone(nn.Module):
+    """The last block makes the output, which no head follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = small.linear(), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.stem(x).relu())
+
+
+class GainOnTheShortcut(Net):
+    """Which makes no layer of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.gain * x + self.a(x))
+
+
+class Convolutions(nn.Module):
+    """Whole ones, and not by group as in a positional encoding; nothing else has weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv1d(5, 5, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+class Noisy(Net):
+    """Its branch is no product of noise, as that of a distribution is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.c(x).relu())
+        return self.d(self.a(x) + (y + 0.1 * torch.randn_like(y)))
+
+
 FOUND = [
+    (Noisy, ("c", "b")),
+    (Convolutions, ("a", "b")),
+    (GainOnTheShortcut, ("a",)),
+    (Backbone, ("last.c", "last.b")),
     (TanhBlock, ("c", "b")),
     (Action, ("c", "b")),
     (Codes, ("a",)),
@@ -393,6 +525,73 @@ def test_a_layer_of_some_of_the_values_that_another_is_given_is_no_branch() -> N
             return self.d(self.a(x) + self.b(self.up(x[..., :2]).relu()))
 
     assert look(Placed()).branches == []
+
+
+def test_two_ways_from_different_values_are_no_shortcut_and_branch() -> None:
+    class Towers(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.d(self.a(x) + self.b(self.c(y).relu()))
+
+    given = torch.randn(3, 5, WIDTH), torch.randn(3, 5, WIDTH)
+    assert find(Towers(), given, {}, samples=None).branches == []
+
+
+class Halves(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(x)
+        return self.d(self.a(y[..., :WIDTH]) + self.b(self.c(y[..., WIDTH:]).relu()))
+
+
+class FirstOfAll(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.a(x[:, 0]) + self.b(self.c(x.mean(1)).relu()))
+
+
+@pytest.mark.parametrize("kind", [Halves, FirstOfAll])
+def test_what_starts_from_other_parts_is_no_shortcut_and_branch(kind: type[nn.Module]) -> None:
+    assert look(kind()).branches == []
+
+
+def test_a_sum_of_whole_numbers_is_none() -> None:
+    class Shift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flip(1)
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.f = Shift(), nn.Embedding(9, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(x + self.shift(x))
+
+    found = find(Shifted(), (torch.arange(8).view(2, 4) % 4,), {}, samples=None)
+    assert (found.branches, found.refused) == ([], [])
+
+
+def test_what_is_weighed_in_its_sum_is_no_shortcut() -> None:
+    class Halved(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(self.a(x), x, alpha=0.5)
+
+    assert look(Halved()).branches == []
+
+
+def test_what_the_shortcut_starts_from_weighed_by_something_else_is_no_branch() -> None:
+    class Cell(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.c(x).relu()
+            return self.one(self.a(h) + self.gain * h * self.b(self.d(x).relu()).sigmoid())
+
+    assert look(Cell()).branches == []
 
 
 def test_a_call_whose_state_is_used_too_is_refused_with_that_reason() -> None:

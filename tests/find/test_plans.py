@@ -165,7 +165,8 @@ def test_a_custom_function_after_the_last_call_is_told() -> None:
 
 def test_whether_a_weight_may_come_in_early() -> None:
     assert look(small.Spelled(lambda x, y: x + 2 * y.transpose(0, 1).t())).branches[0].linear
-    assert not look(small.Spelled(lambda x, y: x + y.sigmoid())).branches[0].linear
+    for bent in (torch.sigmoid, lambda y: torch.ones(WIDTH) / y, lambda y: y / -y):
+        assert not look(small.Spelled(lambda x, y, f=bent: x + f(y))).branches[0].linear
     (branch,) = look(small.Spelled(lambda x, y: x + (y + x.mean()))).branches
     assert (branch.linear, branch.turn) == (False, 1)
 

@@ -1,6 +1,7 @@
 """Which sums have a residual branch, and which only look like it."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -274,3 +275,61 @@ def test_a_module_that_also_returns_what_is_used_is_looked_into() -> None:
 
 def test_a_thousand_sums_one_after_the_other_take_no_recursion() -> None:
     assert len(look(nn.Sequential(*[small.Block() for _ in range(1000)])).branches) == 1000
+
+
+NO_SUMS = {
+    "a product": lambda x, y: (x[..., :3] + y[..., :3]) * y[..., 3:6],
+    "a product of a stack": lambda x, y: torch.stack([x, y]).prod(0),
+    "two activations": lambda x, y: torch.cat([x + y.relu(), y.tanh()], -1),
+}
+
+
+@pytest.mark.parametrize("use", NO_SUMS.values(), ids=NO_SUMS)
+def test_what_becomes_of_a_branch_in_another_way_is_no_sum_with_it(use: Any) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return use(x, self.f(x))
+
+    assert look(Block()).branches == []
+
+
+def test_what_another_branch_is_given_besides_is_no_shortcut() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = small.linear(), small.linear()
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x + self.f(x * scale) + self.g(scale)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.block = small.linear(), Conditioned()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, self.scale(x))
+
+    assert modules(Outer()) == [("block.f",)]
+
+
+def test_a_layer_of_weights_that_its_block_is_given_is_refused() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return x + nn.functional.linear(x, weight)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.block = small.linear(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x, self.head.weight))
+
+    found = look(Tied())
+    assert found.branches == []
+    assert "none of its modules is called by itself" in found.refused[0].reason

@@ -236,3 +236,19 @@ def test_where_samples_are_is_said_in_one_of_two_ways() -> None:
         sd.apply(model, 0.5, samples=0, example_inputs=x)
     with pytest.warns(UserWarning, match="no tensor of example_inputs has"):
         sd.apply(model, 0.5, mode="row", samples=(0, 5), example_inputs=x)
+
+
+def test_a_branch_that_the_model_drops_itself_does_not_keep_others_from_selecting() -> None:
+    class Dropping(small.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.f(x)
+            return x + (y * torch.bernoulli(torch.full((len(x), 1), 0.5)) if self.training else y)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(small.Block(), Dropping()), torch.randn(6, WIDTH)
+    sd.apply(model, 0.5, schedule="uniform", mode="subset", example_inputs=x)
+    assert [b.name for b in sd.branches(model)] == ["0:f"]
+    computed: list[int] = []
+    model[0].f.register_forward_hook(lambda *call: computed.append(len(call[-1])))
+    model.train()(x)
+    assert computed == [3]

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..branch import Branch
 from ..drop.decide import subset_size
 from ..drop.force import forced, noting_sizes, plain
 from ..drop.layer import StochasticDepth
-from ..find.costs import FlopCounter
+from ..find.costs import counting
 from ..find.state import copied, in_mode, untouched
 
 __all__ = ["projection_shares", "rates_in_effect"]
@@ -42,24 +41,25 @@ def projection_shares(
         kwargs: the same.
     """
     wrappers = [m for m in model.modules() if isinstance(m, StochasticDepth)]
-    own = [w.branch for w in wrappers if w.projection is not None or w.recipe is not None]
+    own = [w for w in wrappers if w.projection is not None or w.recipe is not None]
     if not own:
         return {}
     found = {}
     with untouched(model):
         with plain():
             total = max(_run(model, args, kwargs), 1)
-        for branch in own:
+        for wrapper in own:
+            branch = wrapper.branch
             with plain(), forced({branch: (True, 1.0)}):
-                _run(model, args, kwargs)  # makes the projection where the first batch does that
+                if wrapper.recipe is not None:  # the first call makes the projection
+                    _run(model, args, kwargs)
                 found[branch] = _run(model, args, kwargs) / total + shares[branch] - 1.0
     return found
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> int:
     """FLOPs of a call in evaluation."""
-    counter = FlopCounter()
     args, kwargs = copied((args, kwargs))
-    with in_mode(model, False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+    with in_mode(model, False), torch.no_grad(), counting() as counter:
         model(*args, **kwargs)
     return counter.get_total_flops()

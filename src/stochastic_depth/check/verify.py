@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch import tensor_leaves, tree_map_only
+from .._torch import tensor_leaves, tree_flatten, tree_map_only, tree_unflatten
 from ..applied import branches, names_in, owners, sites
 from ..branch import Branch
 from ..calls import call_of
@@ -19,13 +19,13 @@ from ..drop.collectives import existing_of
 from ..drop.draws import ASIDE
 from ..drop.force import forced, plain
 from ..drop.layer import StochasticDepth
+from ..drop.site import Site
 from ..find import find, run_weighed
 from ..find.plan import Findings
 from ..find.state import NORMS, copied, in_mode, untouched
 from .noise import ByName, NoDropout, NoNoise, Rounding
 from .outcome import Outcome, compare, differ
 from .verification import Check, Verification
-from .whole import weighed_block
 
 __all__ = ["verify"]
 
@@ -152,7 +152,7 @@ class _Verifier:
         with torch.no_grad(), _seeded(), NoNoise():  # type: ignore[no-untyped-call]
             with plain(), ExitStack() as stack:
                 for block in weights.keys() - sums.keys():
-                    stack.enter_context(weighed_block(own[block], weights[block]))
+                    stack.enter_context(_weighed_block(own[block], weights[block]))
                 expected = run_weighed(self.model, self.args, self.kwargs, sums, found)
             with forced(decisions) if decisions else nullcontext():
                 got = self._call(self.model)
@@ -279,6 +279,30 @@ class _Verifier:
             gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return Outcome([x.detach() for x in outputs], gradients, buffers)
+
+
+@contextmanager
+def _weighed_block(owner: Site | StochasticDepth, weight: float) -> Iterator[None]:
+    """Move what a block returns away from its shortcut, ``weight`` times as far as it is."""
+    block = owner.block if isinstance(owner, Site) else owner
+
+    def moved(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        if isinstance(owner, Site):  # a block has one shortcut, the first tensor that fits
+            shortcuts = [x for x in tensor_leaves((args, kwargs)) if x.is_floating_point()][:1]
+        else:
+            project = owner.projection
+            shortcuts = tensor_leaves(args[0] if project is None else project(args[0]))
+        leaves, structure = tree_flatten(out)
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        for i, shortcut in zip(places, shortcuts, strict=False):
+            if weight == 0:
+                leaves[i] = shortcut.clone()
+            elif leaves[i].is_floating_point():
+                leaves[i] = shortcut + weight * (leaves[i] - shortcut)
+        return tree_unflatten(leaves, structure)
+
+    with block.register_forward_hook(moved, with_kwargs=True):
+        yield
 
 
 @contextmanager

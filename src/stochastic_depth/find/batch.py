@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import tree_map_only
 from .tensors import tensors_within
 
 __all__ = ["Batch", "Samples", "first_samples", "mapped", "ways_to_batch"]
@@ -26,9 +27,6 @@ class Samples(NamedTuple):
     rows: int = 1
 
 
-ANYWHERE = Samples()
-
-
 @dataclass
 class Batch:
     """One way to see the inputs.
@@ -44,7 +42,7 @@ class Batch:
     rows: int = 1
 
 
-def ways_to_batch(x: Any, known: Samples = ANYWHERE) -> Iterator[Batch]:
+def ways_to_batch(x: Any, known: Samples) -> Iterator[Batch]:
     """The ways to take a dimension for the samples', the likeliest first."""
     given = tensors_within(x, 0)
     shaped = [t for t in given if t.layout == torch.strided and not t.is_nested and t.dim()]
@@ -68,19 +66,16 @@ def ways_to_batch(x: Any, known: Samples = ANYWHERE) -> Iterator[Batch]:
 
 def mapped(x: Any, batch: Batch, change: Callable[[Tensor, int], Tensor]) -> Any:
     """``x`` with ``change(tensor, dim)`` in the place of each tensor that has samples."""
-    if isinstance(x, Tensor):
-        return change(x.detach(), batch.dims[id(x)]) if id(x) in batch.dims else x
-    if isinstance(x, list | tuple):
-        items = [mapped(item, batch, change) for item in x]
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
-    if type(x) is dict:
-        return {k: mapped(v, batch, change) for k, v in x.items()}
-    return x
+
+    def changed(t: Tensor) -> Tensor:
+        return change(t.detach(), batch.dims[id(t)]) if id(t) in batch.dims else t
+
+    return tree_map_only(Tensor, changed, x)
 
 
 def first_samples(x: Any, n: int) -> Any:
     """``x`` with its first ``n`` samples alone, in the likeliest way to see it, if it has more."""
-    batch = next(ways_to_batch(x), None)
+    batch = next(ways_to_batch(x, Samples()), None)
     if batch is None or batch.size <= n:
         return None
     return mapped(x, batch, lambda t, dim: t.narrow(dim, 0, n))

@@ -58,7 +58,7 @@ def find_blocks(
                 plan = Plan([branch], {"": (gate,)}, dtypes=dtypes, precision=call.precision)
                 plans[call.form] = plan
                 frame = Frame(c, [Member(region, gates=[c])], met=[c], gate_of={c: 0})
-                planned.frames.append((frame, plan))
+                planned.frames.append(frame)
     findings.branches = list(planned.regions)
     uncalled = [name for name in names if name not in called]
     findings.refused += [Refused(f"{name}:{WHOLE}", "it is not called") for name in uncalled]

@@ -1,5 +1,7 @@
 """What a frame does with the values of a branch between its calls, and what cannot be run."""
 
+from collections.abc import Iterable
+
 from .flow import Flow
 from .frames import Frame, Member
 from .functions import DIVIDE, MULTIPLY, SUMS, VIEWS, writes
@@ -26,9 +28,6 @@ _PRODUCTS = MULTIPLY | {"matmul", "__matmul__", "bmm"}
 def objection(flow: Flow, frame: Frame, member: Member) -> str:
     """Why a branch cannot be left out of this frame, or nothing."""
     nodes, region = flow.nodes, member.region
-    if shared := [c for c in member.gates if c in frame.twice]:
-        name = flow.calls[shared[0]].name
-        return f"one call of {name} works for two branches: call it once for each"
     for c in member.gates:
         kinds = flow.calls[c].kinds
         if "object" in kinds and "tensor" not in kinds:
@@ -91,10 +90,10 @@ def objection(flow: Flow, frame: Frame, member: Member) -> str:
             )
     for n, c in flow.looks:
         if n in derived and gates.isdisjoint(flow.around(c)):
-            where = flow.calls[c].name if c >= 0 else ""
+            where = flow.calls[c].name or "the model"
             return (
-                f"{where or 'the model'} looks at a value of it in Python (item(), if, a float), "
-                "and there is none where it is dropped: do that in a module of its own"
+                f"{where} looks at a value of it in Python (item(), if, a float), and there is "
+                "none where it is dropped: do that in a module of its own"
             )
     return ""
 
@@ -115,20 +114,27 @@ def kept_in(name: str) -> str:
     )
 
 
+def _made(flow: Flow, member: Member, calls: Iterable[int]) -> set[int]:
+    """The values of the branch that these calls return."""
+    nodes = member.region.nodes
+    return {n for c in calls for n in flow.calls[c].made if n is not None and n in nodes}
+
+
+def _in_frame(flow: Flow, member: Member, values: set[int]) -> set[int]:
+    """``values``, and what the frame computes of them."""
+    found = set(values)
+    for i in member.free:
+        if not found.isdisjoint(flow.nodes[i].sources):
+            found.add(i)
+    return found
+
+
 def _absent(flow: Flow, member: Member) -> set[int]:
     """The values that are not there when no gate of the branch is called."""
-    nodes, region = flow.nodes, member.region
-    absent = {
-        n for c in member.gates for n in flow.calls[c].made if n is not None and n in region.nodes
-    }
-    for c in member.gates:
-        call = flow.calls[c]
-        absent.update(i for i in range(call.start, call.end) if i in region.nodes)
-    absent -= _handed(flow, member)
-    for i in member.free:
-        if any(x in absent for x in nodes[i].sources):
-            absent.add(i)
-    return absent
+    calls = [flow.calls[c] for c in member.gates]
+    within = {i for call in calls for i in range(call.start, call.end)}
+    absent = _made(flow, member, member.gates) | within
+    return _in_frame(flow, member, absent - _handed(flow, member))
 
 
 def _handed(flow: Flow, member: Member) -> set[int]:
@@ -166,7 +172,7 @@ def read_parameters(flow: Flow, member: Member, block: str) -> tuple[str, ...]:
         waiting.remove(x)
         if own.issuperset(flow.readers[x]):
             own.add(x)
-            waiting.update(s for s in nodes[x].sources if nodes[s].weights)
+            waiting.update(nodes[x].sources)
             if nodes[x].op == "parameter" and nodes[x].name.startswith(prefix):
                 found.append(nodes[x].name[len(prefix) :])
     return tuple(dict.fromkeys(reversed(found)))
@@ -175,17 +181,6 @@ def read_parameters(flow: Flow, member: Member, block: str) -> tuple[str, ...]:
 def is_absent(flow: Flow, member: Member) -> bool:
     """Whether there is nothing left to add where none of the branch's calls is made."""
     return bool(member.gates) and member.region.output in _absent(flow, member)
-
-
-def _after_last(flow: Flow, member: Member, last: set[int]) -> set[int]:
-    """The values in the frame that come of the last gates, and what these return."""
-    after = {
-        n for c in last for n in flow.calls[c].made if n is not None and n in member.region.nodes
-    }
-    for i in member.free:
-        if any(x in after for x in flow.nodes[i].sources):
-            after.add(i)
-    return after
 
 
 def works_in_function(flow: Flow, member: Member) -> bool:
@@ -205,7 +200,7 @@ def works_in_function(flow: Flow, member: Member) -> bool:
 
 def sums_before(flow: Flow, member: Member, last: set[int]) -> int:
     """How many sums with something else the branch goes through before its own."""
-    after = _after_last(flow, member, last)
+    after = _in_frame(flow, member, _made(flow, member, last))
     count = 0
     for i in member.free:
         node = flow.nodes[i]
@@ -217,11 +212,7 @@ def sums_before(flow: Flow, member: Member, last: set[int]) -> int:
 def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
     """Whether all from the last gates to the sum is of degree one in them (conservative)."""
     nodes = flow.nodes
-    degree: dict[int, int | None] = {
-        n: 1 for c in last for n in flow.calls[c].made if n is not None and n in member.region.nodes
-    }
-    if not degree:
-        return False
+    degree: dict[int, int | None] = dict.fromkeys(_made(flow, member, last), 1)
     for i in member.free:
         node = nodes[i]
         degrees = [degree.get(x, 0) for x in node.sources]

@@ -1,7 +1,8 @@
 """How much of a model's work each branch is: FLOPs, counted in one run."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from .meet import record
 from .plan import Findings
 from .record import Recorder
 
-__all__ = ["FlopCounter", "flop_shares"]
+__all__ = ["FlopCounter", "counting", "flop_shares"]
 
 
 class FlopCounter(FlopCounterMode):
@@ -31,6 +32,13 @@ class FlopCounter(FlopCounterMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         self.mod_tracker.__exit__()  # type: ignore[no-untyped-call]
         return self
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounter]:
+    """Count FLOPs, with attention done in steps: fused, on a CPU it is not counted at all."""
+    with FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):
+        yield counter
 
 
 class _Counting(Recorder):
@@ -66,11 +74,9 @@ def flop_shares(
     attention. The model is called as it was when ``findings`` were made; ``modules`` are what other
     branches call.
     """
-    counter = FlopCounter()
-    recorder = partial(_Counting, counter.get_total_flops)
     constants = findings.constants
-    # Fused attention is not counted, on a CPU not even as attention: have it done in steps.
-    with counter, sdpa_kernel(SDPBackend.MATH):
+    with counting() as counter:
+        recorder = partial(_Counting, counter.get_total_flops)
         counted = record(model, args, kwargs, False, recorder, constants=constants)
     # A model may do more for attention in steps, so values are told by their keys.
     until = dict(zip([node.key for node in counted.nodes], counted.watch.flops, strict=True))

@@ -20,7 +20,7 @@ from .flow import Flow
 from .functions import DIVIDE, MULTIPLY, SUMS
 from .meet import record
 from .nesting import find_regions
-from .plan import Findings, Refused, only
+from .plan import Findings, Refused
 from .record import Recorder
 from .spot import NOT_THE_USERS, RESIDUAL, is_ours, spot
 from .state import NORMS
@@ -244,11 +244,7 @@ def settle_drops(model: nn.Module, findings: Findings, drops: Drops, flow: Flow)
                 f"the model drops it by itself, {_told(found)}, and it would be dropped twice: set "
                 "that rate to 0"
             )
-    if left:
-        findings.refused += [Refused(branch.name, reason) for branch, reason in left.items()]
-        findings.branches = kept = [b for b in findings.branches if b not in left]
-        for plans in findings.plans.values():
-            plans.update({form: only(plan, kept) for form, plan in plans.items()})
+    findings.refuse(left)
     tell_drops(model, findings, drops, flow)
 
 

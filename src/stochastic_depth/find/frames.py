@@ -35,7 +35,6 @@ class Frame:
         met: the calls that its forward makes, directly or in an opened module.
         opened: the calls of opened modules.
         gate_of: the index in ``members`` of a call that is a gate.
-        twice: the gates that two branches claim.
     """
 
     call: int
@@ -43,7 +42,6 @@ class Frame:
     met: list[int] = field(default_factory=list)
     opened: list[int] = field(default_factory=list)
     gate_of: dict[int, int] = field(default_factory=dict)
-    twice: set[int] = field(default_factory=set)
 
 
 def frames_of(flow: Flow, finder: Finder, regions: list[Region], tops: list[int]) -> list[Frame]:
@@ -113,28 +111,19 @@ def _meet(
 def _assign(flow: Flow, frame: Frame, units: list[tuple[int, ...]]) -> None:
     """Which of the calls that a frame meets belong to which branch."""
     owner = {c: k for k, calls in enumerate(units) for c in calls}
-    of_node = {i: k for k, member in enumerate(frame.members) for i in member.region.nodes}
+    of_node: dict[int | None, int] = {}
+    for k, member in enumerate(frame.members):
+        of_node |= dict.fromkeys(member.region.nodes, k)
     for c in frame.met:
         inside = takewhile(frame.call.__ne__, flow.around(c))
-        found = {owner[outer] for outer in inside if outer in owner}
+        found = [owner[outer] for outer in inside if outer in owner]
         call = flow.calls[c]
-        made = [n for n in call.made if n is not None]
-        if not found and made and flow.count[call.start] == flow.count[call.end]:
+        if not found and call.structure is None and flow.count[call.start] == flow.count[call.end]:
             # It hands on what it is given: an Identity, a Dropout in evaluation.
-            handed = {of_node.get(n) for n in made}
-            if None not in handed and call.structure is None:
-                found = {k for k in handed if k is not None}
-        if len(found) > 1:
-            frame.twice.add(c)
-        if found:
-            k = min(found)
+            found = [of_node[n] for n in call.made if n in of_node]
+        for k in found[:1]:
             frame.gate_of[c] = k
             frame.members[k].gates.append(c)
     for member in frame.members:
-        spans = [(flow.calls[c].start, flow.calls[c].end) for c in member.gates]
-        at = 0
-        for i in sorted(member.region.nodes):
-            while at < len(spans) and spans[at][1] <= i:
-                at += 1
-            if at == len(spans) or i < spans[at][0]:
-                member.free.append(i)
+        spans = [range(flow.calls[c].start, flow.calls[c].end) for c in member.gates]
+        member.free = sorted(member.region.nodes.difference(*spans))

@@ -7,7 +7,8 @@ from .parts import OUTSIDE, Parts
 
 __all__ = ["Lookalikes"]
 
-_SQUASHES = {"softmax", "gumbel_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_"}
+_SOFTMAXES = {"softmax", "gumbel_softmax"}
+_SQUASHES = _SOFTMAXES | {"sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_"}
 _SIZES = {
     "pow", "pow_", "square", "square_", "abs", "abs_", "norm", "linalg_norm",
     "linalg_vector_norm",
@@ -20,7 +21,11 @@ _BETWEEN = VIEWS | SUMS | {
 }  # fmt: skip
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"}
 _ACTIVATIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "tanh"}
-
+_TO_ONE = "a layer with a single output"
+_TO_SQUASH = _BETWEEN | _NORMS
+_TO_SCORES = _BETWEEN | _ACTIVATIONS | {_TO_ONE}
+_TO_GATE = _TO_SQUASH | _TO_SCORES
+_TO_PRODUCT = _BETWEEN | {"rsub", "__rsub__"}  # 1 - gate
 
 _SCORES = "it goes on through a softmax, a sigmoid, or a tanh alone: scores, a gate, a cell"
 
@@ -28,10 +33,10 @@ _SCORES = "it goes on through a softmax, a sigmoid, or a tanh alone: scores, a g
 class Lookalikes(Parts):
     """Of a recorded run."""
 
-    def objection(self, branch: set[int], near: set[int], b: int, m: int) -> str:
+    def objection(self, branch: set[int], near: set[int], m: int) -> str:
         """Why a branch cannot be left out, or is too little to be one."""
         nodes = self.nodes
-        if b not in branch or not self.is_substantial(branch, m):
+        if not self.is_substantial(branch, m):
             return self.leak(near)
         if not self.largest(branch, 0, m) and not any(self.depth(branch)):
             if any(map(self.is_unseen, branch)):
@@ -64,14 +69,14 @@ class Lookalikes(Parts):
         if self.is_cut_off(b):
             return "no gradient comes to it (detach), as in a quantizer's straight-through estimate"
         difference = self.nodes[m].op in SUBTRACT
-        if difference and self.comes_to(m, self.is_size, _BETWEEN):
+        if difference and self.ends(m, self.is_size, _BETWEEN):
             return "of the difference only the size is used: an error, as that of an autoencoder"
-        if difference and self.squashed(m):
-            return _SCORES
-        if self.is_scores(m) or (own and self.is_gate(m, branch)):
+        if self.weighs(m, _SOFTMAXES, _TO_SCORES) or (difference and self.squashed(m)):
             return _SCORES
         if not own:
             return ""
+        if self.is_gate(m, branch):
+            return _SCORES
         if any(map(self.is_noise, self.factors(b))):
             return "it scales normal random numbers: a sample of a distribution"
         if self.is_shared(own, needs, m):
@@ -98,43 +103,23 @@ class Lookalikes(Parts):
 
     def is_cut_off(self, i: int) -> bool:
         """Whether no gradient comes to what a value is made of."""
-        while self.nodes[i].op in VIEWS | {"data"}:
-            sources = {x for x in self.nodes[i].sources if self.nodes[x].varies}
-            if self.nodes[i].op in ("detach", "data"):
-                return not self.nodes[i].function  # whose backward pass may give it one
-            if len(sources) != 1:
-                return False
-            (i,) = sources
-        return False
+        ways = [self.nodes[x] for x in self.viewed({i})]
+        # A custom Function's backward pass may give it one.
+        return any(way.op in ("detach", "data") and not way.function for way in ways)
 
     def is_linear(self, i: int) -> bool:
         """Whether a value is linear in what it is made of, but for weights."""
         op, factors = self.nodes[i].op, [x for x in self.nodes[i].sources if self.nodes[x].varies]
-        if op in VIEWS or op in SUMS:
-            return True
-        return len(factors) == 1 and (op in _LINEAR or op.startswith("conv"))
+        alone = len(factors) == 1 and (op in _LINEAR or op.startswith("conv"))
+        return alone or op in VIEWS | SUMS
 
     def is_size(self, r: int, i: int) -> bool:
         """Whether ``r`` is the size of ``i``: its square, a distance."""
         return self.nodes[r].op in _SIZES or self.nodes[r].sources.count(i) > 1
 
-    def is_scores(self, m: int) -> bool:
-        """Whether others are weighed by a softmax of a sum, or of what one more layer makes."""
-
-        def weighs(r: int, _: int) -> bool:
-            return self.nodes[r].op in ("softmax", "gumbel_softmax") and self.is_weight(r)
-
-        return self.comes_to(m, weighs, _BETWEEN | _ACTIVATIONS | {"to one"})
-
     def squashed(self, m: int) -> list[int]:
         """What is made where all that becomes of a sum is squashed."""
-        found: list[int] = []
-
-        def squashes(r: int, _: int) -> bool:
-            found.extend([r] if self.nodes[r].op in _SQUASHES else [])
-            return self.nodes[r].op in _SQUASHES
-
-        return found if self.comes_to(m, squashes, _BETWEEN | _NORMS) else []
+        return self.ends(m, lambda r, _: self.nodes[r].op in _SQUASHES, _TO_SQUASH)
 
     def is_gate(self, m: int, branch: set[int]) -> bool:
         """Whether others are weighed by a squashed sum, or by a squashed layer of it.
@@ -142,16 +127,18 @@ class Lookalikes(Parts):
         What only is squashed may be a block's activation, but not where the layers of its branch
         run again: these are steps of a recurrent layer.
         """
-
-        def weighs(r: int, _: int) -> bool:
-            return self.nodes[r].op in _SQUASHES and self.is_weight(r)
-
         squashed = self.squashed(m)
         if squashed and any(len(self.readers[x]) > 1 for x in self.matrices(branch)):
             return True
-        return any(map(self.is_weight, squashed)) or self.comes_to(
-            m, weighs, _BETWEEN | _NORMS | _ACTIVATIONS | {"to one"}
-        )
+        return any(map(self.is_weight, squashed)) or self.weighs(m, _SQUASHES, _TO_GATE)
+
+    def weighs(self, m: int, squashes: Set[str], between: Set[str]) -> bool:
+        """Whether others are weighed by what such functions make of a sum, and it does no more."""
+
+        def is_end(r: int, _: int) -> bool:
+            return self.nodes[r].op in squashes and self.is_weight(r)
+
+        return bool(self.ends(m, is_end, between))
 
     def is_weight(self, i: int) -> bool:
         """Whether other values are multiplied with it, and not a scale alone."""
@@ -161,24 +148,23 @@ class Lookalikes(Parts):
             is_product = self.nodes[r].op in _PRODUCTS | {"lerp", "lerp_"}
             return is_product and any(self.nodes[o].varies for o in others)
 
-        return self.comes_to(i, multiplies, _BETWEEN | {"rsub", "__rsub__"})  # 1 - gate
+        return bool(self.ends(i, multiplies, _TO_PRODUCT))
 
-    def comes_to(self, m: int, is_end: Callable[[int, int], bool], between: Set[str]) -> bool:
-        """Whether all that becomes of a value, through functions ``between``, is an end."""
-        waiting, seen, found = [m], {m}, False
+    def ends(self, m: int, is_end: Callable[[int, int], bool], between: Set[str]) -> list[int]:
+        """All that becomes of a value, through functions ``between``, if these are ends alone."""
+        waiting, seen, found = [m], {m}, list[int]()
         while waiting:
             i = waiting.pop()
             if i in self.flow.kept:
-                return False
+                return []
             for r in self.readers[i]:
-                op = "to one" if self.is_to_one(r) else self.nodes[r].op
                 if is_end(r, i):
-                    found = True
-                elif op not in between:
-                    return False
-                elif r not in seen:
+                    found.append(r)
+                elif self.nodes[r].op in between or (_TO_ONE in between and self.is_to_one(r)):
+                    waiting += {r} - seen
                     seen.add(r)
-                    waiting.append(r)
+                else:
+                    return []
         return found
 
     def is_all(self, block: int) -> bool:

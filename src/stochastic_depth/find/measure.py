@@ -1,6 +1,6 @@
 """How much there is to a set of values: weights, layers one after the other, modules."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 from .flow import Flow
 from .functions import ADD, SUMS, VIEWS
@@ -24,14 +24,18 @@ class Measures:
         """How many weight matrices, and depthwise filters, a value is made with."""
         matrices = depthwise = 0
         for x in self.nodes[i].sources:
-            shape = self.nodes[x].shape
-            if self.nodes[x].weights and self.is_matrix(shape, self.nodes[i].op):
-                small = self.nodes[i].op.startswith("conv") and len(shape) > 2 and shape[1] == 1
+            if self.is_matrix(x, self.nodes[i].op):
+                small = self.nodes[i].op.startswith("conv") and self.nodes[x].shape[1] == 1
                 matrices, depthwise = matrices + (not small), depthwise + small
         return matrices, depthwise
 
-    def is_matrix(self, shape: tuple[int, ...], op: str) -> bool:
-        """Whether weights are those of a layer, though of one with a single output, and no gain."""
+    def is_matrix(self, x: int, op: str) -> bool:
+        """Whether it is a layer's weights, though of one with a single output, and no gain."""
+        shape = self.nodes[x].shape
+        if not self.nodes[x].weights:
+            return False
+        if not self.nodes[x].is_continuous:  # packed, several in a number
+            return len(shape) > 1
         if _numel(shape) > max(shape, default=1):
             return len(shape) > 1
         to_one = len(shape) > 1 and shape[0] == 1 and (op == "linear" or op.startswith("conv"))
@@ -40,16 +44,15 @@ class Measures:
     def matrices(self, values: Collection[int]) -> set[int]:
         """The weight matrices that ``values`` are made with."""
         nodes = self.nodes
-        return {
-            x
-            for i in values
-            for x in nodes[i].sources
-            if nodes[x].weights and self.is_matrix(nodes[x].shape, nodes[i].op)
-        }
+        return {x for i in values for x in nodes[i].sources if self.is_matrix(x, nodes[i].op)}
 
     def size_of(self, values: Collection[int]) -> int:
-        """How many weights there are in these."""
-        return sum(_numel(self.nodes[x].shape) for x in self.matrices(values))
+        """How many weights there are in these; packed ones are taken to have four bits."""
+        matrices = (self.nodes[x] for x in self.matrices(values))
+        return sum(
+            _numel(x.shape) * (1 if x.is_continuous or x.dtype is None else 2 * x.dtype.itemsize)
+            for x in matrices
+        )
 
     def depth(self, values: set[int]) -> tuple[int, int]:
         """The weight matrices, and the depthwise filters, one after the other in ``values``."""
@@ -124,35 +127,28 @@ class Measures:
         return node.random and (node.op in _NORMAL or any(map(self.is_noise, node.sources)))
 
     def is_grouped(self, i: int) -> bool:
-        node = self.nodes[i]
-        if not node.op.startswith("conv") or len(node.sources) < 2:
+        """Whether it is made by a convolution in groups, of more than a point."""
+        if not self.nodes[i].op.startswith("conv"):
             return False
-        image, weight = (self.nodes[x].shape for x in node.sources[:2])
-        grouped = len(weight) > 2 and len(image) == len(weight) and weight[1] < image[1]
-        return grouped and max(weight[2:]) > 1
+        image, weight = (self.nodes[x].shape for x in self.nodes[i].sources[:2])
+        return len(image) == len(weight) and weight[1] < image[1] and max(weight[2:]) > 1
 
-    def is_made_of(self, i: int, values: set[int], first: int) -> bool:
-        """Whether a value is computed from one of ``values``, by what comes from ``first`` on."""
-        waiting, seen = ([i] if i >= first else []), {i}
-        while waiting:
-            for x in self.nodes[waiting.pop()].sources:
-                if x in values:
-                    return True
-                if x >= first and x not in seen:
-                    seen.add(x)
-                    waiting.append(x)
-        return False
+    def is_made_of(self, i: int, values: Set[int]) -> bool:
+        """Whether a value is computed from one of ``values``."""
+        made = {i}
+        for n in range(i, min(values), -1):
+            if n in made:
+                made.update(self.nodes[n].sources)
+        return not made.isdisjoint(values)
 
     def is_followed(self, m: int) -> bool:
         """Whether a layer with weights works on the sum."""
-        waiting, seen = [m], {m}
-        while waiting:
-            for i in self.readers[waiting.pop()]:
-                if i not in seen:
-                    if any(self.weights(i)):
-                        return True
-                    seen.add(i)
-                    waiting.append(i)
+        after = {m}
+        for i in range(m, len(self.nodes)):
+            if self.live[i] and not after.isdisjoint(self.nodes[i].sources):
+                if any(self.weights(i)):
+                    return True
+                after.add(i)
         return False
 
 

@@ -24,8 +24,7 @@ def find_regions(flow: Flow, drops: Container[str] = ()) -> tuple[Finder, list[R
     finder.run()
     chosen: dict[int, Region] = {}
     for outer in sorted(finder.found.values(), key=lambda r: len(r.nodes)):
-        within = outer.nodes if len(outer.nodes) < len(chosen) else chosen
-        inner = [chosen[i] for i in within if i in chosen and i in outer.nodes]
+        inner = [r for r in chosen.values() if r.sum in outer.nodes]
         dropped = set(outer.drops).difference(*(r.drops for r in inner))
         blocks = [r for r in inner if finder.is_block(r)]
         if len(blocks) >= 2 and not dropped:

@@ -46,19 +46,9 @@ class Parts(Measures):
         """``branch`` less what others read too; ``ends`` are where it enters what goes on."""
         branch = set(branch)
         for i in sorted(branch, reverse=True):
-            if i in branch and self.leaks(i, branch, ends):
-                self.remove(i, branch)
+            if self.leaks(i, branch, ends):  # and so does, in turn, all that it needs
+                branch.remove(i)
         return branch
-
-    def remove(self, i: int, branch: set[int]) -> None:
-        """Take a value and all that it needs from a branch."""
-        waiting = [i]
-        branch.discard(i)
-        while waiting:
-            for x in self.nodes[waiting.pop()].sources:
-                if x in branch:
-                    branch.remove(x)
-                    waiting.append(x)
 
     def leaks(self, i: int, branch: set[int], ends: set[tuple[int, int]]) -> bool:
         if i in self.flow.kept:
@@ -68,8 +58,6 @@ class Parts(Measures):
     def whole_calls(self, branch: set[int], m: int, ends: set[tuple[int, int]]) -> set[int]:
         """``branch`` less the calls that it holds only a part of, those around the sum apart."""
         branch = set(branch)
-        if not branch:
-            return branch
         around = {
             c for i in branch for c in self.flow.around(self.nodes[i].call)
             if not self.calls[c].start <= m < self.calls[c].end
@@ -81,8 +69,7 @@ class Parts(Measures):
             for c in sorted(around):
                 call = self.calls[c]
                 if values.between(call.start, call.end) and self.does_more(c, values):
-                    for i in [i for i in branch if call.start <= i < call.end]:
-                        self.remove(i, branch)
+                    branch.difference_update(range(call.start, call.end))
                     branch = self.without_leaks(branch, ends)
                     around.discard(c)
                     again = True
@@ -97,7 +84,7 @@ class Parts(Measures):
         for n in call.made:
             if n is None or n in branch.all:
                 continue
-            if n in call.given and n < call.start and n not in self.stream:
+            if n in call.given and n not in self.stream:
                 continue  # an argument that is handed on is there without the call
             if self.live[n] if self.nodes[n].varies else self.flow.used_until[n] >= call.end:
                 return True

@@ -6,7 +6,7 @@ has to do with its branches. Everything in a plan is a name, a number or a flag,
 copied, pickled and compared without the modules that they describe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -155,3 +155,10 @@ class Findings:
     constants: list[torch.Tensor] = field(default_factory=list)
     samples: Samples | None = None
     batched: frozenset[int] = frozenset()
+
+    def refuse(self, reasons: Mapping[Branch, str]) -> None:
+        """Take branches out, each for its reason."""
+        self.refused += [Refused(branch.name, reason) for branch, reason in reasons.items()]
+        self.branches = [branch for branch in self.branches if branch not in reasons]
+        for plans in self.plans.values():
+            plans.update({form: only(plan, self.branches) for form, plan in plans.items()})

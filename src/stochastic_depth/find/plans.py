@@ -24,12 +24,12 @@ class Planned:
     Attributes:
         findings: what is found.
         regions: by branch; several where its block is called several times.
-        frames: the calls of blocks, each with the plan that it goes by.
+        frames: the calls of blocks; the plan of each is that of its block and form.
     """
 
     findings: Findings = field(default_factory=Findings)
     regions: dict[Branch, list[Region]] = field(default_factory=dict)
-    frames: list[tuple[Frame, Plan]] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
 
 
 def plan(model: nn.Module, flow: Flow, finder: Finder, regions: list[Region]) -> Planned:
@@ -203,15 +203,14 @@ class _Planner:
     def settle(self, frame: Frame, draft: Plan) -> None:
         block = self.flow.calls[frame.call]
         found = self.planned.findings
+        self.planned.frames.append(frame)
         known = found.plans.get(block.name, {}).get(block.form)
         if known is not None:
             for branch, member in zip(known.branches, frame.members, strict=True):
                 self.planned.regions[branch].append(member.region)
-            self.planned.frames.append((frame, known))
             return
         draft.branches = [self.branch(frame, member, draft) for member in frame.members]
         found.plans.setdefault(block.name, {})[block.form] = draft
-        self.planned.frames.append((frame, draft))
 
     def branch(self, frame: Frame, member: Member, draft: Plan) -> Branch:
         flow, region = self.flow, member.region

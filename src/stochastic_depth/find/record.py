@@ -24,6 +24,7 @@ from .state import attributes
 from .tensors import (
     CHECKPOINT,
     function_around,
+    is_packed,
     kind_of,
     leaves_of,
     memory_of,
@@ -159,7 +160,7 @@ class Recorder(TorchFunctionMode):
             return known
         if id(t) in self.own or self._is_swapped_in(t):
             kind, _, name = self.own[id(t)][1].partition(":")
-            weights = kind == "parameter" or isinstance(t, nn.Parameter)
+            weights = kind == "parameter" or isinstance(t, nn.Parameter) or is_packed(t)
             node = self._add(Node(kind, -1, (), weights=weights, name=name), t)
         elif isinstance(t, nn.Parameter):  # of a module that is not registered
             node = self._add(Node("constant", -1, (), weights=True), t)

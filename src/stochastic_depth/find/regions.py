@@ -80,7 +80,7 @@ def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
     elif node.op in _WITH_FACTORS:
         for part in reversed(parts[1:]):  # the later one is a layer's, the other its gate
             yield parts[0], part
-    elif node.op == "sum" and node.sources and nodes[node.sources[0]].op == "stack":
+    elif node.op == "sum" and nodes[node.sources[0]].op == "stack":
         terms = nodes[node.sources[0]].sources
         if len(terms) == 2 and nodes[terms[0]].shape == node.shape:
             yield terms[0], terms[1]
@@ -112,7 +112,7 @@ class Finder(Lookalikes):
 
     def region(self, m: int, s: int, b: int) -> Region | None:
         nodes = self.nodes
-        if not nodes[b].varies or s == b:
+        if not nodes[b].varies:
             return None
         if not (nodes[m].is_continuous and nodes[b].is_continuous):
             return None
@@ -134,15 +134,16 @@ class Finder(Lookalikes):
         if isinstance(found, Rejected) and tight != whole:
             # Look into the calls that do more than it.
             found = self.placed(m, s, b, trunk, own, of_branch, tight, merges)
-        if found is not None:
-            self.streams[m] = trunk[-1]
+        if found is None:
+            return None
+        self.streams[m] = trunk[-1]
         if isinstance(found, Rejected):
             self.rejected.append(found)
             return None
-        return None if found is not None and self.has_stream(found) else found
+        return None if self.has_stream(found) else found
 
     def apart(self, branch: int, shortcut: int) -> tuple[set[int], set[int]]:
-        """What the one side needs alone, and what the other; inputs are nobody's."""
+        """What the one side needs alone, and what the other."""
         nodes = self.nodes
         marks = {branch: 1, shortcut: 2} if nodes[shortcut].varies else {branch: 1}
         heap = [-i for i in marks]
@@ -154,8 +155,7 @@ class Finder(Lookalikes):
             mark = marks[i]
             if mark != 3:
                 alone -= 1
-                if nodes[i].op != "input":
-                    found[mark - 1].add(i)
+                found[mark - 1].add(i)
             for x in nodes[i].sources:
                 if not nodes[x].varies:
                     continue
@@ -179,7 +179,7 @@ class Finder(Lookalikes):
                 continue
             near = {i for i in branch if start <= i < end}
             inside = {i for i in kept if start <= i < end}
-            if not self.is_residual(b, trunk, own, near, inside):
+            if not self.is_residual(b, trunk, own, near):
                 continue
             calls = self.largest(inside or near, block, m)
             name = self.calls[block].name
@@ -190,57 +190,49 @@ class Finder(Lookalikes):
             return None
         if not self.is_substantial(near, m):
             return None
-        reason = self.objection(inside, near, b, m)
-        if not reason and own and self.starts_elsewhere(own, near, inside):
+        reason = self.objection(inside, near, m)
+        if not reason and self.starts_elsewhere(own, near, inside):
             reason = self.leak(near)
         needs = branch.union(trunk)
         if reason := reason or self.likeness(m, b, own, needs, inside, block):
             return Rejected(block, calls, reason, m)
-        drops = tuple(
-            c for c in self.drops if any(n in inside for n in self.calls[c].made if n is not None)
-        )
+        drops = tuple(c for c in self.drops if not inside.isdisjoint(self.calls[c].made))
         kind: Literal["identity", "projection"] = "projection" if own else "identity"
         nodes = frozenset(inside)
         return Region(
             m, s, b, nodes, block, calls, kind, merges, drops, self.stream, frozenset(branch)
         )
 
-    def is_residual(
-        self, b: int, trunk: list[int], own: set[int], near: set[int], kept: set[int]
-    ) -> bool:
+    def is_residual(self, b: int, trunk: list[int], own: set[int], near: set[int]) -> bool:
         """Whether the branch starts where the shortcut does, and is no product with that."""
         read = {x for i in near for x in self.nodes[i].sources}
-        if not self.nodes[trunk[-1]].varies:  # learned queries: what is computed of them alone
-            waiting = [x for x in read if not self.nodes[x].varies]
-            while waiting:
-                for x in self.nodes[waiting.pop()].sources:
-                    if x not in read:
-                        read.add(x)
-                        waiting.append(x)
         if not own:
-            return not read.isdisjoint(self.stream)
+            learned = () if self.nodes[trunk[-1]].varies else read  # queries, and what is made of
+            constants = (x for x in learned if not self.nodes[x].varies)  # them alone
+            alone = any(self.is_made_of(x, self.stream) for x in constants)
+            return alone or not read.isdisjoint(self.stream)
         start, depth = self.entries(own), self.depth(own)
-        if not start or not start <= read | self.entries(kept):
+        if not start <= read:
             return False
         if all(self.nodes[i].op in VIEWS for i in own):
             return True
-        if self.is_cut(start, own | near) or self.is_part(start, own) or self.is_part(start, near):
+        if self.slices(start, own | near) or self.is_part(start, own) or self.is_part(start, near):
             return False  # of a part of it: a step, the coordinates
         weighted = any(self.nodes[x].weights for i in near for x in self.nodes[i].sources)
         deeper = self.depth(near) > depth if any(depth) else weighted
         return len(start) == 1 and deeper and not self.is_gated(b, near, start)
 
-    def is_cut(self, start: set[int], values: set[int]) -> bool:
-        """Whether ``values`` are made of slices of ``start`` alone."""
+    def slices(self, start: set[int], values: set[int]) -> list[int]:
+        """The slices of ``start``, where ``values`` are made of such alone."""
         readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
-        return bool(readers) and all(self.nodes[i].op in _SLICES for i in readers)
+        return readers if all(self.nodes[i].op in _SLICES for i in readers) else []
 
     def is_part(self, start: set[int], values: set[int]) -> bool:
         """Whether ``values`` are made of one slice of ``start``, but no crop or stride."""
-        readers = [i for i in values if not start.isdisjoint(self.nodes[i].sources)]
-        if len(readers) != 1 or self.nodes[readers[0]].op not in _SLICES - {"chunk", "split"}:
+        slices = self.slices(start, values)
+        if len(slices) != 1 or self.nodes[slices[0]].op in ("chunk", "split"):
             return False
-        (i,) = readers
+        (i,) = slices
         left, whole = self.nodes[i].shape, self.nodes[self.nodes[i].sources[0]].shape
         return len(left) != len(whole) or any(2 * a < b for a, b in zip(left, whole, strict=True))
 
@@ -248,7 +240,7 @@ class Finder(Lookalikes):
         """Whether what is left of a branch starts from something else than its shortcut."""
         start = self.entries(own)
         if all(self.nodes[i].op in VIEWS for i in own):
-            if not self.is_cut(start, own) or not self.is_cut(start, near):
+            if not (self.slices(start, own) and self.slices(start, near)):
                 return False
             again = (len(self.readers[x]) > 1 for x in self.matrices(left))  # these are steps
             return any(again) or start.isdisjoint(self.viewed(self.entries(left)))
@@ -283,12 +275,10 @@ class Finder(Lookalikes):
         trunk, own, _ = self.trunk(region.output, set(region.needs))
         sums = [self.found[i] for i in trunk if i in self.found]
         is_made = any(self.depth(own)) and all(r.kind == "identity" for r in sums)
-        if not sums or is_made or not self.is_little(own):  # what it starts from is made in it
+        if is_made or not self.is_little(own):  # what it starts from is made in it
             return False
         starts = self.entries(own) or {trunk[-1]}
-        if not starts.isdisjoint(region.stream):
-            return False
-        return self.is_made_of(region.shortcut, starts, self.calls[region.block].start)
+        return region.stream.isdisjoint(starts) and self.is_made_of(region.shortcut, starts)
 
     def is_block(self, region: Region) -> bool:
         """Whether a branch makes a block: not a layer of several parts, or one with a correction.
@@ -296,7 +286,7 @@ class Finder(Lookalikes):
         The correction (DoRA) has fewer weights than what the layer has just made.
         """
         s = region.shortcut
-        made = {s} if s >= self.calls[region.block].start else set()
+        made = self.viewed({s}) if s >= self.calls[region.block].start else set()
         if region.kind == "projection":
             _, made, _ = self.trunk(s, self.apart(region.output, s)[1])
             if self.depth(set(region.nodes))[0] < 2:

@@ -18,7 +18,7 @@ from .batch import Batch, Samples, mapped, ways_to_batch
 from .flow import Flow, Key
 from .frames import Frame
 from .meet import record
-from .plan import Gate, Plan
+from .plan import Findings, Gate
 from .plans import Planned
 from .record import Recorder
 from .regions import Region
@@ -159,9 +159,8 @@ def place_samples(
             if branch.mask == _NOWHERE and _WHOLE not in branch.reason:
                 branch.reason += _WHOLE
     if chosen is not None:
-        first = {id(plan): (frame, plan) for frame, plan in reversed(planned.frames)}
-        for frame, plan in first.values():
-            _fill(flow, frame, plan, chosen)
+        for frame in reversed(planned.frames):  # of several calls, as the first one has it
+            _fill(flow, frame, planned.findings, chosen)
 
 
 def _evidence(
@@ -243,7 +242,7 @@ def _watched(flow: Flow, planned: Planned) -> Iterator[int]:
     for regions in planned.regions.values():
         for region in regions:
             yield from (region.sum, region.shortcut, *_values(flow, region), *held_in(flow, region))
-    for frame, _ in planned.frames:
+    for frame in planned.frames:
         for c in frame.gate_of:
             yield from (n for n in (*flow.calls[c].given, *flow.calls[c].made) if n is not None)
 
@@ -308,12 +307,13 @@ def _mask(regions: list[Region], seen: _Evidence) -> Place:
     return place
 
 
-def _fill(flow: Flow, frame: Frame, plan: Plan, seen: _Evidence) -> None:
-    """Give the gates of a plan the places of what they are given and return."""
-    block = flow.calls[frame.call].name
+def _fill(flow: Flow, frame: Frame, findings: Findings, seen: _Evidence) -> None:
+    """Give the gates of a frame's plan the places of what they are given and return."""
+    block = flow.calls[frame.call]
+    plan = findings.plans[block.name][block.form]
     count: dict[int, int] = {}
     module_of = flow.calls[0].module.get_submodule
-    names = {id(module_of(name_in_model(name, block))): name for name in plan.gates}
+    names = {id(module_of(name_in_model(name, block.name))): name for name in plan.gates}
     filled: dict[str, list[Gate]] = {name: list(gates) for name, gates in plan.gates.items()}
     for c in frame.met:
         call = flow.calls[c]

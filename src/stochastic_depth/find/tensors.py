@@ -17,6 +17,7 @@ __all__ = [
     "function_around",
     "held_by",
     "is_function",
+    "is_packed",
     "kind_of",
     "leaves_of",
     "may_hold",
@@ -101,6 +102,11 @@ def objects_within(x: Any, depth: int) -> Iterator[Any]:
 def version_of(t: Tensor) -> int:
     """How often a tensor has been written to."""
     return 0 if t.is_inference() else t._version
+
+
+def is_packed(t: Tensor) -> bool:
+    """Whether it has the form of a quantized layer's weights, which may be no parameter."""
+    return t.dim() == 2 and t.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def memory_of(t: Tensor) -> int:
