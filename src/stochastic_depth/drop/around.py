@@ -14,7 +14,7 @@ from .._torch import tensor_leaves, tree_flatten, tree_unflatten
 from ..branch import Place
 from .merging import slots
 from .rows import put_rows, take_rows
-from .run import Run, needs_company
+from .run import Run
 
 __all__ = ["Take", "around", "describe"]
 
@@ -58,21 +58,16 @@ def around(
         else:
             out = run.call_masked(lambda: call(None))
         return _merged(shortcut, out, lambda s, x: _moved(s, x, run, place))
-    pair = kept
-    if select and len(kept) == 1 and any(map(needs_company, run.owner.modules_of(run.branch))):
-        pair = torch.cat([kept, (kept + 1) % run.size])[: min(run.size, 2)]
-
-    def take(x: Tensor, at: Place) -> Tensor:
-        return take_rows(x, slots(at, pair), at.dim)
-
-    out = call(take) if select else run.beside(shortcut, lambda: call(None))
-    rows = slots(place, kept)
+    if select:
+        run.select()
+    computed, rows = run.computed, slots(place, kept)
+    if computed is None:
+        out = run.beside(shortcut, lambda: call(None))
+    else:
+        out = call(lambda x, at: take_rows(x, slots(at, computed), at.dim))
 
     def put(s: Tensor, x: Tensor) -> Tensor:
-        if not select:
-            x = take_rows(x, rows, place.dim)
-        elif pair is not kept:
-            x = x.narrow(place.dim, 0, place.fold)
+        x = take_rows(x, rows, place.dim) if computed is None else run.counted(x, place)
         s_kept = take_rows(s, rows, place.dim)
         if s_kept.shape != x.shape:
             raise ValueError(_APART.format(out=describe(x), shortcut=describe(s_kept)))

@@ -155,7 +155,7 @@ class Frame:
         if run is not None and is_drop and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
         if run is not None and not (self.outer and torch.compiler.is_compiling()):
-            run.apart, run.in_checkpoint = function is not None, function in (None, CHECKPOINT)
+            run.function = function
         before, here.frame = here.frame, INSIDE
         try:
             if run is None:

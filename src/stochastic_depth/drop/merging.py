@@ -9,7 +9,7 @@ from .._torch import tensor_leaves
 from ..branch import Branch, Place
 from ..find.spot import spot
 from ..find.state import NORMS
-from ..find.tensors import version_of
+from ..find.tensors import CHECKPOINT, version_of
 from .decide import choose_samples, draw_mask, draw_subset
 from .gradients import left_out
 from .part import Part, form, whole
@@ -59,8 +59,7 @@ class Merging:
     size = 0
     sums = 0  # that its values have met
     counts = True  # in training, where nobody decided by hand
-    apart = False  # a custom autograd.Function makes the call of now
-    in_checkpoint = True  # if one does, reentrant checkpointing's
+    function: str | None = None  # the file of the custom Function that makes the call of now
     called = False  # a call of it has come
     ended = False  # its last call has come, and gave a value that is told apart
     joined = False  # a value of it has come to its sum, or to what else it enters
@@ -92,6 +91,11 @@ class Merging:
             self.choose(1)
         # Whether its values have to be told apart up to their sum.
         self.is_weighed = not self.decided or self.mask is not None or not _is_one(weight)
+
+    @property
+    def in_checkpoint(self) -> bool:
+        """Whether no Function makes the call of now but, perhaps, reentrant checkpointing's."""
+        return self.function in (None, CHECKPOINT)
 
     def choose(self, size: int) -> None:
         """Choose the samples, now that it is known how many there are."""
@@ -156,12 +160,6 @@ class Merging:
         if x is None:
             return self.nothing(form(part))
         at = place or self._place_of_sum()
-        if place is not None:
-            assert self.kept is not None
-            shape = list(x.shape)
-            shape[at.dim] = self.size * at.fold
-            counted = self._counted(x, at)
-            return add_rows(x.new_zeros(shape), slots(at, self.kept), counted, self.weight, at.dim)
         if not self.decided:
             self.choose(x.shape[at.dim] // at.fold)
             self.is_late = True
@@ -172,10 +170,9 @@ class Merging:
         if self.kept is None:
             weighed: Tensor = x * self.weight
             return weighed
-        at_kept = slots(at, self.kept)
-        return add_rows(
-            torch.zeros_like(x), at_kept, take_rows(x, at_kept, at.dim), self.weight, at.dim
-        )
+        shape = list(x.shape)
+        shape[at.dim] = self.size * at.fold
+        return self.merge(x.new_zeros(shape), part)
 
     def nothing(self, like: Tensor) -> Tensor:
         """Zeros of the form of ``like``, for what a dropped branch would have made."""
@@ -185,7 +182,8 @@ class Merging:
     def _place_of_sum(self) -> Place:
         return self.branch.place or self.branch.mask
 
-    def _counted(self, x: Tensor, place: Place) -> Tensor:
+    def counted(self, x: Tensor, place: Place) -> Tensor:
+        """The part of what was computed that counts."""
         return x if self.computed is self.kept else x.narrow(place.dim, 0, place.fold)
 
     def mask_for(self, x: Tensor, dim: int, fold: int = 1) -> Tensor:
@@ -238,7 +236,7 @@ class Merging:
         if place is not None:
             shape = list(shortcut.shape)
             shape[at.dim] = len(chosen)
-            v = self._counted(v, at).expand(shape)
+            v = self.counted(v, at).expand(shape)
         else:
             if shortcut.shape != v.shape:
                 self.check_shape(shortcut, v)

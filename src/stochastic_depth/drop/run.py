@@ -17,7 +17,7 @@ from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
 from .rows import put_rows, split_rows, take_rows
 
-__all__ = ["Run", "needs_company"]
+__all__ = ["Run"]
 
 
 class Run(Merging):
@@ -105,17 +105,18 @@ class Run(Merging):
         if not sizes:
             return  # decided at the sum
         self.choose(next((size for size in sizes if size != 1), 1))  # one may be for all of them
+        self.select()
+
+    def select(self) -> None:
+        """Have the kept samples computed only, once they are chosen."""
         if self.kept is None or self.dropped or self.mask is not None:
             return
         self.computed = self.kept
-        if len(self.kept) == 1 and self._needs_company():
+        known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
+        if len(self.kept) == 1 and any(map(_needs_company, known)):
             # Another sample goes along, and does not count.
             pair = torch.cat([self.kept, (self.kept + 1) % self.size])
             self.computed = pair if self.size > 2 else None
-
-    def _needs_company(self) -> bool:
-        known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
-        return any(map(needs_company, known))
 
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
         """The arguments with the computed samples only; None where these cannot be told."""
@@ -193,7 +194,7 @@ class Run(Merging):
             return self.spread(x, place)
         part = Part(self, x, gate.last, place)
         if not gate.last:
-            return self.spread(x, place) if self.apart else part
+            return part if self.function is None else self.spread(x, place)
         return self.joining(part) if self._must_be_real() else part
 
     def _whole_leave(self, gate: Gate, x: Tensor, leaf: Leaf) -> Any:
@@ -246,7 +247,7 @@ class Run(Merging):
         than where the block was called, and what it repeats has to return the same.
         """
         in_graph = self.compiling and torch.compiler.is_compiling()
-        if not (self.branch.in_function if in_graph else self.apart):
+        if not (self.branch.in_function if in_graph else self.function is not None):
             return False
         if not self.branch.linear:
             raise self.error(
@@ -321,7 +322,7 @@ _OF_IMAGES = (
 )
 
 
-def needs_company(module: nn.Module) -> bool:
+def _needs_company(module: nn.Module) -> bool:
     """Whether a module should not be given one sample alone.
 
     Statistics over the samples of a batch need several. And for a single image, torch's backward of

@@ -121,21 +121,13 @@ class Site:
     # The slots of the modules that the block's forward calls.
 
     def install(self) -> None:
-        self.meet_calls()
-        self._renew()
-        self.replace_existing()
-
-    def replace_existing(self) -> None:
-        """Have the drop modules that no frame meets hand on what they are given."""
-        for module in self._existing():
-            put(module).site = PassOn(module)
-
-    def meet_calls(self) -> None:
-        """Stand in the slots of the block."""
         put(self.block).site = self
         inner = slot_of(self.block)
         inner.site = self  # where what is compiled goes
         inner.decide_outside()
+        self._renew()
+        for module in self._existing():
+            put(module).site = PassOn(module)
 
     def _existing(self) -> list[nn.Module]:
         """The drop modules inside of what the branches call, where no frame meets their calls."""
