@@ -68,13 +68,10 @@ def around(
 
     def put(s: Tensor, x: Tensor) -> Tensor:
         x = take_rows(x, rows, place.dim) if computed is None else run.counted(x, place)
-        s_kept = take_rows(s, rows, place.dim)
-        if s_kept.shape != x.shape:
-            raise ValueError(_APART.format(out=describe(x), shortcut=describe(s_kept)))
-        x = _lerp(s_kept, x, run.weight)
+        x = _lerp(take_rows(s, rows, place.dim), x, run.weight)
         return put_rows(s.to(x.dtype), rows, x, place.dim)
 
-    return _merged(shortcut, out, put, shapes=False)
+    return _merged(shortcut, out, put)
 
 
 def _moved(s: Tensor, x: Tensor, run: Run, place: Place) -> Tensor:
@@ -83,6 +80,8 @@ def _moved(s: Tensor, x: Tensor, run: Run, place: Place) -> Tensor:
 
 
 def _lerp(s: Tensor, x: Tensor, weight: Any) -> Tensor:
+    if s.shape != x.shape:
+        raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
     if not x.is_floating_point() or (isinstance(weight, float) and weight == 1.0):
         return x
     dtype = torch.promote_types(s.dtype, x.dtype)
@@ -90,9 +89,7 @@ def _lerp(s: Tensor, x: Tensor, weight: Any) -> Tensor:
     return s + weight * (x - s) if isinstance(weight, Tensor) else torch.lerp(s, x, weight)
 
 
-def _merged(
-    shortcut: Any, out: Any, merge: Callable[[Tensor, Tensor], Tensor], shapes: bool = True
-) -> Any:
+def _merged(shortcut: Any, out: Any, merge: Callable[[Tensor, Tensor], Tensor]) -> Any:
     shortcuts, structure = tree_flatten(shortcut)
     outputs, output_structure = tree_flatten(out)
     if structure != output_structure:
@@ -101,14 +98,12 @@ def _merged(
             "a dropped call would return another structure than a kept one; give a projection "
             "that maps the input to the structure of the output"
         )
-    if shapes:
-        for s, x in zip(shortcuts, outputs, strict=True):
-            if getattr(s, "shape", None) != getattr(x, "shape", None):
-                raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
-    merged = [
-        merge(s, x) if isinstance(x, Tensor) else x for s, x in zip(shortcuts, outputs, strict=True)
-    ]
-    return tree_unflatten(merged, structure)
+    for i, (s, x) in enumerate(zip(shortcuts, outputs, strict=True)):
+        if isinstance(s, Tensor) is not isinstance(x, Tensor):
+            raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
+        if isinstance(x, Tensor):
+            outputs[i] = merge(s, x)
+    return tree_unflatten(outputs, structure)
 
 
 _APART = (

@@ -90,7 +90,8 @@ class Merging:
         if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
             self.choose(1)
         # Whether its values have to be told apart up to their sum.
-        self.is_weighed = not self.decided or self.mask is not None or not _is_one(weight)
+        is_one = isinstance(weight, float) and weight == 1.0
+        self.is_weighed = not (self.decided and self.mask is None and is_one)
 
     @property
     def in_checkpoint(self) -> bool:
@@ -304,10 +305,6 @@ class Merging:
                 f"{tuple(shortcut.shape)}: a dropped branch would leave another shape than a kept "
                 "one; project the shortcut to the output's shape"
             )
-
-
-def _is_one(weight: Any) -> bool:
-    return isinstance(weight, float) and weight == 1.0
 
 
 def slots(place: Place, samples: Tensor) -> Tensor:

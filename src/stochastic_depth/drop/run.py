@@ -34,13 +34,8 @@ class Run(Merging):
     ) -> Any:
         """What a call of the branch returns in place of ``run(*args, **kwargs)``.
 
-        Args:
-            gate: which call it is.
-            run: makes the call itself.
-            args: what it is given.
-            kwargs: the same.
-            parts: whether parts are among that.
-            make: makes what it would return, in form only.
+        ``parts`` says whether there are parts among what it is given, and ``make`` makes what it
+        would return, in form only.
         """
         if not self.decided and self.branch.place is not None:
             self._choose_by(gate, args, kwargs)
@@ -97,9 +92,12 @@ class Run(Merging):
 
     def _choose_by(self, gate: Gate, args: Any, kwargs: Any) -> None:
         """Choose by the first tensor that enters with samples."""
+        leaves, _ = tree_flatten((args, kwargs))
+        if len(leaves) != len(gate.given):
+            return
         sizes = [
             x.shape[place.dim] // place.fold
-            for x, place in _entries(gate, args, kwargs)
+            for x, place in zip(leaves, gate.given, strict=True)
             if place is not None and isinstance(x, Tensor) and x.dim() > place.dim
         ]
         if not sizes:
@@ -112,9 +110,10 @@ class Run(Merging):
         if self.kept is None or self.dropped or self.mask is not None:
             return
         self.computed = self.kept
+        if len(self.kept) > 1:
+            return
         known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
-        if len(self.kept) == 1 and any(map(_needs_company, known)):
-            # Another sample goes along, and does not count.
+        if any(map(_needs_company, known)):  # another sample goes along, and does not count
             pair = torch.cat([self.kept, (self.kept + 1) % self.size])
             self.computed = pair if self.size > 2 else None
 
@@ -332,13 +331,6 @@ def _needs_company(module: nn.Module) -> bool:
     return any(m.training for m in norms_in([module])) or any(
         isinstance(m, _OF_IMAGES) for m in module.modules()
     )
-
-
-def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None]]:
-    leaves, _ = tree_flatten((args, kwargs))
-    if len(gate.given) != len(leaves):
-        return []
-    return list(zip(leaves, gate.given, strict=True))
 
 
 def _hands_on(gate: Gate) -> bool:
