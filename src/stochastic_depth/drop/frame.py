@@ -269,7 +269,7 @@ class Frame:
         if not weighed and (run.called or (alone and not run.dropped)):
             return
         chosen = run.decided and (run.kept is not None or run.weight != 1.0)
-        if run.called and weighed and chosen and not run.ended:
+        if run.called and chosen and not run.ended:  # else it is not weighed
             raise run.error(
                 "is computed and does not come to the sum that was found, where it would be "
                 "weighed; call apply() again after a change of the model"

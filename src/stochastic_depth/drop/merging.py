@@ -266,14 +266,15 @@ class Merging:
 
     def _decide_by(self, shortcut: Tensor, at: Place) -> None:
         """Count, and choose, the samples of a sum."""
-        if not self.branch.decides_calls and self.size == 0 and self.decided:  # p is 0 or 1
-            self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
+        if self.decided and self.branch.decides_calls:
+            return
+        entries = shortcut.shape[at.dim] if shortcut.dim() > at.dim else at.fold
         if not self.decided:
-            self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
+            self.choose(entries // at.fold)
             self.is_late = True
-        elif (self.kept is not None or self.seed is not None) and (
-            shortcut.dim() <= at.dim or shortcut.shape[at.dim] != self.size * at.fold
-        ):
+        elif self.size == 0:  # p is 0 or 1
+            self.count(entries // at.fold)
+        elif self.mask is None and entries != self.size * at.fold:
             raise self.error(
                 f"has a sum of shape {tuple(shortcut.shape)} for {self.size} samples in dimension "
                 f"{at.dim}, which is not as it was watched"

@@ -107,15 +107,12 @@ class Run(Merging):
 
     def select(self) -> None:
         """Have the kept samples computed only, once they are chosen."""
-        if self.kept is None or self.dropped or self.mask is not None:
-            return
         self.computed = self.kept
-        if len(self.kept) > 1:
+        if self.kept is None or len(self.kept) != 1:
             return
         known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
         if any(map(_needs_company, known)):  # another sample goes along, and does not count
-            pair = torch.cat([self.kept, (self.kept + 1) % self.size])
-            self.computed = pair if self.size > 2 else None
+            self.computed = torch.cat([self.kept, (self.kept + 1) % self.size])
 
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
         """The arguments with the computed samples only; None where these cannot be told."""
@@ -166,7 +163,7 @@ class Run(Merging):
 
     def put_back(self, own: Any, x: Any, place: Place | None) -> Any:
         """``own``, an argument that a call hands on, with what it made of the kept samples."""
-        if place is None or not isinstance(own, Tensor) or not has_samples(own, place, self.size):
+        if place is None or not has_samples(own, place, self.size):
             return x
         assert self.kept is not None
         rows = slots(place, self.kept)

@@ -87,17 +87,12 @@ class Site:
         """
         site = memo[id(self)] = object.__new__(type(self))
         site.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if all(id(parent) in memo for parent, *_ in self.seen):
-            for name, slot in self.slots.items():
-                child = memo.get(id(slot.module))
-                if child is not None:
-                    site.slots[name] = put(child)
-                    site.slots[name].names = slot.names
-                    site.all_slots.add(site.slots[name])
-            for parent, children, _ in self.seen:
-                copies = [memo.get(id(m)) for m in children]
-                slots = [None if m is None else outer_slot(m) for m in copies]
-                site.seen.append((memo[id(parent)], copies, slots))
+        for name, slot in self.slots.items():
+            child = memo.get(id(slot.module))
+            if child is not None:
+                site.slots[name] = put(child)
+                site.slots[name].names = slot.names
+                site.all_slots.add(site.slots[name])
         return site
 
     def is_active(self) -> bool:
