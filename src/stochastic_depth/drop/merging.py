@@ -112,7 +112,7 @@ class Merging:
         if here.sizes is not None:
             here.sizes[branch] = size
         self.kept, self.weight = choose_samples(branch, self.seed, size, self.device)
-        self.dropped = size > 0 and len(self.kept) == 0
+        self.dropped = len(self.kept) == 0
         self.count(size, size - len(self.kept))
         if len(self.kept) == size:
             self.kept = None
