@@ -547,6 +547,14 @@ def test_in_a_process_group_no_stream_of_a_dropped_module_is_the_callers_tensor(
     assert torch.equal(torch.cat(pair), torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_in_inference_mode_it_is_the_plain_sum(mode: str) -> None:
+    f = nn.Linear(4, 4)
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        assert torch.equal(sd.residual(x, f, p=0.5, training=False, mode=mode), x + f(x))
+
+
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_a_branch_that_overwrites_its_shortcut_is_an_error_or_works_on_a_copy(mode: str) -> None:
     branch = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))

@@ -10,7 +10,6 @@ from . import install as _install
 from ._torch import is_flat_parameter
 from .applied import awaited, branches, is_applied, sites
 from .branch import Branch, DroppedGrad, Mode, Scale, check_choice, check_p, choices
-from .calls import call_of
 from .drop.draws import Draw, Draws, Ranks
 from .drop.over import check_not_skipped
 from .drop.slot import keep_slots, put, slot_of
@@ -18,10 +17,10 @@ from .find import find, find_blocks, guess_inputs
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
-from .options import samples_of, seed_of
+from .options import call_of, samples_of, seed_of
 from .patterns import Filter, listed, matching_modules, outermost
 from .rates import DepthSchedule
-from .resume import load_own_state
+from .state import load_own_state
 from .trial import refuse_what_fails
 
 __all__ = ["apply", "remove", "settle"]

@@ -47,9 +47,11 @@ def watch_block(
         return None
     plan = next(iter(findings.plans.get("", {}).values()), Plan())
     if known_plan is not None:
-        own = {b: plan.dtypes.get(i) for i, b in enumerate(_known(plan.branches, site))}
-        dtypes = [(i, own.get(branch)) for i, branch in enumerate(known_plan.branches)]
-        return replace(known_plan, dtypes={i: dtype for i, dtype in dtypes if dtype is not None})
+        own = {
+            b: plan.dtypes[i] for i, b in enumerate(_known(plan.branches, site)) if i in plan.dtypes
+        }
+        dtypes = {i: own[b] for i, b in enumerate(known_plan.branches) if b in own}
+        return replace(known_plan, dtypes=dtypes)
     if site.takes_new:
         _take_new(site, plan)
     known = _known(plan.branches, site)

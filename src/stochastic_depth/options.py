@@ -1,12 +1,22 @@
-"""Arguments of ``apply``, checked."""
+"""What the verbs are given, checked, and as they use it."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from .branch import Mode
 from .find import Samples
 
-__all__ = ["samples_of", "seed_of"]
+__all__ = ["call_of", "samples_of", "seed_of"]
+
+
+def call_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments and keywords that a tensor, a tuple of arguments or a dict stands for."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
 
 
 def samples_of(samples: Any, mode: Mode) -> Samples:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .resume import load_own_state, own_state
+from .applied import awaited, branches, draws_of, owners
+from .branch import CHOICES, COUNTS, choices
 
-__all__ = ["load_state_dict", "state_dict"]
+__all__ = ["load_own_state", "load_state_dict", "own_state", "state_dict"]
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -73,3 +74,87 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def own_state(model: nn.Module) -> dict[str, Any]:
+    """The states of the model's own generators, and the settings and counts of its branches.
+
+    Each branch tells which generators are its own: those of what waits for its first batch are
+    listed in another order afterwards.
+    """
+    for first_call in awaited(model):
+        if first_call.saved is not None:  # which has restored nothing so far
+            _, state = first_call.saved
+            return {name: state[name] for name in ("draws", "branches")}
+    own = branches(model)
+    settings = [
+        {"name": b.name, "draws": source, "p": b.p, **choices(b)}
+        for b, source in zip(own, _sources_of(model), strict=True)
+    ]
+    counts = [{name: getattr(b, name) for name in COUNTS} for b in own]
+    return {
+        "draws": [draws.state() for draws in draws_of(model)],
+        "branches": [a | b for a, b in zip(settings, counts, strict=True)],
+    }
+
+
+def load_own_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore an :func:`own_state`, if need be when the first batch has shown the branches.
+
+    Raises:
+        ValueError: it is that of a model with other branches or draws; nothing is changed.
+    """
+    sources, own, waiting = draws_of(model), branches(model), list(awaited(model))
+    names, saved = [b.name for b in own], [values["name"] for values in state["branches"]]
+    if names != saved and waiting and not own:
+        for first_call in waiting:
+            first_call.saved = model, state
+        return
+    order = None if names != saved else _order(model, state)
+    if order is None:
+        raise ValueError(
+            f"the state is that of a model with the branches {saved}, and this one has {names}: "
+            "apply stochastic depth as it was when the state was saved"
+            + (_WAITING if waiting else "")
+        )
+    states = [state["draws"][order[i]] for i in range(len(sources))]
+    for draws, values in zip(sources, states, strict=True):
+        draws.check_state(values)
+    for branch, values in zip(own, state["branches"], strict=True):
+        branch.check_mode(values["mode"])
+    for draws, values in zip(sources, states, strict=True):
+        draws.set_state(values)
+    for branch, values in zip(own, state["branches"], strict=True):
+        branch.p = values["target"]
+        branch.set_rate(values["p"])
+        for name in (*CHOICES, *COUNTS):
+            setattr(branch, name, values[name])
+    for first_call in waiting:
+        first_call.saved = None
+
+
+def _sources_of(model: nn.Module) -> list[int]:
+    """By branch, which of the model's draws are its own."""
+    sources, own = draws_of(model), owners(model)
+    return [sources.index(own[branch].draws) for branch in branches(model)]
+
+
+def _order(model: nn.Module, state: Mapping[str, Any]) -> dict[int, int] | None:
+    """By the number of each of the model's draws, which of those in the state they are, if any."""
+    count = len(draws_of(model))
+    order: dict[int, int] = {}
+    for source, values in zip(_sources_of(model), state["branches"], strict=True):
+        saved = values.get("draws", source)  # not in states of before
+        if order.setdefault(source, saved) != saved:
+            return None
+    others = [i for i in range(len(state["draws"])) if i not in order.values()]
+    idle = [i for i in range(count) if i not in order]  # they have no branches, or none yet
+    order |= dict(zip(idle, others, strict=False))
+    fits = len(state["draws"]) == count == len(set(order.values()))
+    return order if fits else None
+
+
+_WAITING = (
+    ", with example_inputs, as the first batch may change these; where parts of the model are "
+    "called by themselves, load it when each has had a call in training"
+)

@@ -445,6 +445,15 @@ def test_what_takes_the_place_of_a_drop_path_runs(mode: str) -> None:
     model = sd.apply(net(WithDropPath), KEPT, mode=mode, example_inputs=data())
     model.drop_path = net(nn.Linear, 4, 4, seed=5)
     torch.testing.assert_close(model(data()), data() + model.drop_path(model.f(data())))
+    sd.branches(model)[0].p = 0.5
+    x, kept = data(), 0
+    branch = model.drop_path(model.f(x))
+    for _ in range(8):
+        for out, shortcut, whole in zip(model(x), x, 2.0 * branch, strict=True):
+            is_kept = not torch.equal(out, shortcut)
+            torch.testing.assert_close(out, shortcut + whole if is_kept else shortcut)
+            kept += is_kept
+    assert 0 < kept < 8 * len(x)
 
 
 @pytest.mark.parametrize("change", ["module", "parameter"])

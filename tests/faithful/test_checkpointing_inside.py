@@ -209,6 +209,23 @@ def test_two_forwards_may_wait_for_their_backwards_in_any_order() -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+def test_forwards_from_one_state_that_decided_differently_are_an_error() -> None:
+    model = build("all children", False)
+    sd.apply(model, 0.5, schedule="uniform", seed=3, example_inputs=data())
+    (branch,) = sd.branches(model)
+    kept = []
+    for _ in range(8):
+        seed_all(0)  # the decisions have a generator of their own
+        before = branch.dropped
+        out = model(feed(data().requires_grad_()))
+        if branch.dropped == before:  # else nothing is repeated
+            kept.append(out)
+    assert 1 < len(kept) < 8
+    for out in kept:  # whichever comes first
+        with pytest.raises(RuntimeError, match="not known whether it was dropped"):
+            out.sum().backward()
+
+
 class Centred(nn.Module):
     """Mixes the samples, so that all are computed and the dropped ones masked."""
 
@@ -227,7 +244,8 @@ class CheckpointedBody(nn.Module):
         self.f, self.reentrant = Centred(), reentrant
 
     def body(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
+        out = x + self.f(x)
+        return out * torch.ones_like(out)  # which is saved, so that all before it is repeated
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.body, x, use_reentrant=self.reentrant)

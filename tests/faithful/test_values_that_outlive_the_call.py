@@ -134,3 +134,55 @@ def test_a_module_of_a_branch_may_keep_what_it_likes() -> None:
         (model(data()).sum() + model.mixture.loss).backward()
     assert ours.mixture.router.weight.grad.any()
     torch.testing.assert_close(ours.mixture.router.weight.grad, plain.mixture.router.weight.grad)
+
+
+class Twofold(nn.Module):
+    """Returns what its branch has computed, too, which nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.f(x)
+        return x + h, h * 2.0
+
+
+class First(nn.Module):
+    """What its block returns first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Twofold()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _ = self.block(x)
+        return first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_nobody_reads_is_zeros_where_the_branch_is_dropped(mode: str) -> None:
+    x = data()
+    model = sd.apply(First().double(), 1.0, mode=mode, example_inputs=x).train()
+    first, second = model.block(x)
+    assert torch.equal(first, x)
+    assert torch.equal(second, torch.zeros_like(x))
+    sd.branches(model)[0].p = 0.0
+    first, second = model.block(x)
+    assert torch.equal(first, x + model.block.f(x))
+    assert torch.equal(second, model.block.f(x) * 2.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_value_that_a_block_returns_in_training_alone_is_an_error(mode: str) -> None:
+    class Returning(Letting):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> object:
+            h = self.f(x)
+            out = x + self.g(h)
+            return (out, h) if self.masked else out
+
+    block = Returning(lambda block, h: None).double()
+    sd.apply(block, 1.0, mode=mode, example_inputs=data())
+    block.train().masked = True
+    with pytest.raises(RuntimeError, match="returns one of its values from its block"):
+        block(data())

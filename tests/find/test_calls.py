@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from stochastic_depth.calls import call_of
 from stochastic_depth.find import find
 from stochastic_depth.find.plan import Findings
+from stochastic_depth.options import call_of
 
 D = 8
 

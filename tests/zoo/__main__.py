@@ -17,9 +17,9 @@ import torch
 from benchmarks.harness import machine
 
 import stochastic_depth as sd
-from stochastic_depth.calls import call_of
 from stochastic_depth.cli.torchvision_ops import ensure_torchvision
 from stochastic_depth.find.state import copied
+from stochastic_depth.options import call_of
 
 from . import transformers_models
 from .measure import COLUMNS, Row, measure, reasons, timed

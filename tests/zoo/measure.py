@@ -10,8 +10,8 @@ from torch import nn
 
 import stochastic_depth as sd
 from stochastic_depth.branch import Mode
-from stochastic_depth.calls import call_of
 from stochastic_depth.find import find
+from stochastic_depth.options import call_of
 from stochastic_depth.trial import refuse_what_fails
 
 COLUMNS = (

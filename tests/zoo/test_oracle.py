@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import WITHOUT_BRANCHES
-from stochastic_depth.calls import call_of
+from stochastic_depth.options import call_of
 from test_torchvision import expected_branches
 
 from .oracle import residual_sums

@@ -8,7 +8,6 @@ from torch import nn
 
 from ..applied import branches, names_in, owners, sites
 from ..branch import Branch, block_of, is_below, name_in_model
-from ..calls import call_of
 from ..drop.balance import Way, chances_to_run, cost_classes, slowest
 from ..drop.collectives import own_parameters
 from ..drop.force import plain
@@ -16,6 +15,7 @@ from ..drop.layer import StochasticDepth
 from ..drop.site import Site
 from ..find import find, flop_shares, guess_inputs
 from ..find.plan import Findings, Refused
+from ..options import call_of
 from ..tables import table_html
 from .measured import projection_shares, rates_in_effect
 from .picture import picture_of

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._torch import tensor_leaves, tree_flatten, tree_map_only, tree_unflatten
 from ..applied import branches, names_in, owners, sites
 from ..branch import Branch
-from ..calls import call_of
 from ..drop.collectives import existing_of
 from ..drop.draws import ASIDE
 from ..drop.force import forced, plain
@@ -23,6 +22,7 @@ from ..drop.site import Site
 from ..find import find, run_weighed
 from ..find.plan import Findings
 from ..find.state import NORMS, copied, in_mode, untouched
+from ..options import call_of
 from .noise import ByName, NoDropout, NoNoise, Rounding
 from .outcome import Outcome, compare, differ
 from .verification import Check, Verification

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..branch import Branch, check_choice
-from ..calls import call_of
 from ..drop.force import forced
 from ..drop.slot import keep_slots
 from ..find import WHOLE
 from ..find.state import in_mode, untouched
 from ..install import remove
+from ..options import call_of
 from .influence import influence_of_blocks, influence_of_branches
 from .looks import Inputs, Look, check_model, inputs_of, look_at, opened
 from .progress import Progress, told

@@ -15,7 +15,6 @@ from torch.overrides import BaseTorchFunctionMode
 from .._torch import is_flat_parameter, tensor_leaves
 from ..applied import names_in, sites
 from ..branch import Branch, block_of, is_below, label_of, name_in_model
-from ..calls import call_of
 from ..drop.draws import Draws
 from ..drop.layer import StochasticDepth
 from ..drop.over import Aside, Over, WholeAside, skipped_in
@@ -24,6 +23,7 @@ from ..find import WHOLE, find, find_blocks, guess_inputs
 from ..find.plan import Findings, Plan
 from ..install import remove
 from ..new_forms import watch_block
+from ..options import call_of
 from ..trial import refuse_what_fails
 
 __all__ = [

@@ -14,7 +14,7 @@ from .._torch import tensor_leaves, tree_flatten, tree_unflatten
 from ..branch import Place
 from .merging import slots
 from .rows import put_rows, take_rows
-from .run import Run, needs_company
+from .run import Run
 
 __all__ = ["Take", "around", "describe"]
 
@@ -58,28 +58,20 @@ def around(
         else:
             out = run.call_masked(lambda: call(None))
         return _merged(shortcut, out, lambda s, x: _moved(s, x, run, place))
-    pair = kept
-    if select and len(kept) == 1 and any(map(needs_company, run.owner.modules_of(run.branch))):
-        pair = torch.cat([kept, (kept + 1) % run.size])[: min(run.size, 2)]
-
-    def take(x: Tensor, at: Place) -> Tensor:
-        return take_rows(x, slots(at, pair), at.dim)
-
-    out = call(take) if select else run.beside(shortcut, lambda: call(None))
-    rows = slots(place, kept)
+    if select:
+        run.select()
+    computed, rows = run.computed, slots(place, kept)
+    if computed is None:
+        out = run.beside(shortcut, lambda: call(None))
+    else:
+        out = call(lambda x, at: take_rows(x, slots(at, computed), at.dim))
 
     def put(s: Tensor, x: Tensor) -> Tensor:
-        if not select:
-            x = take_rows(x, rows, place.dim)
-        elif pair is not kept:
-            x = x.narrow(place.dim, 0, place.fold)
-        s_kept = take_rows(s, rows, place.dim)
-        if s_kept.shape != x.shape:
-            raise ValueError(_APART.format(out=describe(x), shortcut=describe(s_kept)))
-        x = _lerp(s_kept, x, run.weight)
+        x = take_rows(x, rows, place.dim) if computed is None else run.counted(x, place)
+        x = _lerp(take_rows(s, rows, place.dim), x, run.weight)
         return put_rows(s.to(x.dtype), rows, x, place.dim)
 
-    return _merged(shortcut, out, put, shapes=False)
+    return _merged(shortcut, out, put)
 
 
 def _moved(s: Tensor, x: Tensor, run: Run, place: Place) -> Tensor:
@@ -88,6 +80,8 @@ def _moved(s: Tensor, x: Tensor, run: Run, place: Place) -> Tensor:
 
 
 def _lerp(s: Tensor, x: Tensor, weight: Any) -> Tensor:
+    if s.shape != x.shape:
+        raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
     if not x.is_floating_point() or (isinstance(weight, float) and weight == 1.0):
         return x
     dtype = torch.promote_types(s.dtype, x.dtype)
@@ -95,9 +89,7 @@ def _lerp(s: Tensor, x: Tensor, weight: Any) -> Tensor:
     return s + weight * (x - s) if isinstance(weight, Tensor) else torch.lerp(s, x, weight)
 
 
-def _merged(
-    shortcut: Any, out: Any, merge: Callable[[Tensor, Tensor], Tensor], shapes: bool = True
-) -> Any:
+def _merged(shortcut: Any, out: Any, merge: Callable[[Tensor, Tensor], Tensor]) -> Any:
     shortcuts, structure = tree_flatten(shortcut)
     outputs, output_structure = tree_flatten(out)
     if structure != output_structure:
@@ -106,14 +98,12 @@ def _merged(
             "a dropped call would return another structure than a kept one; give a projection "
             "that maps the input to the structure of the output"
         )
-    if shapes:
-        for s, x in zip(shortcuts, outputs, strict=True):
-            if getattr(s, "shape", None) != getattr(x, "shape", None):
-                raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
-    merged = [
-        merge(s, x) if isinstance(x, Tensor) else x for s, x in zip(shortcuts, outputs, strict=True)
-    ]
-    return tree_unflatten(merged, structure)
+    for i, (s, x) in enumerate(zip(shortcuts, outputs, strict=True)):
+        if isinstance(s, Tensor) is not isinstance(x, Tensor):
+            raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
+        if isinstance(x, Tensor):
+            outputs[i] = merge(s, x)
+    return tree_unflatten(outputs, structure)
 
 
 _APART = (

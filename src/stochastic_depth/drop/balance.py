@@ -37,6 +37,7 @@ Way = Literal["independent", "shared", "balanced"]  # how the decisions of sever
 ONE = 1 << 53  # lengths, rounded up, and positions are whole parts of 1, so nothing drifts
 STEP = int((5**0.5 - 1) / 2 * ONE) | 1  # the golden section of it, odd: no position comes twice
 _TOLERANCE = 0.1  # by which part of the highest cost of a class its others may be lower
+_STEPS = 200  # that are simulated
 _LEAST = 4  # branches of a class, where there are so many
 
 
@@ -200,7 +201,6 @@ def slowest(
     *,
     classes: Sequence[int] | None = None,
     around: Sequence[int | None] | None = None,
-    steps: int = 200,
     generator: Generator | None = None,
 ) -> float:
     """The expected share of the branches' compute that the slowest of ``ranks`` executes a step.
@@ -217,7 +217,6 @@ def slowest(
         classes: of balanced draws; None is the :func:`cost_classes` of ``costs``.
         around: by branch, the number of the one that it is inside of, if any: it runs only where
             that is kept, and its cost is a part of that one's.
-        steps: that are simulated.
         generator: for the simulation; None is one with a fixed seed.
     """
     outer = [None] * len(rates) if around is None else list(around)
@@ -237,8 +236,8 @@ def slowest(
         reached = chances_to_run(rates, outer)
         return sum(chance * share for chance, share in zip(reached, shares, strict=True))
     weights = torch.tensor(shares, dtype=torch.float64, device="cpu")
-    runs = _simulated_runs(rates, classes, outer, ranks, steps, generator)
-    return sum([(run.double() @ weights).max().item() for run in runs], 0.0) / steps
+    runs = _simulated_runs(rates, classes, outer, ranks, generator)
+    return sum([(run.double() @ weights).max().item() for run in runs], 0.0) / _STEPS
 
 
 def chances_to_run(rates: Sequence[float], around: Sequence[int | None]) -> list[float]:
@@ -277,18 +276,17 @@ def _simulated_runs(
     classes: Sequence[int],
     around: Sequence[int | None],
     ranks: int,
-    steps: int,
     generator: Generator | None,
 ) -> Tensor:
     """By step and rank, which branches run; those that are equally deep in others are one draw."""
     generator = generator or Generator().manual_seed(0)
-    runs = torch.ones(steps, ranks, len(rates), dtype=torch.bool, device="cpu")
+    runs = torch.ones(_STEPS, ranks, len(rates), dtype=torch.bool, device="cpu")
     level, members = 0, [i for i, outer in enumerate(around) if outer is None]
     while members:
         own = [rates[i] for i in members], [classes[i] for i in members]
-        dropped = torch.stack(list(simulated(*own, ranks, steps, generator)))
+        dropped = torch.stack(list(simulated(*own, ranks, _STEPS, generator)))
         if level:  # their u is not that of the branches around them
-            dropped = dropped[torch.randperm(steps, generator=generator)]
+            dropped = dropped[torch.randperm(_STEPS, generator=generator)]
             runs[..., members] = runs[..., [around[i] for i in members]]
         runs[..., members] &= ~dropped
         level, members = level + 1, [i for i, outer in enumerate(around) if outer in members]

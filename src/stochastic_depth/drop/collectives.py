@@ -96,12 +96,7 @@ def parameters_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def own_parameters(branch: Branch, owner: Any) -> list[Tensor]:
-    """The parameters of a branch, each once: of its modules, and what its block reads for it alone.
-
-    Args:
-        branch: the branch.
-        owner: asked for both.
-    """
+    """The parameters of a branch, each once: of its modules, and what its block reads for it."""
     inside = (p for module in owner.modules_of(branch) for p in parameters_of(module))
     return list(dict.fromkeys((*inside, *owner.parameters_of(branch))))
 

@@ -25,12 +25,6 @@ def choose_samples(branch: Branch, seed: int, size: int, device: Any) -> tuple[T
     Uniform numbers are drawn in float64 whatever the dtype of the model (in bfloat16 a rate below
     0.002 would never drop), and on the host, from a generator of their own: ``seed`` is what was
     drawn for this call, so the same call can be made again.
-
-    Args:
-        branch: its mode, rate and scale decide.
-        seed: a number that was drawn for this call.
-        size: how many samples the batch has.
-        device: where the result is needed.
     """
     source = torch.Generator().manual_seed(seed)
     if branch.mode == "subset":

@@ -95,10 +95,6 @@ def check_repeats(branches: Iterable[Branch], training: bool) -> None:
     """Raise where reentrant checkpointing would repeat a call as it is after the ``with``.
 
     Decisions that are drawn in training are on record, and found again.
-
-    Args:
-        branches: of the call.
-        training: whether the block is.
     """
     if not here.is_for_users or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return

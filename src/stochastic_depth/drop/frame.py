@@ -24,7 +24,7 @@ from ..find.plan import Gate, Plan
 from ..find.tensors import CHECKPOINT, function_around
 from .decide import kept_weight
 from .part import Part, first_part, form, parts_in, whole
-from .repeats import Repeat
+from .repeats import Repeat, Repeats
 from .run import Run
 from .slot import INSIDE, Slot, here
 
@@ -32,14 +32,7 @@ __all__ = ["Frame", "fences_around"]
 
 
 class Frame:
-    """A call of a block in progress.
-
-    Args:
-        site: the block.
-        plan: what is known of its calls.
-        args, kwargs: what it is given.
-        outer: compiled code makes the call, and its decisions are made out here.
-    """
+    """A call of a block in progress; ``outer``: compiled code makes it, and we decide out here."""
 
     def __init__(self, site: Any, plan: Plan, args: Any, kwargs: Any, outer: bool = False) -> None:
         self.site, self.plan, self.outer = site, plan, outer
@@ -105,14 +98,9 @@ class Frame:
     def call(
         self, path: str, slot: Slot, args: Any, kwargs: Any, again: Repeat | None = None
     ) -> Any:
-        """A call that the block's forward makes.
+        """A call that the block's forward makes of what is at ``path`` below it.
 
-        Args:
-            path: the name of the called module below the block.
-            slot: its slot.
-            args: what it is given.
-            kwargs: the same.
-            again: checkpointing repeats the call that has this on record.
+        Or checkpointing repeats it: the call that has ``again`` on record.
         """
         apart = torch.is_grad_enabled() is not self.gradients  # in a Function, perhaps
         if apart and self.outer and torch.compiler.is_compiling():
@@ -147,7 +135,8 @@ class Frame:
         if again is None and apart:
             function = self._function()
         if again is None and run is not None and self._may_be_repeated(function):
-            slot.may_be_repeated(Repeat(self, path, index, function or self.around))
+            slot.repeats = slot.repeats or Repeats()
+            slot.repeats.add(Repeat(self, path, index, function or self.around))
             self.site.is_repeated = True
         if run is not None:
             run.called = True
@@ -155,7 +144,7 @@ class Frame:
         if run is not None and is_drop and (run.dropped or drops):
             return next(iter((*args, *kwargs.values())))
         if run is not None and not (self.outer and torch.compiler.is_compiling()):
-            run.apart, run.in_checkpoint = function is not None, function in (None, CHECKPOINT)
+            run.function = function
         before, here.frame = here.frame, INSIDE
         try:
             if run is None:
@@ -280,7 +269,7 @@ class Frame:
         if not weighed and (run.called or (alone and not run.dropped)):
             return
         chosen = run.decided and (run.kept is not None or run.weight != 1.0)
-        if run.called and weighed and chosen and not run.ended:
+        if run.called and chosen and not run.ended:  # else it is not weighed
             raise run.error(
                 "is computed and does not come to the sum that was found, where it would be "
                 "weighed; call apply() again after a change of the model"

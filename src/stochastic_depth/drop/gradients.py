@@ -30,15 +30,10 @@ def left_out(
     in_place: bool = False,
     given: Iterable[Tensor] = (),
 ) -> Tensor:
-    """The sum of a branch that is dropped.
+    """The sum of a branch that is dropped, whose calls would have been ``given`` these.
 
-    Args:
-        shortcut: what the branch would have been added to.
-        branch: the branch.
-        owner: asked for its modules and parameters.
-        in_place: it would have been added into ``shortcut`` itself. Otherwise the result is a
-            copy, since what comes next may work in place, which must not reach the shortcut.
-        given: what its calls would have been given.
+    It is ``shortcut`` itself where the branch would have been added into that. Otherwise it is a
+    copy, since what comes next may work in place, which must not reach the shortcut.
     """
     counted_on = branch.dropped_grad == "zero" or is_distributed()
     if counted_on and torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from .slot import check_replicas, here
 __all__ = ["StochasticDepth"]
 
 _ROWS = Place(0)
+
+
+def _of_branch(name: str) -> Any:
+    return property(attrgetter(f"branch.{name}"), lambda self, x: setattr(self.branch, name, x))
 
 
 class StochasticDepth(nn.Module):
@@ -75,6 +80,11 @@ class StochasticDepth(nn.Module):
         Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (arXiv:1603.09382).
     """
 
+    # The branch's own; all may be set at any time.
+    p: float = _of_branch("p")
+    mode: Mode = _of_branch("mode")
+    scale: Scale = _of_branch("scale")
+
     def __init__(
         self,
         module: nn.Module,
@@ -108,31 +118,6 @@ class StochasticDepth(nn.Module):
                 "projection must be a module, a function, 'tied', 'copy', 'new' or None, got "
                 f"{type(projection).__name__}"
             )
-
-    @property
-    def p(self) -> float:
-        """The probability to drop; may be set at any time."""
-        return self.branch.p
-
-    @p.setter
-    def p(self, value: float) -> None:
-        self.branch.p = value
-
-    @property
-    def mode(self) -> Mode:
-        return self.branch.mode
-
-    @mode.setter
-    def mode(self, value: Mode) -> None:
-        self.branch.mode = value
-
-    @property
-    def scale(self) -> Scale:
-        return self.branch.scale
-
-    @scale.setter
-    def scale(self, value: Scale) -> None:
-        self.branch.scale = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         branch = self.branch

@@ -9,7 +9,7 @@ from .._torch import tensor_leaves
 from ..branch import Branch, Place
 from ..find.spot import spot
 from ..find.state import NORMS
-from ..find.tensors import version_of
+from ..find.tensors import CHECKPOINT, version_of
 from .decide import choose_samples, draw_mask, draw_subset
 from .gradients import left_out
 from .part import Part, form, whole
@@ -59,8 +59,7 @@ class Merging:
     size = 0
     sums = 0  # that its values have met
     counts = True  # in training, where nobody decided by hand
-    apart = False  # a custom autograd.Function makes the call of now
-    in_checkpoint = True  # if one does, reentrant checkpointing's
+    function: str | None = None  # the file of the custom Function that makes the call of now
     called = False  # a call of it has come
     ended = False  # its last call has come, and gave a value that is told apart
     joined = False  # a value of it has come to its sum, or to what else it enters
@@ -91,7 +90,13 @@ class Merging:
         if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
             self.choose(1)
         # Whether its values have to be told apart up to their sum.
-        self.is_weighed = not self.decided or self.mask is not None or not _is_one(weight)
+        is_one = isinstance(weight, float) and weight == 1.0
+        self.is_weighed = not (self.decided and self.mask is None and is_one)
+
+    @property
+    def in_checkpoint(self) -> bool:
+        """Whether no Function makes the call of now but, perhaps, reentrant checkpointing's."""
+        return self.function in (None, CHECKPOINT)
 
     def choose(self, size: int) -> None:
         """Choose the samples, now that it is known how many there are."""
@@ -107,7 +112,7 @@ class Merging:
         if here.sizes is not None:
             here.sizes[branch] = size
         self.kept, self.weight = choose_samples(branch, self.seed, size, self.device)
-        self.dropped = size > 0 and len(self.kept) == 0
+        self.dropped = len(self.kept) == 0
         self.count(size, size - len(self.kept))
         if len(self.kept) == size:
             self.kept = None
@@ -156,12 +161,6 @@ class Merging:
         if x is None:
             return self.nothing(form(part))
         at = place or self._place_of_sum()
-        if place is not None:
-            assert self.kept is not None
-            shape = list(x.shape)
-            shape[at.dim] = self.size * at.fold
-            counted = self._counted(x, at)
-            return add_rows(x.new_zeros(shape), slots(at, self.kept), counted, self.weight, at.dim)
         if not self.decided:
             self.choose(x.shape[at.dim] // at.fold)
             self.is_late = True
@@ -172,10 +171,9 @@ class Merging:
         if self.kept is None:
             weighed: Tensor = x * self.weight
             return weighed
-        at_kept = slots(at, self.kept)
-        return add_rows(
-            torch.zeros_like(x), at_kept, take_rows(x, at_kept, at.dim), self.weight, at.dim
-        )
+        shape = list(x.shape)
+        shape[at.dim] = self.size * at.fold
+        return self.merge(x.new_zeros(shape), part)
 
     def nothing(self, like: Tensor) -> Tensor:
         """Zeros of the form of ``like``, for what a dropped branch would have made."""
@@ -185,7 +183,8 @@ class Merging:
     def _place_of_sum(self) -> Place:
         return self.branch.place or self.branch.mask
 
-    def _counted(self, x: Tensor, place: Place) -> Tensor:
+    def counted(self, x: Tensor, place: Place) -> Tensor:
+        """The part of what was computed that counts."""
         return x if self.computed is self.kept else x.narrow(place.dim, 0, place.fold)
 
     def mask_for(self, x: Tensor, dim: int, fold: int = 1) -> Tensor:
@@ -238,7 +237,7 @@ class Merging:
         if place is not None:
             shape = list(shortcut.shape)
             shape[at.dim] = len(chosen)
-            v = self._counted(v, at).expand(shape)
+            v = self.counted(v, at).expand(shape)
         else:
             if shortcut.shape != v.shape:
                 self.check_shape(shortcut, v)
@@ -267,14 +266,15 @@ class Merging:
 
     def _decide_by(self, shortcut: Tensor, at: Place) -> None:
         """Count, and choose, the samples of a sum."""
-        if not self.branch.decides_calls and self.size == 0 and self.decided:  # p is 0 or 1
-            self.count(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 1)
+        if self.decided and self.branch.decides_calls:
+            return
+        entries = shortcut.shape[at.dim] if shortcut.dim() > at.dim else at.fold
         if not self.decided:
-            self.choose(shortcut.shape[at.dim] // at.fold if shortcut.dim() > at.dim else 0)
+            self.choose(entries // at.fold)
             self.is_late = True
-        elif (self.kept is not None or self.seed is not None) and (
-            shortcut.dim() <= at.dim or shortcut.shape[at.dim] != self.size * at.fold
-        ):
+        elif self.size == 0:  # p is 0 or 1
+            self.count(entries // at.fold)
+        elif self.mask is None and entries != self.size * at.fold:
             raise self.error(
                 f"has a sum of shape {tuple(shortcut.shape)} for {self.size} samples in dimension "
                 f"{at.dim}, which is not as it was watched"
@@ -306,10 +306,6 @@ class Merging:
                 f"{tuple(shortcut.shape)}: a dropped branch would leave another shape than a kept "
                 "one; project the shortcut to the output's shape"
             )
-
-
-def _is_one(weight: Any) -> bool:
-    return isinstance(weight, float) and weight == 1.0
 
 
 def slots(place: Place, samples: Tensor) -> Tensor:

@@ -114,9 +114,7 @@ def skipped_in(block: nn.Module) -> frozenset[Branch]:
 def check_not_skipped(model: nn.Module, what: str) -> None:
     """Raise where something stands to be skipped, as what is under it cannot change meanwhile.
 
-    Args:
-        model: the model.
-        what: would change it.
+    ``what`` would change it.
     """
     for name, module in model.named_modules():
         slot = outer_slot(module)

@@ -25,26 +25,23 @@ class Repeat(NamedTuple):
 
 
 class Repeats:
-    """The latest such calls of one child, by ticket."""
+    """The latest such calls of one child, by ticket; none where it may be one of two."""
 
     def __init__(self) -> None:
-        self.calls: OrderedDict[int, list[Repeat | None]] = OrderedDict()
+        self.calls: OrderedDict[int, list[Repeat]] = OrderedDict()
 
     def add(self, repeat: Repeat) -> None:
         """Put a call on record."""
         ticket = ticket_of(default=True)
         known = self.calls.get(ticket)
-        if known and known[0] is not None and known[0].frame is repeat.frame:
+        if known and known[0].frame is repeat.frame:
             known.append(repeat)  # the same child twice, with no random number in between
             return
-        clash = known and (
-            known[0] is None
-            or (
-                known[0].frame.graph() is not None
-                and known[0].frame.decisions() != repeat.frame.decisions()
-            )
-        )
-        self.calls[ticket] = [None] if clash else [repeat]  # which of the two?
+        clash = known is not None
+        if known:
+            other = known[0].frame
+            clash = other.graph() is not None and other.decisions() != repeat.frame.decisions()
+        self.calls[ticket] = [] if clash else [repeat]
         while len(self.calls) > _MOST:
             self.calls.popitem(last=False)
 
@@ -55,7 +52,7 @@ class Repeats:
             RuntimeError: it is not known which one that is.
         """
         calls = self.calls.get(ticket_of(default=True))
-        if not calls or calls[0] is None:
+        if not calls:
             raise RuntimeError(
                 "stochastic depth: a backward pass repeats a call of which it is not known whether "
                 "it was dropped. Under gradient checkpointing, keep preserve_rng_state=True, and "
@@ -63,7 +60,5 @@ class Repeats:
                 "ones in training, too"
             )
         calls.append(calls.pop(0))
-        again = calls[-1]
-        assert again is not None
-        again.frame.done()
-        return again
+        calls[-1].frame.done()
+        return calls[-1]

@@ -17,7 +17,7 @@ from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
 from .rows import put_rows, split_rows, take_rows
 
-__all__ = ["Run", "needs_company"]
+__all__ = ["Run"]
 
 
 class Run(Merging):
@@ -34,13 +34,8 @@ class Run(Merging):
     ) -> Any:
         """What a call of the branch returns in place of ``run(*args, **kwargs)``.
 
-        Args:
-            gate: which call it is.
-            run: makes the call itself.
-            args: what it is given.
-            kwargs: the same.
-            parts: whether parts are among that.
-            make: makes what it would return, in form only.
+        ``parts`` says whether there are parts among what it is given, and ``make`` makes what it
+        would return, in form only.
         """
         if not self.decided and self.branch.place is not None:
             self._choose_by(gate, args, kwargs)
@@ -97,25 +92,27 @@ class Run(Merging):
 
     def _choose_by(self, gate: Gate, args: Any, kwargs: Any) -> None:
         """Choose by the first tensor that enters with samples."""
+        leaves, _ = tree_flatten((args, kwargs))
+        if len(leaves) != len(gate.given):
+            return
         sizes = [
             x.shape[place.dim] // place.fold
-            for x, place in _entries(gate, args, kwargs)
+            for x, place in zip(leaves, gate.given, strict=True)
             if place is not None and isinstance(x, Tensor) and x.dim() > place.dim
         ]
         if not sizes:
             return  # decided at the sum
         self.choose(next((size for size in sizes if size != 1), 1))  # one may be for all of them
-        if self.kept is None or self.dropped or self.mask is not None:
-            return
-        self.computed = self.kept
-        if len(self.kept) == 1 and self._needs_company():
-            # Another sample goes along, and does not count.
-            pair = torch.cat([self.kept, (self.kept + 1) % self.size])
-            self.computed = pair if self.size > 2 else None
+        self.select()
 
-    def _needs_company(self) -> bool:
+    def select(self) -> None:
+        """Have the kept samples computed only, once they are chosen."""
+        self.computed = self.kept
+        if self.kept is None or len(self.kept) != 1:
+            return
         known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
-        return any(map(needs_company, known))
+        if any(map(_needs_company, known)):  # another sample goes along, and does not count
+            self.computed = torch.cat([self.kept, (self.kept + 1) % self.size])
 
     def _entered(self, gate: Gate, args: Any, kwargs: Any) -> Any:
         """The arguments with the computed samples only; None where these cannot be told."""
@@ -166,7 +163,7 @@ class Run(Merging):
 
     def put_back(self, own: Any, x: Any, place: Place | None) -> Any:
         """``own``, an argument that a call hands on, with what it made of the kept samples."""
-        if place is None or not isinstance(own, Tensor) or not has_samples(own, place, self.size):
+        if place is None or not has_samples(own, place, self.size):
             return x
         assert self.kept is not None
         rows = slots(place, self.kept)
@@ -193,7 +190,7 @@ class Run(Merging):
             return self.spread(x, place)
         part = Part(self, x, gate.last, place)
         if not gate.last:
-            return self.spread(x, place) if self.apart else part
+            return part if self.function is None else self.spread(x, place)
         return self.joining(part) if self._must_be_real() else part
 
     def _whole_leave(self, gate: Gate, x: Tensor, leaf: Leaf) -> Any:
@@ -246,7 +243,7 @@ class Run(Merging):
         than where the block was called, and what it repeats has to return the same.
         """
         in_graph = self.compiling and torch.compiler.is_compiling()
-        if not (self.branch.in_function if in_graph else self.apart):
+        if not (self.branch.in_function if in_graph else self.function is not None):
             return False
         if not self.branch.linear:
             raise self.error(
@@ -321,7 +318,7 @@ _OF_IMAGES = (
 )
 
 
-def needs_company(module: nn.Module) -> bool:
+def _needs_company(module: nn.Module) -> bool:
     """Whether a module should not be given one sample alone.
 
     Statistics over the samples of a batch need several. And for a single image, torch's backward of
@@ -331,13 +328,6 @@ def needs_company(module: nn.Module) -> bool:
     return any(m.training for m in norms_in([module])) or any(
         isinstance(m, _OF_IMAGES) for m in module.modules()
     )
-
-
-def _entries(gate: Gate, args: Any, kwargs: Any) -> list[tuple[Any, Place | None]]:
-    leaves, _ = tree_flatten((args, kwargs))
-    if len(gate.given) != len(leaves):
-        return []
-    return list(zip(leaves, gate.given, strict=True))
 
 
 def _hands_on(gate: Gate) -> bool:

@@ -87,17 +87,12 @@ class Site:
         """
         site = memo[id(self)] = object.__new__(type(self))
         site.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        if all(id(parent) in memo for parent, *_ in self.seen):
-            for name, slot in self.slots.items():
-                child = memo.get(id(slot.module))
-                if child is not None:
-                    site.slots[name] = put(child)
-                    site.slots[name].names = slot.names
-                    site.all_slots.add(site.slots[name])
-            for parent, children, _ in self.seen:
-                copies = [memo.get(id(m)) for m in children]
-                slots = [None if m is None else outer_slot(m) for m in copies]
-                site.seen.append((memo[id(parent)], copies, slots))
+        for name, slot in self.slots.items():
+            child = memo.get(id(slot.module))
+            if child is not None:
+                site.slots[name] = put(child)
+                site.slots[name].names = slot.names
+                site.all_slots.add(site.slots[name])
         return site
 
     def is_active(self) -> bool:
@@ -121,21 +116,13 @@ class Site:
     # The slots of the modules that the block's forward calls.
 
     def install(self) -> None:
-        self.meet_calls()
-        self._renew()
-        self.replace_existing()
-
-    def replace_existing(self) -> None:
-        """Have the drop modules that no frame meets hand on what they are given."""
-        for module in self._existing():
-            put(module).site = PassOn(module)
-
-    def meet_calls(self) -> None:
-        """Stand in the slots of the block."""
         put(self.block).site = self
         inner = slot_of(self.block)
         inner.site = self  # where what is compiled goes
         inner.decide_outside()
+        self._renew()
+        for module in self._existing():
+            put(module).site = PassOn(module)
 
     def _existing(self) -> list[nn.Module]:
         """The drop modules inside of what the branches call, where no frame meets their calls."""

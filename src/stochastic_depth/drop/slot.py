@@ -30,7 +30,7 @@ from .._torch import (
     starts_graphs,
     tell_apart,
 )
-from .repeats import Repeat, Repeats
+from .repeats import Repeats
 
 __all__ = [
     "INSIDE",
@@ -46,11 +46,7 @@ __all__ = [
 
 
 class Inside:
-    """Stands for the frame while a child runs.
-
-    Args:
-        task: a backward pass in which nothing is repeated.
-    """
+    """Stands for the frame while a child runs; ``task`` is a backward pass that repeats nothing."""
 
     def __init__(self, task: int = -2) -> None:  # of no backward pass
         self.slots: dict[str, Slot] = {}
@@ -157,12 +153,6 @@ class Slot:
         """Whether a backward pass makes this call again, when its frame is gone."""
         task = graph_task()
         return task != -1 and (frame is None or frame.task != task)
-
-    def may_be_repeated(self, repeat: Repeat) -> None:
-        """Put a call on record that checkpointing inside of a block may repeat."""
-        if self.repeats is None:
-            self.repeats = Repeats()
-        self.repeats.add(repeat)
 
     def state_of_module(self) -> Any:
         """What copies and pickles of the module hold: of a child no trace of us, of a block all."""

@@ -57,11 +57,10 @@ class WholeSite(Site):
         merged = around(run, given[main], call, select, place)
         if not run.compiling:
             merged = merged.to(plan.dtypes.get(0, given[main].dtype))
-        selected = select and run.kept is not None
         leaves = returned[0] if returned else [None] * len(gate.returned)
         hand_on(gate, given, taken, leaves, run.put_back)
         for i, leaf in enumerate(gate.returned):
-            if leaf.kind == "none" and isinstance(leaves[i], Tensor) and selected:
+            if leaf.kind == "none" and isinstance(leaves[i], Tensor) and run.computed is not None:
                 leaves[i] = run.unknown()
         leaves[output] = merged
         return merged if gate.structure is None else tree_map(lambda i: leaves[i], gate.structure)

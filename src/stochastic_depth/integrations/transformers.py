@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 
 from .._torch import tree_map_only
 from ..rates import RateSchedule, TimeSchedule
-from ..resume import load_own_state, own_state
+from ..state import load_own_state, own_state
 from .common import ensure_applied, metrics, rate_schedule
 
 __all__ = ["StochasticDepthCallback"]
