@@ -88,7 +88,8 @@ def parameters_of(module: nn.Module) -> Iterator[Tensor]:
     """The parameters of ``module``, or what FSDP1 puts in their place."""
     if is_fsdp_wrapper(module):  # which gathers them when it is called, on all ranks or none
         return
-    for value in _tensors(module):
+    yield from module.parameters(recurse=False)  # plain tensors in functional_call
+    for value in vars(module).values():
         if isinstance(value, nn.Parameter) or is_view_of_flat_parameter(value):
             yield value
     for child in module.children():
