@@ -194,6 +194,7 @@ def test_parameters_that_a_functional_call_puts_in_place_get_zeros() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by torch's own forward mode
 def test_zeros_let_tangents_through() -> None:
     model, x, tangent = Net(), torch.randn(3, 4), torch.randn(3, 4)
     sd.apply(model, p=1.0, dropped_grad="zero", example_inputs=x)
