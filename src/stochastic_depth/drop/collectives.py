@@ -8,10 +8,18 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 
 from .._torch import is_view_of_flat_parameter
-from ..branch import Branch, block_of
+from ..branch import Branch, block_of, label_of
+from ..find import WHOLE
 from ..find.ranks import is_sharded
 
-__all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "own_parameters"]
+__all__ = [
+    "existing_of",
+    "is_fsdp_wrapper",
+    "is_whole",
+    "modules_of",
+    "needs_all_ranks",
+    "own_parameters",
+]
 
 
 def modules_of(branch: Branch, block: nn.Module) -> list[nn.Module]:
@@ -19,6 +27,11 @@ def modules_of(branch: Branch, block: nn.Module) -> list[nn.Module]:
     if branch.kind == "block":
         return [block]
     return [_below(block, name) for name in _relative(branch, branch.modules)]
+
+
+def is_whole(branch: Branch) -> bool:
+    """Whether it is a block that is not called at all where it is dropped."""
+    return label_of(branch) == WHOLE
 
 
 def existing_of(branch: Branch, block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -45,7 +58,9 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
         The type of a module in the branch that waits for other ranks, "" if none does, and whether
         the parameters of ``block`` are sharded, seen from inside of its forward.
     """
-    inside = [m for module in modules_of(branch, block) for m in module.modules() if m is not block]
+    inside = [m for module in modules_of(branch, block) for m in module.modules()]
+    if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
+        inside = [m for m in inside if m is not block]
     talking = next((type(m).__name__ for m in inside if _is_collective(m)), "")
     sharded = any(map(_is_unit, block.modules())) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
