@@ -19,6 +19,7 @@ __all__ = [
     "modules_of",
     "needs_all_ranks",
     "own_parameters",
+    "waiting_in",
 ]
 
 
@@ -61,11 +62,16 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
     inside = [m for module in modules_of(branch, block) for m in module.modules()]
     if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
         inside = [m for m in inside if m is not block]
-    talking = next((type(m).__name__ for m in inside if _is_collective(m)), "")
+    talking = waiting_in(inside)
     sharded = any(map(_is_unit, block.modules())) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
     return talking, sharded
+
+
+def waiting_in(modules: Iterable[nn.Module]) -> str:
+    """The type of the first of these that waits for other ranks, "" if none does."""
+    return next((type(m).__name__ for m in modules if _is_collective(m)), "")
 
 
 def _is_collective(module: nn.Module) -> bool:
