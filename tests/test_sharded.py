@@ -299,11 +299,11 @@ class Split(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-def split_in_two(rank: int, after: bool) -> None:
+def split_in_two(rank: int, after: bool, names: tuple[str, ...] | None) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(*[Split() for _ in range(4)]).double()
     model, x = copy.deepcopy(plain), batch(0, 0)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=names)
 
     def parallel() -> None:
         for block in model:
@@ -334,8 +334,8 @@ def split_in_two(rank: int, after: bool) -> None:
 
 
 def split_all(rank: int) -> None:
-    for after in (False, True):
-        split_in_two(rank, after)
+    for after, names in ((False, ("tp",)), (True, ("tp",)), (False, None), (True, ("model",))):
+        split_in_two(rank, after, names)
 
 
 def test_tensor_parallel_blocks_are_dropped_on_all_ranks_or_on_none() -> None:

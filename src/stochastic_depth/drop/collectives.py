@@ -83,11 +83,11 @@ def _is_collective(module: nn.Module) -> bool:
 def _is_tensor_parallel(parameter: Tensor) -> bool:
     """Whether it is split over ranks that compute together.
 
-    A DTensor is also what FSDP keeps outside of a unit's forward, on a mesh of one dimension and
-    then marked so.
+    What FSDP2 splits is whole again where a decision is made, or is in a unit that is found itself.
     """
-    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    return isinstance(parameter, kind) and not _is_of_fsdp(parameter)
+    return isinstance(
+        parameter, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    )
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -126,8 +126,3 @@ def own_parameters(branch: Branch, owner: Any) -> list[Tensor]:
     """
     inside = (p for module in owner.modules_of(branch) for p in parameters_of(module))
     return list(dict.fromkeys((*inside, *owner.parameters_of(branch))))
-
-
-def _is_of_fsdp(parameter: Any) -> bool:
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return parameter.device_mesh.ndim == 1 and not any("tp" in name for name in names)
