@@ -62,32 +62,36 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
     inside = [m for module in modules_of(branch, block) for m in module.modules()]
     if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
         inside = [m for m in inside if m is not block]
-    talking = waiting_in(inside)
+    talking = waiting_in(inside, in_unit=is_sharded(block))
     sharded = any(map(_is_unit, block.modules())) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
     return talking, sharded
 
 
-def waiting_in(modules: Iterable[nn.Module]) -> str:
-    """The type of the first of these that waits for other ranks, "" if none does."""
-    return next((type(m).__name__ for m in modules if _is_collective(m)), "")
+def waiting_in(modules: Iterable[nn.Module], in_unit: bool = False) -> str:
+    """The type of the first of these that waits for other ranks, "" if none does.
+
+    Args:
+        modules: the modules.
+        in_unit: whether FSDP2 has yet to gather their parameters, as it does before the block's
+            forward. Those of the modules around it have been gathered when the block is called.
+    """
+    return next((type(m).__name__ for m in modules if _is_collective(m, in_unit)), "")
 
 
-def _is_collective(module: nn.Module) -> bool:
+def _is_collective(module: nn.Module, in_unit: bool) -> bool:
     if isinstance(module, SyncBatchNorm) or _is_unit(module):
         return True
-    return any(map(_is_tensor_parallel, module.parameters(recurse=False)))
+    kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    split = [p for p in module.parameters(recurse=False) if isinstance(p, kind)]
+    return not all(in_unit and _may_be_of_fsdp(p) for p in split)
 
 
-def _is_tensor_parallel(parameter: Tensor) -> bool:
-    """Whether it is split over ranks that compute together.
-
-    What FSDP2 splits is whole again where a decision is made, or is in a unit that is found itself.
-    """
-    return isinstance(
-        parameter, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    )
+def _may_be_of_fsdp(parameter: Any) -> bool:
+    """Whether FSDP2 alone may have split it, and not tensor parallelism, too."""
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return parameter.device_mesh.ndim == 1 and not any("tp" in name for name in names)
 
 
 def _is_unit(module: nn.Module) -> bool:
