@@ -126,3 +126,40 @@ def test_a_first_call_that_fails_is_no_reason_not_to_drop_in_later_ones() -> Non
     with pytest.warns(UserWarning, match="could not be watched"), pytest.raises(RuntimeError):
         model(x, torch.ones(4, 3))
     assert torch.equal(model(x, torch.ones(4, 1)), x)
+
+
+class Packed(nn.Module):
+    """Averages over each sequence; without padding, all are in one, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        h = self.f(x)
+        if lengths is None:
+            return x + h.mean(1, keepdim=True)
+        each = [part.mean(0, keepdim=True).expand_as(part) for part in h.split(lengths)]
+        return x + torch.cat(each)
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_samples_that_are_elsewhere_are_not_taken_for_rows(mode: Any) -> None:
+    model, x = Model(Packed()), torch.randn(5, WIDTH)
+    sd.apply(model, 0.5, mode=mode, example_inputs=torch.randn(3, 2, WIDTH))
+    with pytest.warns(UserWarning, match=r"block:f is dropped for the whole batch from now on"):
+        model(x, [2, 3])
+    outcomes = set()
+    for _ in range(20):
+        kept = (model(x, [2, 3]) != x).all(1)
+        outcomes.add(tuple(kept.tolist()))
+    assert outcomes == {(False,) * 5, (True,) * 5}
+
+
+def test_the_rows_of_a_nested_tensor_are_not_selected() -> None:
+    model = sd.apply(Model(Layers()), 0.5, mode="row", example_inputs=torch.randn(3, 2, WIDTH))
+    parts = [torch.randn(n, WIDTH) for n in (2, 5)]
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    with pytest.warns(UserWarning, match="for the whole batch from now on"):
+        out = model(x)
+    assert [len(part) for part in out.unbind()] == [2, 5]

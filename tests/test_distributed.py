@@ -276,6 +276,16 @@ def synchronise(rank: int) -> None:
         layer(batch(rank, step))
     with pytest.raises(RuntimeError, match="StochasticDepth runs a OnCPU"):
         sd.StochasticDepth(Synchronised(), p=0.5, mode="row").double()(batch(rank, 0))
+    x, f = batch(rank, 0), nn.Sequential(nn.Linear(4, 4), OnCPU(4)).double()
+    for mode in ("batch", "row"):
+        with pytest.raises(
+            RuntimeError, match=r"residual\(\) runs a OnCPU.*generator= of the same"
+        ):
+            sd.residual(x, f, p=0.5, mode=mode)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            sd.residual(x, f, p=0.5, mode=mode, generator=generator)
+    assert same_everywhere(f[1].running_mean)
 
 
 def test_synchronised_statistics_make_the_ranks_agree() -> None:

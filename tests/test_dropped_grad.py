@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import stochastic_depth as sd
 
@@ -182,3 +183,23 @@ def test_what_is_given_to_a_dropped_block_and_to_no_other_gets_zeros() -> None:
     model(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not model.encoder.weight.grad.any()
+
+
+def test_parameters_that_a_functional_call_puts_in_place_get_zeros() -> None:
+    model, x = Net(), torch.randn(3, 4)
+    sd.apply(model, p=1.0, dropped_grad="zero", example_inputs=x)
+    put = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, put, x).square().sum().backward()
+    assert {name for name, p in put.items() if p.grad is None} == set()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by torch's own forward mode
+def test_zeros_let_tangents_through() -> None:
+    model, x, tangent = Net(), torch.randn(3, 4), torch.randn(3, 4)
+    sd.apply(model, p=1.0, dropped_grad="zero", example_inputs=x)
+    with forward_ad.dual_level():
+        given = forward_ad.make_dual(x, tangent)
+        ours, theirs = (forward_ad.unpack_dual(m(given)) for m in (model, model.stem))
+        torch.testing.assert_close(ours.primal, theirs.primal)
+        torch.testing.assert_close(ours.tangent, theirs.tangent)

@@ -245,6 +245,27 @@ def test_fully_shard_on_two_ranks() -> None:
     launch(train_all, 2, [*cases(FSDP2, ["auto"]), *either])
 
 
+def drop_units(rank: int) -> None:
+    """A unit of FSDP2 that is not called gathers nothing either."""
+    for options in ({"ranks": "separate"}, {"mode": "row"}):
+        model = shard(build(), "block:reshard")
+        sd.apply(model, P, blocks="all", example_inputs=batch(0, 0), **options)
+        with pytest.raises(RuntimeError, match=r"waits for the other ranks.*not the whole of it"):
+            model(batch(rank, 0))
+    model = shard(build(), "block:reshard")
+    sd.apply(model, P, schedule="uniform", blocks="all", example_inputs=batch(0, 0))
+    torch.manual_seed(rank)
+    for step in range(STEPS):
+        model(batch(rank, step)).square().mean().backward()
+    dropped = torch.tensor([branch.dropped for branch in sd.branches(model)])
+    assert dropped.any()
+    assert all(torch.equal(dropped, other) for other in gathered(dropped))
+
+
+def test_whole_blocks_that_are_units_are_dropped_on_all_ranks_or_on_none() -> None:
+    launch(drop_units, 2)
+
+
 def train_fsdp1(rank: int) -> None:
     for how in FSDP1:
         model = build()
@@ -278,11 +299,11 @@ class Split(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-def split_in_two(rank: int, after: bool) -> None:
+def split_in_two(rank: int, after: bool, names: tuple[str, ...] | None) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(*[Split() for _ in range(4)]).double()
     model, x = copy.deepcopy(plain), batch(0, 0)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=names)
 
     def parallel() -> None:
         for block in model:
@@ -313,8 +334,8 @@ def split_in_two(rank: int, after: bool) -> None:
 
 
 def split_all(rank: int) -> None:
-    for after in (False, True):
-        split_in_two(rank, after)
+    for after, names in ((False, ("tp",)), (True, ("tp",)), (False, None), (True, ("model",))):
+        split_in_two(rank, after, names)
 
 
 def test_tensor_parallel_blocks_are_dropped_on_all_ranks_or_on_none() -> None:

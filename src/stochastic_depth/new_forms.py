@@ -10,6 +10,7 @@ from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import Samples, find, find_blocks
 from .find.plan import Findings, Plan, Refused, only
+from .find.samples import NOWHERE
 
 __all__ = ["watch_block"]
 
@@ -61,10 +62,26 @@ def watch_block(
         if branch is not None:
             branch.sums |= found.sums
             branch.joins |= found.joins
-            if samples is not None and found.place is None:
-                branch.place, branch.reason = None, found.reason
+            if samples is not None:
+                _place(site, branch, found)
     plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])
     return replace(plan, branches=[b for b in known if b is not None])
+
+
+def _place(site: Site, branch: Branch, found: Branch) -> None:
+    """Select or mask samples only where its sum has them in one place in all forms of the call."""
+    if found.place is None:
+        branch.place, branch.reason = None, found.reason
+    if found.mask == branch.mask or branch.mask.dim < 0:
+        return
+    branch.place, branch.mask = None, NOWHERE
+    branch.reason = found.reason or "in calls of another form its sum has the samples elsewhere"
+    if branch.mode != "batch":
+        warnings.warn(
+            f"stochastic depth: {branch.name} is dropped for the whole batch from now on, as "
+            f"{type(site.block).__name__} is called in this way: {branch.reason}",
+            stacklevel=2,
+        )
 
 
 def _take_new(site: Site, plan: Plan) -> None:

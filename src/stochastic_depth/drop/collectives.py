@@ -8,10 +8,19 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 
 from .._torch import is_view_of_flat_parameter
-from ..branch import Branch, block_of
+from ..branch import Branch, block_of, label_of
+from ..find import WHOLE
 from ..find.ranks import is_sharded
 
-__all__ = ["existing_of", "is_fsdp_wrapper", "modules_of", "needs_all_ranks", "own_parameters"]
+__all__ = [
+    "existing_of",
+    "is_fsdp_wrapper",
+    "is_whole",
+    "modules_of",
+    "needs_all_ranks",
+    "own_parameters",
+    "waiting_in",
+]
 
 
 def modules_of(branch: Branch, block: nn.Module) -> list[nn.Module]:
@@ -19,6 +28,11 @@ def modules_of(branch: Branch, block: nn.Module) -> list[nn.Module]:
     if branch.kind == "block":
         return [block]
     return [_below(block, name) for name in _relative(branch, branch.modules)]
+
+
+def is_whole(branch: Branch) -> bool:
+    """Whether it is a block that is not called at all where it is dropped."""
+    return label_of(branch) == WHOLE
 
 
 def existing_of(branch: Branch, block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -45,28 +59,39 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
         The type of a module in the branch that waits for other ranks, "" if none does, and whether
         the parameters of ``block`` are sharded, seen from inside of its forward.
     """
-    inside = [m for module in modules_of(branch, block) for m in module.modules() if m is not block]
-    talking = next((type(m).__name__ for m in inside if _is_collective(m)), "")
+    inside = [m for module in modules_of(branch, block) for m in module.modules()]
+    if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
+        inside = [m for m in inside if m is not block]
+    talking = waiting_in(inside, in_unit=is_sharded(block))
     sharded = any(map(_is_unit, block.modules())) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
     return talking, sharded
 
 
-def _is_collective(module: nn.Module) -> bool:
+def waiting_in(modules: Iterable[nn.Module], in_unit: bool = False) -> str:
+    """The type of the first of these that waits for other ranks, "" if none does.
+
+    Args:
+        modules: the modules.
+        in_unit: whether FSDP2 has yet to gather their parameters, as it does before the block's
+            forward. Those of the modules around it have been gathered when the block is called.
+    """
+    return next((type(m).__name__ for m in modules if _is_collective(m, in_unit)), "")
+
+
+def _is_collective(module: nn.Module, in_unit: bool) -> bool:
     if isinstance(module, SyncBatchNorm) or _is_unit(module):
         return True
-    return any(map(_is_tensor_parallel, module.parameters(recurse=False)))
-
-
-def _is_tensor_parallel(parameter: Tensor) -> bool:
-    """Whether it is split over ranks that compute together.
-
-    A DTensor is also what FSDP keeps outside of a unit's forward, on a mesh of one dimension and
-    then marked so.
-    """
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    return isinstance(parameter, kind) and not _is_of_fsdp(parameter)
+    split = [p for p in module.parameters(recurse=False) if isinstance(p, kind)]
+    return not all(in_unit and _may_be_of_fsdp(p) for p in split)
+
+
+def _may_be_of_fsdp(parameter: Any) -> bool:
+    """Whether FSDP2 alone may have split it, and not tensor parallelism, too."""
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return parameter.device_mesh.ndim == 1 and not any("tp" in name for name in names)
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -88,7 +113,8 @@ def parameters_of(module: nn.Module) -> Iterator[Tensor]:
     """The parameters of ``module``, or what FSDP1 puts in their place."""
     if is_fsdp_wrapper(module):  # which gathers them when it is called, on all ranks or none
         return
-    for value in _tensors(module):
+    yield from module.parameters(recurse=False)  # plain tensors in functional_call
+    for value in vars(module).values():
         if isinstance(value, nn.Parameter) or is_view_of_flat_parameter(value):
             yield value
     for child in module.children():
@@ -99,8 +125,3 @@ def own_parameters(branch: Branch, owner: Any) -> list[Tensor]:
     """The parameters of a branch, each once: of its modules, and what its block reads for it."""
     inside = (p for module in owner.modules_of(branch) for p in parameters_of(module))
     return list(dict.fromkeys((*inside, *owner.parameters_of(branch))))
-
-
-def _is_of_fsdp(parameter: Any) -> bool:
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return parameter.device_mesh.ndim == 1 and not any("tp" in name for name in names)

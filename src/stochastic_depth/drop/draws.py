@@ -10,7 +10,7 @@ from torch import nn
 
 from ..branch import Branch
 from .balance import stream
-from .collectives import needs_all_ranks
+from .collectives import is_whole, needs_all_ranks
 from .deck import Deck, deal
 from .ranks import from_first_rank, is_distributed, rank, world_size
 from .replay import Tape, may_be_recomputed, ticket_of
@@ -273,6 +273,8 @@ def is_shared(ranks: Ranks, branch: Branch, block: nn.Module) -> bool:
     talking, sharded = needs_all_ranks(branch, block)
     waits = f"{branch.name} runs a {talking}, which waits for the other ranks, and"
     unless = "if it is FSDP's, shard the block as a whole and nothing inside of its branches"
+    if is_whole(branch):
+        unless = "if it is FSDP2's, drop the branches of the block and not the whole of it"
     if talking and branch.mode == "row":
         raise RuntimeError(
             f"{waits} in mode='row' a rank may keep no sample and not run it; use mode='subset' or "

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ..branch import Branch, Mode, Place, Scale, check_p
 from ..find.plan import Gate, Leaf
+from .collectives import waiting_in
 from .decide import kept_weight
 from .draws import Draws
 from .part import Part
+from .ranks import is_distributed
 from .run import Run
 
 __all__ = ["residual"]
@@ -71,7 +73,8 @@ def residual(
         A new tensor of the shortcut's shape.
 
     Raises:
-        RuntimeError: the shortcut is a value of a branch of :func:`stochastic_depth.apply`.
+        RuntimeError: the shortcut is a value of a branch of :func:`stochastic_depth.apply`; a
+            module that waits for the other ranks is dropped by each of them for itself.
         TypeError: ``p`` is not a number.
         ValueError: ``p`` is outside [0, 1]; unknown ``mode`` or ``scale``; the branch's output
             does not have the shortcut's shape; where samples are chosen, a shortcut without a
@@ -105,6 +108,8 @@ def residual(
         _draws(generator).check_graph()
         decision = None
     else:
+        if generator is None and mode != "subset" and is_distributed():
+            _check_ranks(branch)
         decision = _draws(generator).decide([about], _NO_BLOCK)[0]
     weight = 1.0 if decision is None else kept_weight(about, training)
     run = Run(about, decision, weight, shortcut.device, _Owner(branch))
@@ -127,6 +132,17 @@ def _draws(generator: torch.Generator | None) -> Draws:
     if generator not in _of_generators:
         _of_generators[generator] = Draws.from_generator(generator)
     return _of_generators[generator]
+
+
+def _check_ranks(branch: Callable[..., Tensor]) -> None:
+    """Raise where some ranks would run a module that waits for the others, and some would not."""
+    waiting = waiting_in(branch.modules()) if isinstance(branch, nn.Module) else ""
+    if waiting:
+        raise RuntimeError(
+            f"residual() runs a {waiting}, which waits for the other ranks, and by torch's default "
+            "generator some would run it and others not; give all ranks a generator= of the same "
+            "seed, or use mode='subset'"
+        )
 
 
 def _check_samples(shortcut: Tensor, inputs: tuple[Tensor, ...], mode: str, dim: int) -> None:

@@ -26,9 +26,9 @@ from .remembering import held_in, remembering
 from .tensors import tensors_within
 from .zeros import without, zeros_in
 
-__all__ = ["place_samples"]
+__all__ = ["NOWHERE", "place_samples"]
 
-_NOWHERE = Place(-1)  # the branch is dropped for the whole batch
+NOWHERE = Place(-1)  # the branch is dropped for the whole batch
 _WHOLE = ", so it is dropped for the whole batch"
 _NO_SAMPLES = f"no tensor of example_inputs has a dimension of samples{_WHOLE}"
 _STREWN = f"the entries of a sample are not next to each other in it{_WHOLE}"
@@ -153,10 +153,10 @@ def place_samples(
             break  # in another dimension there would be something else than samples
     for branch in branches:
         branch.place, branch.reason = best.get(branch, (None, reason or _NO_SAMPLES))
-        branch.mask = _NOWHERE
+        branch.mask = NOWHERE
         if chosen is not None:
             branch.mask = _mask(planned.regions[branch], chosen)
-            if branch.mask == _NOWHERE and _WHOLE not in branch.reason:
+            if branch.mask == NOWHERE and _WHOLE not in branch.reason:
                 branch.reason += _WHOLE
     if chosen is not None:
         for frame in reversed(planned.frames):  # of several calls, as the first one has it
@@ -301,9 +301,9 @@ def _mask(regions: list[Region], seen: _Evidence) -> Place:
     places = {seen.places.get(region.sum) for region in regions}
     place = places.pop()
     if places or place is None:
-        return _NOWHERE
+        return NOWHERE
     if place.fold > 1 and any(region.sum in seen.changed for region in regions):
-        return _NOWHERE  # the entries of a sample may be anywhere
+        return NOWHERE  # the entries of a sample may be anywhere
     return place
 
 
