@@ -28,7 +28,7 @@ from .zeros import without, zeros_in
 
 __all__ = ["place_samples"]
 
-_NOWHERE = Place(-1)  # the branch is dropped for the whole batch
+_NOWHERE = Place(-1)  # the branch is dropped for the whole batch; of an argument, no tensor's
 _WHOLE = ", so it is dropped for the whole batch"
 _NO_SAMPLES = f"no tensor of example_inputs has a dimension of samples{_WHOLE}"
 _STREWN = f"the entries of a sample are not next to each other in it{_WHOLE}"
@@ -324,7 +324,7 @@ def _fill(flow: Flow, frame: Frame, plan: Plan, seen: _Evidence) -> None:
         gate = filled[name][at]
         if gate.branch is None:
             continue
-        given = tuple(None if n is None else seen.places.get(n) for n in call.given)
+        given = tuple(_NOWHERE if n is None else seen.places.get(n) for n in call.given)
         returned = tuple(
             leaf._replace(place=None if n is None else seen.places.get(n))
             for leaf, n in zip(gate.returned, call.made, strict=True)
