@@ -197,14 +197,23 @@ def _evidence(
         made = flow.nodes[node]
         eps = torch.finfo(made.dtype).eps if made.is_continuous and made.dtype else 0.0
         moved = other.samples.get(node)
-        if moved is None or not _is_moved(samples, moved, eps):
+        if moved is not None and _is_moved(samples, moved, eps):
+            if torch.equal(samples.roll(1, 0)[1::2], moved[1::2]):
+                evidence.alike.add(node)
+        elif moved is not None and _is_alike(samples, moved, eps):
+            evidence.alike.add(node)
+        else:
             evidence.changed.add(node)
             before, after = more.strewn.get(node), other.strewn.get(node)
             if before is not None and after is not None and _is_moved(before, after, eps):
                 evidence.strewn.add(node)
-        elif torch.equal(samples.roll(1, 0)[1::2], moved[1::2]):
-            evidence.alike.add(node)
     return evidence
+
+
+def _is_alike(samples: Tensor, moved: Tensor, eps: float) -> bool:
+    """Whether those that were replaced, too, are as they were, but for rounding."""
+    apart = (samples.roll(1, 0) - moved).abs()
+    return float(apart.max()) <= 4 * eps * float(samples.abs().max())
 
 
 def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
@@ -217,9 +226,11 @@ def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
 
 
 def _other(t: Tensor, dim: int, rows: int, factor: float) -> Tensor:
-    """Other samples of the same kind."""
-    t = t.roll(rows, dim)
+    """Other samples of the same kind; of numbers that may mean something, those of others."""
     last = t.dim() - 1
+    if last == 0 and not t.is_floating_point():
+        return t.flip(0)
+    t = t.roll(rows, dim)
     if last != dim:
         t = t.flip(last)
     elif last:
