@@ -43,12 +43,15 @@ SPELLINGS = {
     "y + x": lambda x, y: y + x,
     "x - y": lambda x, y: x - y,
     "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
+    "alpha of x": lambda x, y: torch.add(y, x, alpha=0.5),
     "keywords": lambda x, y: torch.add(input=x, other=y),
     "in place": lambda x, y: y.add_(x),
     "stack": lambda x, y: torch.stack([x, y]).sum(0),
+    "mean of a stack": lambda x, y: torch.stack([x, y]).mean(0),
     "addcmul": lambda x, y: torch.addcmul(x, y, torch.ones(WIDTH)),
     "addmm": lambda x, y: torch.addmm(x, y, torch.eye(WIDTH)),
     "index_add": lambda x, y: x.clone().index_add_(0, torch.arange(3), y),
+    "scatter_add": lambda x, y: x.scatter_add(0, torch.arange(3)[:, None].expand(-1, WIDTH), y),
 }
 
 
@@ -56,8 +59,22 @@ SPELLINGS = {
 def test_sums_in_any_spelling(name: str) -> None:
     (branch,) = look(small.Spelled(SPELLINGS[name])).branches
     assert branch.modules == ("f",)
-    plain = list(SPELLINGS).index(name) < 6
+    plain = list(SPELLINGS).index(name) < 7
     assert (len(branch.sums), len(branch.joins)) == ((1, 0) if plain else (0, 1))
+
+
+def test_the_terms_of_a_larger_stack_are_told() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = small.linear(), small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x, self.f(x), self.g(x)]).sum(0)
+
+    found = look(Stacked())
+    assert found.branches == []
+    assert ["in a stack" in refused.reason for refused in found.refused] == [True, True]
 
 
 def test_a_sum_of_slices() -> None:

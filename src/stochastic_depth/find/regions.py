@@ -23,8 +23,13 @@ __all__ = ["Finder", "Region", "Rejected"]
 
 _SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
 _COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
-_WITH_FACTORS = {"addcmul", "addcmul_", "addmm", "addmm_", "baddbmm", "index_add", "index_add_"}
+_WITH_FACTORS = {
+    "addcmul", "addcmul_", "addmm", "addmm_", "baddbmm", "index_add", "index_add_", "scatter_add",
+    "scatter_add_",
+}  # fmt: skip
 _JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
+_OF_STACKS = {"sum", "mean"}
+_OF_MANY = "it is one of several in a stack that is summed: add them one by one, x + f(x) + g(x)"
 
 
 @dataclass(eq=False)
@@ -73,18 +78,23 @@ def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
     parts = node.parts
     if node.op in ADD and len(parts) == 2:
         yield parts[0], parts[1]
-        if node.factor == 1:
-            yield parts[1], parts[0]
+        yield parts[1], parts[0]
     elif node.op in SUBTRACT | {"lerp", "lerp_"} and len(parts) > 1:
         yield parts[0], parts[1]
     elif node.op in _WITH_FACTORS:
         for part in reversed(parts[1:]):  # the later one is a layer's, the other its gate
             yield parts[0], part
-    elif node.op == "sum" and node.sources and nodes[node.sources[0]].op == "stack":
+    elif len(terms := _stacked(node, nodes)) == 2:
+        yield terms[0], terms[1]
+        yield terms[1], terms[0]
+
+
+def _stacked(node: Node, nodes: list[Node]) -> tuple[int, ...]:
+    """The terms of a sum, or of a mean, over a stack."""
+    if node.op in _OF_STACKS and node.sources and nodes[node.sources[0]].op == "stack":
         terms = nodes[node.sources[0]].sources
-        if len(terms) == 2 and nodes[terms[0]].shape == node.shape:
-            yield terms[0], terms[1]
-            yield terms[1], terms[0]
+        return terms if nodes[terms[0]].shape == node.shape else ()
+    return ()
 
 
 class Finder(Lookalikes):
@@ -107,6 +117,10 @@ class Finder(Lookalikes):
                 if region is not None:
                     self.found[region.sum] = region
                     break
+            terms = _stacked(node, self.nodes)
+            for branch in terms[1:] if len(terms) > 2 else ():
+                if (region := self.region(m, terms[0], branch)) is not None:
+                    self.rejected.append(Rejected(region.block, region.calls, _OF_MANY, m))
 
     # One sum.
 
@@ -308,7 +322,7 @@ class Finder(Lookalikes):
     def merges(self, m: int, b: int, branch: set[int]) -> tuple[int, tuple[Merge, ...]]:
         """The sum of slices, ``cat([b[:, :k] + s, b[:, k:]])``, is a sum of the whole."""
         node, readers = self.nodes[m], self.readers[m]
-        if node.op == "sum":
+        if node.op in _OF_STACKS:
             return m, (self.merge(node.sources[0], b, plain=False),)
         plain = node.op in SUMS or node.op.startswith("lerp")
         merges = [self.merge(m, b, plain)]
