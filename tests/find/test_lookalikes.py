@@ -188,7 +188,15 @@ class Elman(Net):
         return self.d(h)
 
 
+class Inception(Net):
+    """Two branches, each with its activation; one has a layer more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.a(x).relu() + self.c(self.b(x).relu()).relu())
+
+
 REFUSED = [
+    (Inception, "two branches of a cell"),
     (UpdateGate, "scores, a gate, a cell"),
     (UpdateGateOfLerp, "scores, a gate, a cell"),
     (Centred, "a mean, a trend"),

@@ -217,6 +217,32 @@ def test_positional_convolutions_are_no_branch_and_are_told() -> None:
     assert [(r.name, "positional" in r.reason) for r in found.refused] == [(":positions", True)]
 
 
+class Beside(nn.Module):
+    """Residual blocks beside each other, each of which has the value that all start from."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.blocks, self.turned = nn.ModuleList([small.Block(), small.Block()]), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.blocks
+        return first(x) + (second(x.flip(0)).flip(0) if self.turned else second(x))
+
+
+class SumOfList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([small.Block(), small.Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("model", [Beside(False), Beside(True), SumOfList()])
+def test_of_two_blocks_beside_each_other_each_has_its_branch(model: nn.Module) -> None:
+    assert modules(model) == [(f"blocks.{i}.norm", f"blocks.{i}.f") for i in range(2)]
+
+
 def test_the_outer_of_two_branches_is_the_branch() -> None:
     class Outer(nn.Module):
         def __init__(self, inner: int) -> None:
