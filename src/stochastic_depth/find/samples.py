@@ -212,8 +212,7 @@ def _evidence(
 
 def _is_alike(samples: Tensor, moved: Tensor, eps: float) -> bool:
     """Whether those that were replaced, too, are as they were, but for rounding."""
-    apart = (samples.roll(1, 0) - moved).abs()
-    return float(apart.max()) <= 4 * eps * float(samples.abs().max())
+    return float((samples.roll(1, 0) - moved).abs().max()) <= 4 * eps * float(samples.abs().max())
 
 
 def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
