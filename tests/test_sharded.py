@@ -130,6 +130,9 @@ def shard(model: nn.Sequential, how: str) -> nn.Module:
     if option == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float64)
         precision["mp_policy"] = policy
+    if option == "hybrid":
+        shape = 2, dist.get_world_size() // 2
+        precision["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
     if kind == "block":
         for block in model[1:]:
             fully_shard(block, reshard_after_forward=option != "keep", **precision)
@@ -232,7 +235,15 @@ def train_all(rank: int, cases: list[Case]) -> None:
             raise
 
 
-FSDP2 = ["block:reshard", "block:keep", "block:checkpoint", "block:bf16", "root", "inside"]
+FSDP2 = [
+    "block:reshard",
+    "block:keep",
+    "block:checkpoint",
+    "block:bf16",
+    "block:hybrid",
+    "root",
+    "inside",
+]
 FSDP1 = [f"fsdp1:{u},{o}" for u in ("block", "inside") for o in ("original", "flat")]
 
 

@@ -51,3 +51,31 @@ def test_verify_knows_that_a_dropped_branch_draws_no_numbers() -> None:
     sd.apply(model, 0.5, example_inputs=x)
     assert len(sd.branches(model)) == 2
     assert sd.verify(model, x).passed, sd.verify(model, x)
+
+
+# How a sum is written, and what of it is left without its branch.
+SUMS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "alpha of the shortcut": (lambda x, y: torch.add(y, x, alpha=3), lambda x: 3 * x),
+    "the same, in place": (lambda x, y: y.add_(x, alpha=3), lambda x: 3 * x),
+    "mean of a stack": (lambda x, y: torch.stack([x, y]).mean(0), lambda x: x / 2),
+    "scatter_add": (lambda x, y: x.scatter_add(1, torch.zeros_like(x).long(), y), lambda x: x),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+def test_a_dropped_branch_is_absent_from_its_sum(name: str, mode: str) -> None:
+    torch.manual_seed(0)
+    sum_of, left = SUMS[name]
+    model, x = small.Spelled(sum_of), torch.randn(4, small.WIDTH)
+    sd.apply(model, 1.0, mode=mode, example_inputs=x)
+    torch.testing.assert_close(model(x), left(x))
+    (branch,) = sd.branches(model)
+    branch.p, seen = 0.5, set()
+    doubled = sum_of(x, 2 * model.f(x))
+    for _ in range(12):
+        out = model(x)
+        kept = (out - left(x)).abs().amax(1, keepdim=True) > 1e-6
+        torch.testing.assert_close(out, torch.where(kept, doubled, left(x)))
+        seen |= set(kept.flatten().tolist())
+    assert seen == {True, False}

@@ -607,3 +607,55 @@ def test_what_a_module_only_shows_is_no_reason_to_compute_all_samples() -> None:
     rows = count_rows(ours.shown.f)
     assert_weighed(ours, plain, data())
     assert min(rows) < 6
+
+
+class Logged(nn.Module):
+    """Looks at a value of its branch without gradients."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__()
+        self.f, self.context = nn.Linear(4, 4), context
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        with self.context():
+            y.abs().mean()
+        return x + y
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_what_a_forward_looks_at_without_gradients_keeps_its_own(context: Any, mode: str) -> None:
+    ours, plain = twins(net(Logged, context), data(), p=0.5, mode=mode)
+    assert_weighed(ours, plain, data())
+
+
+class Late(nn.Module):
+    """Has lengths that are no argument of its own, and not from the first batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.lengths = Cut(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x, self.lengths)
+
+
+class Cut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        y = self.f(x)
+        if lengths is None:
+            return y
+        at = torch.arange(y.shape[1])[:, None]
+        return torch.stack([a.where(at < n, 0.0) for a, n in zip(y, lengths)])  # noqa: B905
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_samples_keep_their_own_entries_of_what_was_none(mode: str) -> None:
+    ours, plain = twins(net(Late), data(6, 5, 4), p=0.5, mode=mode)
+    ours.lengths = plain.lengths = torch.tensor([1, 5, 2, 4, 3, 1])
+    assert_weighed(ours, plain, data(6, 5, 4))

@@ -44,12 +44,15 @@ SPELLINGS = {
     "y + x": lambda x, y: y + x,
     "x - y": lambda x, y: x - y,
     "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
+    "alpha of x": lambda x, y: torch.add(y, x, alpha=0.5),
     "keywords": lambda x, y: torch.add(input=x, other=y),
     "in place": lambda x, y: y.add_(x),
     "stack": lambda x, y: torch.stack([x, y]).sum(0),
+    "mean of a stack": lambda x, y: torch.stack([x, y]).mean(0),
     "addcmul": lambda x, y: torch.addcmul(x, y, torch.ones(WIDTH)),
     "addmm": lambda x, y: torch.addmm(x, y, torch.eye(WIDTH)),
     "index_add": lambda x, y: x.clone().index_add_(0, torch.arange(3), y),
+    "scatter_add": lambda x, y: x.scatter_add(0, torch.arange(3)[:, None].expand(-1, WIDTH), y),
 }
 
 
@@ -57,8 +60,22 @@ SPELLINGS = {
 def test_sums_in_any_spelling(name: str) -> None:
     (branch,) = look(small.Spelled(SPELLINGS[name])).branches
     assert branch.modules == ("f",)
-    plain = list(SPELLINGS).index(name) < 6
+    plain = list(SPELLINGS).index(name) < 7
     assert (len(branch.sums), len(branch.joins)) == ((1, 0) if plain else (0, 1))
+
+
+def test_the_terms_of_a_larger_stack_are_told() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = small.linear(), small.linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x, self.f(x), self.g(x)]).sum(0)
+
+    found = look(Stacked())
+    assert found.branches == []
+    assert ["in a stack" in refused.reason for refused in found.refused] == [True, True]
 
 
 def test_a_sum_of_slices() -> None:
@@ -199,6 +216,32 @@ def test_positional_convolutions_are_no_branch_and_are_told() -> None:
     found = look(small.PositionalConvolutions(), 2, 5, WIDTH)
     assert [b.name for b in found.branches] == ["block:f"]
     assert [(r.name, "positional" in r.reason) for r in found.refused] == [(":positions", True)]
+
+
+class Beside(nn.Module):
+    """Residual blocks beside each other, each of which has the value that all start from."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.blocks, self.turned = nn.ModuleList([small.Block(), small.Block()]), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.blocks
+        return first(x) + (second(x.flip(0)).flip(0) if self.turned else second(x))
+
+
+class SumOfList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([small.Block(), small.Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("model", [Beside(False), Beside(True), SumOfList()])
+def test_of_two_blocks_beside_each_other_each_has_its_branch(model: nn.Module) -> None:
+    assert modules(model) == [(f"blocks.{i}.norm", f"blocks.{i}.f") for i in range(2)]
 
 
 def test_the_outer_of_two_branches_is_the_branch() -> None:

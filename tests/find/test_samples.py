@@ -145,6 +145,25 @@ def test_numbers_that_are_drawn_for_each_sample_go_with_it() -> None:
     assert places(Masked(), torch.randn(3, 8, WIDTH)) == [(Place(0), "")]
 
 
+@pytest.mark.parametrize("labels", [[0, 3, 2, 1], [2, 2, 2, 2]])
+def test_numbers_of_classes_and_of_steps_belong_to_samples(labels: list[int]) -> None:
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classes, self.given = nn.Embedding(5, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+            self.f = small.linear()
+
+        def forward(self, x: Tensor, step: Tensor, y: Tensor) -> Tensor:
+            c = self.classes(y) + torch.sin(step[:, None] * torch.arange(WIDTH))
+            scale, gate = self.given(torch.nn.functional.silu(c)).chunk(2, 1)
+            return x + gate * self.f(x * (1 + scale))
+
+    steps = torch.tensor([7, 7, 7, 7]) if len(set(labels)) == 1 else torch.tensor([7, 31, 99, 54])
+    x = torch.randn(4, WIDTH)
+    found = places(Modulated().double(), x.double(), steps, torch.tensor(labels))
+    assert found == [(Place(0), "")]
+
+
 def test_batch_norm_does_not_count_as_mixing() -> None:
     class Normed(small.Block):
         def __init__(self) -> None:

@@ -91,7 +91,9 @@ def _is_collective(module: nn.Module, in_unit: bool) -> bool:
 def _may_be_of_fsdp(parameter: Any) -> bool:
     """Whether FSDP2 alone may have split it, and not tensor parallelism, too."""
     names = parameter.device_mesh.mesh_dim_names or ()
-    return parameter.device_mesh.ndim == 1 and not any("tp" in name for name in names)
+    *others, last = parameter.placements  # in a hybrid, FSDP shards in groups that are replicas
+    fits = last.is_shard() and all(other.is_replicate() for other in others)
+    return fits and not any("tp" in name for name in names)
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -333,8 +333,8 @@ def _sides(
     a, b = two if name != "__rsub__" else two[::-1]
     if _is_outside(a) and type(b) is Part:
         return a, b, factor if name in ADD else -factor, name in IN_PLACE, False
-    if _is_outside(b) and type(a) is Part and name in ADD and factor == 1:
-        return b, a, 1, False, name != "__radd__"
+    if _is_outside(b) and type(a) is Part and name in ADD:
+        return b if factor == 1 else b * factor, a, 1, False, name != "__radd__"
     return None
 
 

@@ -15,7 +15,7 @@ from .arguments import each_once, fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
-from .rows import put_rows, split_rows, take_rows
+from .rows import put_rows, recorded, split_rows, take_rows
 
 __all__ = ["Run"]
 
@@ -98,7 +98,7 @@ class Run(Merging):
         sizes = [
             x.shape[place.dim] // place.fold
             for x, place in zip(leaves, gate.given, strict=True)
-            if place is not None and isinstance(x, Tensor) and x.dim() > place.dim
+            if place is not None and isinstance(x, Tensor) and 0 <= place.dim < x.dim()
         ]
         if not sizes:
             return  # decided at the sum
@@ -298,6 +298,7 @@ class Run(Merging):
             return tree_map_only(Tensor, lambda x: Part(self, x, True), out)
         return out
 
+    @recorded
     def spread(self, x: Tensor, place: Place) -> Tensor:
         """In full size, with some computed sample in the place of each dropped one."""
         assert self.computed is not None

@@ -27,6 +27,7 @@ _TO_SCORES = _BETWEEN | _ACTIVATIONS | {_TO_ONE}
 _TO_GATE = _TO_SQUASH | _TO_SCORES
 _TO_PRODUCT = _BETWEEN | {"rsub", "__rsub__"}  # 1 - gate
 
+_CELL = "a sum of two branches of a cell, neither of which is its shortcut"
 _SCORES = "it goes on through a softmax, a sigmoid, or a tanh alone: scores, a gate, a cell"
 
 
@@ -80,9 +81,11 @@ class Lookalikes(Parts):
         if any(map(self.is_noise, self.factors(b))):
             return "it scales normal random numbers: a sample of a distribution"
         if self.is_shared(own, needs, m):
-            return "a sum of two branches of a cell, neither of which is its shortcut"
+            return _CELL
         if not any(self.depth(own)):
             return ""
+        if self.nodes[self.base(max(own))].op in _ACTIVATIONS:  # as branches have it at their end
+            return _CELL
         if all(map(self.is_linear, branch)) and self.size_of(branch) < self.size_of(own):
             return "it is linear, and smaller than the layer on its shortcut: a correction (LoRA)"
         if not self.matrices(own).isdisjoint(self.matrices(branch)):

@@ -9,22 +9,23 @@ branch, or, where nothing of the branch would remain, looked into.
 """
 
 import heapq
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
 from .flow import Flow, Node
-from .functions import ADD, SUBTRACT, SUMS, VIEWS
+from .functions import ADD, SUMS, VIEWS
 from .lookalikes import Lookalikes
 from .plan import Merge
+from .sides import OF_STACKS, sides, stacked
 from .spot import is_ours
 
 __all__ = ["Finder", "Region", "Rejected"]
 
 _SLICES = {"__getitem__", "narrow", "item", "split", "chunk", "select"}
 _COPIES = {"clone", "contiguous", "alias", "detach", "to", "float", "half", "bfloat16", "type_as"}
-_WITH_FACTORS = {"addcmul", "addcmul_", "addmm", "addmm_", "baddbmm", "index_add", "index_add_"}
 _JOINS = {"stack", "cat", "concat", "concatenate", "hstack", "vstack"}
+_OF_MANY = "it is one of several in a stack that is summed: add them one by one, x + f(x) + g(x)"
 
 
 @dataclass(eq=False)
@@ -68,23 +69,9 @@ class Rejected:
     sum: int
 
 
-def _sides(node: Node, nodes: list[Node]) -> Iterator[tuple[int, int]]:
-    """The ways to see a node as a sum: the shortcut, and the other value."""
-    parts = node.parts
-    if node.op in ADD and len(parts) == 2:
-        yield parts[0], parts[1]
-        if node.factor == 1:
-            yield parts[1], parts[0]
-    elif node.op in SUBTRACT | {"lerp", "lerp_"} and len(parts) > 1:
-        yield parts[0], parts[1]
-    elif node.op in _WITH_FACTORS:
-        for part in reversed(parts[1:]):  # the later one is a layer's, the other its gate
-            yield parts[0], part
-    elif node.op == "sum" and nodes[node.sources[0]].op == "stack":
-        terms = nodes[node.sources[0]].sources
-        if len(terms) == 2 and nodes[terms[0]].shape == node.shape:
-            yield terms[0], terms[1]
-            yield terms[1], terms[0]
+def _is_copy(node: Node) -> bool:
+    """Whether a value is another one; Python's sum() begins with 0."""
+    return node.op in _COPIES or (node.op in ADD and len(node.sources) == 1)
 
 
 class Finder(Lookalikes):
@@ -102,11 +89,15 @@ class Finder(Lookalikes):
         for m, node in enumerate(self.nodes):
             if not self.live[m] or not ours.isdisjoint(self.flow.around(node.call)):
                 continue
-            for shortcut, branch in _sides(node, self.nodes):
+            for shortcut, branch in sides(node, self.nodes):
                 region = self.region(m, shortcut, branch)
                 if region is not None:
                     self.found[region.sum] = region
                     break
+            terms = stacked(node, self.nodes)
+            for branch in terms[1:] if len(terms) > 2 else ():
+                if (region := self.region(m, terms[0], branch)) is not None:
+                    self.rejected.append(Rejected(region.block, region.calls, _OF_MANY, m))
 
     # One sum.
 
@@ -260,7 +251,7 @@ class Finder(Lookalikes):
                 trunk.append(inner.shortcut)
                 call = self.calls[inner.block]
                 starts |= {i for i in inner.needs - inner.nodes if call.start <= i < call.end}
-            elif node.op in _COPIES and trunk[-1] in own:
+            elif trunk[-1] in own and _is_copy(node):
                 own = own - {trunk[-1]}
                 trunk.append(node.sources[0])
             else:
@@ -270,15 +261,24 @@ class Finder(Lookalikes):
     def has_stream(self, region: Region) -> bool:
         """Whether a branch ends in a sum that brings along what its shortcut is made of.
 
-        So does x + f(x) in x + f(x) + light(x), where light(x) is taken for the shortcut.
+        So does x + f(x) in x + f(x) + light(x), where light(x) is taken for the shortcut, and in
+        (x + f(x)) + (x + g(x)): two residual blocks beside each other.
         """
-        trunk, own, _ = self.trunk(region.output, set(region.needs))
+        output, needs = region.output, set(region.needs)
+        while self.nodes[output].op in VIEWS | {"flip"} or _is_copy(self.nodes[output]):
+            needs.discard(output)
+            output = self.nodes[output].sources[0]
+        trunk, own, _ = self.trunk(output, needs)
         sums = [self.found[i] for i in trunk if i in self.found]
         is_made = any(self.depth(own)) and all(r.kind == "identity" for r in sums)
         if is_made or not self.is_little(own):  # what it starts from is made in it
             return False
         starts = self.entries(own) or {trunk[-1]}
-        return region.stream.isdisjoint(starts) and self.is_made_of(region.shortcut, starts)
+        if not starts.isdisjoint(region.stream):
+            s = region.shortcut
+            beside, _, _ = self.trunk(s, self.apart(region.output, s)[1])
+            return any(i in self.found for i in beside[:-1])
+        return self.is_made_of(region.shortcut, starts)
 
     def is_block(self, region: Region) -> bool:
         """Whether a branch makes a block: not a layer of several parts, or one with a correction.
@@ -298,7 +298,7 @@ class Finder(Lookalikes):
     def merges(self, m: int, b: int, branch: set[int]) -> tuple[int, tuple[Merge, ...]]:
         """The sum of slices, ``cat([b[:, :k] + s, b[:, k:]])``, is a sum of the whole."""
         node, readers = self.nodes[m], self.readers[m]
-        if node.op == "sum":
+        if node.op in OF_STACKS:
             return m, (self.merge(node.sources[0], b, plain=False),)
         plain = node.op in SUMS or node.op.startswith("lerp")
         merges = [self.merge(m, b, plain)]

@@ -28,7 +28,7 @@ from .zeros import without, zeros_in
 
 __all__ = ["NOWHERE", "place_samples"]
 
-NOWHERE = Place(-1)  # the branch is dropped for the whole batch
+NOWHERE = Place(-1)  # the branch is dropped for the whole batch; of an argument, no tensor's
 _WHOLE = ", so it is dropped for the whole batch"
 _NO_SAMPLES = f"no tensor of example_inputs has a dimension of samples{_WHOLE}"
 _STREWN = f"the entries of a sample are not next to each other in it{_WHOLE}"
@@ -196,14 +196,22 @@ def _evidence(
         made = flow.nodes[node]
         eps = torch.finfo(made.dtype).eps if made.is_continuous and made.dtype else 0.0
         moved = other.samples.get(node)
-        if moved is None or not _is_moved(samples, moved, eps):
+        if moved is not None and _is_moved(samples, moved, eps):
+            if torch.equal(samples.roll(1, 0)[1::2], moved[1::2]):
+                evidence.alike.add(node)
+        elif moved is not None and _is_alike(samples, moved, eps):
+            evidence.alike.add(node)
+        else:
             evidence.changed.add(node)
             before, after = more.strewn.get(node), other.strewn.get(node)
             if before is not None and after is not None and _is_moved(before, after, eps):
                 evidence.strewn.add(node)
-        elif torch.equal(samples.roll(1, 0)[1::2], moved[1::2]):
-            evidence.alike.add(node)
     return evidence
+
+
+def _is_alike(samples: Tensor, moved: Tensor, eps: float) -> bool:
+    """Whether those that were replaced, too, are as they were, but for rounding."""
+    return float((samples.roll(1, 0) - moved).abs().max()) <= 4 * eps * float(samples.abs().max())
 
 
 def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
@@ -216,9 +224,11 @@ def _is_moved(samples: Tensor, moved: Tensor, eps: float) -> bool:
 
 
 def _other(t: Tensor, dim: int, rows: int, factor: float) -> Tensor:
-    """Other samples of the same kind."""
-    t = t.roll(rows, dim)
+    """Other samples of the same kind; of numbers that may mean something, those of others."""
     last = t.dim() - 1
+    if last == 0 and not t.is_floating_point():
+        return t.flip(0)
+    t = t.roll(rows, dim)
     if last != dim:
         t = t.flip(last)
     elif last:
@@ -324,7 +334,7 @@ def _fill(flow: Flow, frame: Frame, findings: Findings, seen: _Evidence) -> None
         gate = filled[name][at]
         if gate.branch is None:
             continue
-        given = tuple(None if n is None else seen.places.get(n) for n in call.given)
+        given = tuple(NOWHERE if n is None else seen.places.get(n) for n in call.given)
         returned = tuple(
             leaf._replace(place=None if n is None else seen.places.get(n))
             for leaf, n in zip(gate.returned, call.made, strict=True)
