@@ -1,6 +1,5 @@
 """What people have reported of stochastic depth in the wild, each kind as a promise."""
 
-import importlib.util
 import logging
 import random
 import warnings
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from einops import rearrange
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -285,10 +285,7 @@ def test_the_second_fit_of_a_lightning_callback_begins_anew() -> None:
     assert model.rates == sorted(model.rates)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("einops") is None, reason="needs einops")
 def test_einops_in_a_forward_is_no_obstacle() -> None:
-    from einops import rearrange
-
     class Heads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
