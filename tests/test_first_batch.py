@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import stochastic_depth as sd
 
@@ -248,3 +249,24 @@ def test_a_list_of_rates_may_be_that_of_each_network() -> None:
     for part in (model.judge, model.maker):
         part(torch.randn(4, WIDTH), {"factor": 2.0, "scale": 1.0})
     assert [branch.p for branch in sd.branches(model)] == [0.1, 0.2, 0.1, 0.2]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_cache_that_keeps_attention_from_being_dropped_is_told(given: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=9,
+    )
+    model, batch = LlamaForCausalLM(config), {"input_ids": torch.arange(8).view(2, 4)}
+    if given:
+        with pytest.warns(UserWarning, match=r"(?s)write into .*use_cache=False"):
+            sd.apply(model, 0.5, example_inputs=batch)
+    else:  # one was found in what was made up
+        assert len(sd.branches(sd.apply(model, 0.5))) == 2
+        with pytest.warns(UserWarning, match=r"(?s)write into .*use_cache=False"):
+            model.train()(**batch)
+    assert len(sd.branches(model)) == 1

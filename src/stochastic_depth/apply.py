@@ -14,11 +14,12 @@ from .drop.draws import Draw, Draws, Ranks
 from .drop.over import check_not_skipped
 from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
+from .find.parts import WRITES
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
 from .options import call_of, samples_of, seed_of
-from .patterns import Filter, listed, matching_modules, outermost
+from .patterns import Filter, listed, matching_modules, outermost, some
 from .rates import DepthSchedule
 from .state import load_own_state
 from .trial import refuse_what_fails
@@ -224,6 +225,17 @@ def _tell_unused(findings: Findings) -> None:
         )
 
 
+def _tell_writing(findings: Findings) -> None:
+    """Say what is not dropped for the way in which the model is called, which is easily changed."""
+    writing = [r for r in findings.refused if r.reason.startswith(WRITES.partition("{}")[0])]
+    if writing:
+        warnings.warn(
+            "stochastic depth: branches that write into what they are given are not dropped: "
+            f"{some([r.name for r in writing])}\n  {writing[0].reason}",
+            stacklevel=5,
+        )
+
+
 def complete(
     model: nn.Module,
     findings: Findings,
@@ -235,6 +247,7 @@ def complete(
     chosen = _install.install(model, findings, settings, beside)
     if tell:
         _tell_unused(findings)
+    _tell_writing(findings)
     if findings.batched and 0 not in findings.batched and settings.samples.dim is None:
         (dim, *_) = findings.batched
         warnings.warn(
@@ -243,24 +256,21 @@ def complete(
             "dimension in which they are",
             stacklevel=5,
         )
-    rows = [(b.name, b.place.fold) for b in chosen if b.place and b.place.fold > 1]
+    rows = [f"{b.name} ({b.place.fold} rows)" for b in chosen if b.place and b.place.fold > 1]
     if rows and settings.mode != "batch" and settings.samples.rows == 1:
         warnings.warn(
             "samples are taken to be as many neighbouring rows as in the example; where that "
-            "number varies from batch to batch, use mode='batch': "
-            + ", ".join(f"{name} ({count} rows)" for name, count in rows[:4])
-            + (", ..." if len(rows) > 4 else ""),
+            f"number varies from batch to batch, use mode='batch': {some(rows)}",
             stacklevel=5,
         )
     masked = [b for b in chosen if settings.mode != "batch" and b.place is None]
     if masked:
-        reasons = dict.fromkeys(b.reason for b in masked if b.reason)
+        reasons = list(dict.fromkeys(b.reason for b in masked if b.reason))
         warnings.warn(
             f"mode={settings.mode!r}: samples cannot be selected in {len(masked)} of {len(chosen)} "
             "branches, so all are computed there and the dropped ones masked (correct, but no "
-            f"speed-up): {', '.join(b.name for b in masked[:4])}"
-            + (", ..." if len(masked) > 4 else "")
-            + "".join(f"\n  {reason}" for reason in list(reasons)[:3]),
+            f"speed-up): {some([b.name for b in masked])}"
+            + "".join(f"\n  {reason}" for reason in reasons[:3]),
             stacklevel=5,
         )
 

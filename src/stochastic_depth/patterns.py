@@ -8,7 +8,7 @@ from torch import nn
 
 from .branch import Branch, block_of, is_below
 
-__all__ = ["Filter", "choose", "listed", "matching_modules", "outermost"]
+__all__ = ["Filter", "choose", "listed", "matching_modules", "outermost", "some"]
 
 Pattern = str | type[nn.Module] | Callable[..., bool]
 Filter = Pattern | Iterable[Pattern] | None
@@ -47,6 +47,11 @@ def choose(
     return chosen
 
 
+def some(names: list[str], most: int = 4) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def _matching(
     model: nn.Module, found: list[Branch], patterns: Filter, argument: str, strict: bool
 ) -> list[Branch]:
@@ -56,9 +61,8 @@ def _matching(
     for pattern in _patterns(patterns):
         hits = {branch for branch in found if _selects(pattern, branch, modules, argument)}
         if strict and not hits:
-            known = ", ".join(branch.name for branch in found[:8])
-            more = ", ..." if len(found) > 8 else ""
-            raise ValueError(f"{argument}={pattern!r} matches no branch; there are {known}{more}")
+            known = some([branch.name for branch in found], most=8)
+            raise ValueError(f"{argument}={pattern!r} matches no branch; there are {known}")
         matched |= hits
     return [branch for branch in found if branch in matched]
 
