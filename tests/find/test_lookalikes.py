@@ -362,6 +362,13 @@ class TanhBlock(Net):
         return self.d(torch.tanh(self.a(x) + self.b(self.c(x).tanh())))
 
 
+class ActivatedProjection(Net):
+    """Has an activation on its shortcut, and none at the end of its branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.a(x).relu() + self.c(self.b(x).relu()))
+
+
 class Action(Net):
     """A policy's last block: what is squashed is scaled, and weighs nothing."""
 
@@ -454,6 +461,7 @@ FOUND = [
     (GainOnTheShortcut, ("a",)),
     (Backbone, ("last.c", "last.b")),
     (TanhBlock, ("c", "b")),
+    (ActivatedProjection, ("b", "c")),
     (Action, ("c", "b")),
     (Codes, ("a",)),
     (Cropped, ("conv", "c")),
@@ -634,3 +642,33 @@ def test_a_convolutional_block_alone_is_found() -> None:
             return torch.relu(self.short(x) + self.b(self.a(x).relu()))
 
     assert [b.modules for b in look(nn.Sequential(Block())).branches] == [("0.a", "0.b")]
+
+
+class Coder(nn.Module):
+    """Codes what it is given, and returns the codes as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = small.linear(), small.linear()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.a(x)
+        codes = z.round()
+        return self.b(z + (codes - z).detach()), codes
+
+
+def test_what_the_rounds_of_a_residual_quantizer_add_are_no_branches() -> None:
+    class Rounds(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rounds = nn.ModuleList(Coder() for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            rest, total, codes = x, 0, []
+            for coder in self.rounds:
+                y, code = coder(rest)
+                total, rest = total + y, rest - y
+                codes.append(code)
+            return self.d(total), torch.cat(codes, -1)
+
+    assert look(Rounds()).branches == []

@@ -84,7 +84,7 @@ class Lookalikes(Parts):
             return _CELL
         if not any(self.depth(own)):
             return ""
-        if self.nodes[self.base(max(own))].op in _ACTIVATIONS:  # as branches have it at their end
+        if all(self.nodes[self.base(x)].op in _ACTIVATIONS for x in (b, max(own))):
             return _CELL
         if all(map(self.is_linear, branch)) and self.size_of(branch) < self.size_of(own):
             return "it is linear, and smaller than the layer on its shortcut: a correction (LoRA)"

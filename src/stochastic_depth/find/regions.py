@@ -13,7 +13,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
-from .flow import Flow, Node
+from .flow import Flow
 from .functions import ADD, SUMS, VIEWS
 from .lookalikes import Lookalikes
 from .plan import Merge
@@ -67,11 +67,6 @@ class Rejected:
     calls: tuple[int, ...]
     reason: str
     sum: int
-
-
-def _is_copy(node: Node) -> bool:
-    """Whether a value is another one; Python's sum() begins with 0."""
-    return node.op in _COPIES or (node.op in ADD and len(node.sources) == 1)
 
 
 class Finder(Lookalikes):
@@ -251,7 +246,7 @@ class Finder(Lookalikes):
                 trunk.append(inner.shortcut)
                 call = self.calls[inner.block]
                 starts |= {i for i in inner.needs - inner.nodes if call.start <= i < call.end}
-            elif trunk[-1] in own and _is_copy(node):
+            elif trunk[-1] in own and node.op in _COPIES:
                 own = own - {trunk[-1]}
                 trunk.append(node.sources[0])
             else:
@@ -265,9 +260,11 @@ class Finder(Lookalikes):
         (x + f(x)) + (x + g(x)): two residual blocks beside each other.
         """
         output, needs = region.output, set(region.needs)
-        while self.nodes[output].op in VIEWS | {"flip"} or _is_copy(self.nodes[output]):
+        while (node := self.nodes[output]).op in VIEWS | _COPIES | ADD | {"flip"}:
+            if node.op in ADD and len(node.sources) > 1:  # else Python's sum(), which begins with 0
+                break
             needs.discard(output)
-            output = self.nodes[output].sources[0]
+            output = node.sources[0]
         trunk, own, _ = self.trunk(output, needs)
         sums = [self.found[i] for i in trunk if i in self.found]
         is_made = any(self.depth(own)) and all(r.kind == "identity" for r in sums)
