@@ -202,7 +202,8 @@ class Merging:
         """``factor * shortcut``, in the precision of the sum."""
         if factor == 1:
             return shortcut
-        return shortcut.to(torch.promote_types(shortcut.dtype, self.dtype or shortcut.dtype)) * factor
+        dtype = torch.promote_types(shortcut.dtype, self.dtype or shortcut.dtype)
+        return shortcut.to(dtype) * factor
 
     def merge(
         self,
