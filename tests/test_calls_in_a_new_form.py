@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 
@@ -154,6 +155,20 @@ def test_samples_that_are_elsewhere_are_not_taken_for_rows(mode: Any) -> None:
         kept = (model(x, [2, 3]) != x).all(1)
         outcomes.add(tuple(kept.tolist()))
     assert outcomes == {(False,) * 5, (True,) * 5}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_was_decided_by_samples_before_is_not_repeated_for_the_whole_batch(
+    reentrant: bool,
+) -> None:
+    model = Model(Packed())
+    sd.apply(model, 0.5, mode="row", example_inputs=torch.randn(3, 2, WIDTH))
+    x = torch.randn(8, 2, WIDTH, requires_grad=True)
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    with pytest.warns(UserWarning, match="for the whole batch from now on"):
+        model(torch.randn(5, WIDTH), [2, 3])
+    with pytest.raises(RuntimeError, match="a call in a new form showed that samples cannot be"):
+        y.sum().backward()
 
 
 def test_the_rows_of_a_nested_tensor_are_not_selected() -> None:

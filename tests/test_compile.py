@@ -59,6 +59,16 @@ def compiled(model: nn.Module) -> tuple[nn.Module, CompileCounterWithBackend]:
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
+@pytest.mark.parametrize("blocks", [None, "all"])
+def test_a_single_sample_is_not_counted_twice_in_the_statistics_of_a_graph(blocks):
+    model, x = build(Conv)
+    plain = copy.deepcopy(model)
+    sd.apply(model, p=0.3, mode="subset", blocks=blocks, example_inputs=x)
+    fast, _ = compiled(model)
+    torch.testing.assert_close(fast(x[:1]), plain(x[:1]))
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
 @pytest.mark.parametrize("block", [Mlp, Conv])
 @pytest.mark.parametrize("mode", ["batch", "row", "subset"])
 def test_whole_model_is_one_graph_over_many_steps(block, mode):

@@ -252,3 +252,23 @@ def on_each_rank(rank: int) -> None:
 
 def test_two_ranks_stay_equal_and_move_as_plain_ones() -> None:
     launch(on_each_rank, 2)
+
+
+class OfHalf(nn.Module):
+    """The shortcut that it scales has a lower precision than the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.f(x.float()), x, alpha=0.3)
+
+
+@pytest.mark.parametrize("p", [KEPT, 1 - 1e-15])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_shortcut_is_scaled_in_the_precision_of_the_sum(p: float, dtype: torch.dtype) -> None:
+    model, x = OfHalf(), torch.randn(5, 8).to(dtype)
+    expected = model(x) if p == KEPT else 0.3 * x.float()
+    sd.apply(model, p, scale="none", schedule="uniform", example_inputs=x)
+    torch.testing.assert_close(model(x), expected)

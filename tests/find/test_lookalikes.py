@@ -455,7 +455,15 @@ class Noisy(Net):
         return self.d(self.a(x) + (y + 0.1 * torch.randn_like(y)))
 
 
+class ActivatedShortcut(Net):
+    """Its projection is activated, and its branch is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.a(x).relu() + self.c(self.b(x).relu()))
+
+
 FOUND = [
+    (ActivatedShortcut, ("b", "c")),
     (Noisy, ("c", "b")),
     (Convolutions, ("a", "b")),
     (GainOnTheShortcut, ("a",)),

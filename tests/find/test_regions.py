@@ -239,6 +239,21 @@ class SumOfList(nn.Module):
         return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
 
 
+class NormBeside(nn.Module):
+    """The branch of MobileOne that is a normalisation alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.norm = small.linear(), nn.LayerNorm(small.WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) + self.norm(x)
+
+
+def test_a_branch_without_matrices_brings_no_sum_along() -> None:
+    assert modules(NormBeside()) == [("f",), ("norm",)]
+
+
 @pytest.mark.parametrize("model", [Beside(False), Beside(True), SumOfList()])
 def test_of_two_blocks_beside_each_other_each_has_its_branch(model: nn.Module) -> None:
     assert modules(model) == [(f"blocks.{i}.norm", f"blocks.{i}.f") for i in range(2)]

@@ -153,7 +153,7 @@ class Draws:
 
         if not may_be_recomputed():
             return draw()
-        purpose = tuple((branch.name, branch.p, branch.mode) for branch in branches)
+        purpose = tuple((b.name, b.p, b.mode, b.decides_calls) for b in branches)
         return self.tape.decide(draw, purpose, default=generator is None and not in_deck)
 
     def _is_dropped(self, branch: Branch, shared: bool) -> bool:

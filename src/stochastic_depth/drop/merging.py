@@ -198,6 +198,13 @@ class Merging:
 
     # The sum.
 
+    def scaled(self, shortcut: Tensor, factor: float) -> Tensor:
+        """``factor * shortcut``, in the precision of the sum."""
+        if factor == 1:
+            return shortcut
+        dtype = torch.promote_types(shortcut.dtype, self.dtype or shortcut.dtype)
+        return shortcut.to(dtype) * factor
+
     def merge(
         self,
         shortcut: Tensor,

@@ -334,7 +334,7 @@ def _sides(
     if _is_outside(a) and type(b) is Part:
         return a, b, factor if name in ADD else -factor, name in IN_PLACE, False
     if _is_outside(b) and type(a) is Part and name in ADD:
-        return b if factor == 1 else b * factor, a, 1, False, name != "__radd__"
+        return a._run.scaled(b, factor), a, 1, False, name != "__radd__"
     return None
 
 

@@ -89,6 +89,7 @@ class Tape:
                 "gradient checkpointing recomputes a branch whose drop decision is not on record. "
                 "Either the state of torch's default CPU generator was not restored "
                 "(preserve_rng_state=False), or the rate or the mode changed since the forward, or "
+                "a call in a new form showed that samples cannot be chosen, or "
                 f"{_MOST:,} decisions were made in between; keep preserve_rng_state=True, the "
                 "default"
             )

@@ -108,7 +108,7 @@ class Run(Merging):
     def select(self) -> None:
         """Have the kept samples computed only, once they are chosen."""
         self.computed = self.kept
-        if self.kept is None or len(self.kept) != 1:
+        if self.kept is None or len(self.kept) != 1 or self.size == 1:
             return
         known = self.norms if self.in_graph else self.owner.modules_of(self.branch)
         if any(map(_needs_company, known)):  # another sample goes along, and does not count

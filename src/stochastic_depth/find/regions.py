@@ -268,7 +268,7 @@ class Finder(Lookalikes):
         trunk, own, _ = self.trunk(output, needs)
         sums = [self.found[i] for i in trunk if i in self.found]
         is_made = any(self.depth(own)) and all(r.kind == "identity" for r in sums)
-        if is_made or not self.is_little(own):  # what it starts from is made in it
+        if not sums or is_made or not self.is_little(own):  # what it starts from is made in it
             return False
         starts = self.entries(own) or {trunk[-1]}
         if not starts.isdisjoint(region.stream):
