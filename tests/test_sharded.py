@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
@@ -116,6 +117,12 @@ def expected(mode: str, weights: dict[str, Tensor], step: int, shared: Tensor | 
     return total
 
 
+@functools.cache  # each makes process groups
+def hybrid_mesh() -> DeviceMesh:
+    shape = 2, dist.get_world_size() // 2
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+
+
 def shard(model: nn.Sequential, how: str) -> nn.Module:
     kind, _, option = how.partition(":")
     if kind == "fsdp1":
@@ -131,8 +138,7 @@ def shard(model: nn.Sequential, how: str) -> nn.Module:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float64)
         precision["mp_policy"] = policy
     if option == "hybrid":
-        shape = 2, dist.get_world_size() // 2
-        precision["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+        precision["mesh"] = hybrid_mesh()
     if kind == "block":
         for block in model[1:]:
             fully_shard(block, reshard_after_forward=option != "keep", **precision)
@@ -235,15 +241,8 @@ def train_all(rank: int, cases: list[Case]) -> None:
             raise
 
 
-FSDP2 = [
-    "block:reshard",
-    "block:keep",
-    "block:checkpoint",
-    "block:bf16",
-    "block:hybrid",
-    "root",
-    "inside",
-]
+FSDP2 = ["block:reshard", "block:keep", "block:checkpoint", "block:bf16", "root", "inside"]
+HYBRID = "block:hybrid"
 FSDP1 = [f"fsdp1:{u},{o}" for u in ("block", "inside") for o in ("original", "flat")]
 
 
@@ -253,7 +252,7 @@ def cases(ways: list[str], ranks: list[str]) -> list[Case]:
 
 def test_fully_shard_on_two_ranks() -> None:
     either = [(how, "batch", c) for how in ("block:reshard", "inside") for c in RANKS[1:]]
-    launch(train_all, 2, [*cases(FSDP2, ["auto"]), *either])
+    launch(train_all, 2, [*cases(FSDP2, ["auto"]), *either, (HYBRID, "row", "auto")])
 
 
 def drop_units(rank: int) -> None:
@@ -293,7 +292,7 @@ def test_fsdp1_on_two_ranks() -> None:
 
 @pytest.mark.zoo
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("ways", [FSDP2, FSDP1], ids=["fully_shard", "fsdp1"])
+@pytest.mark.parametrize("ways", [[*FSDP2, HYBRID], FSDP1], ids=["fully_shard", "fsdp1"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_way_to_shard(ranks: int, ways: list[str]) -> None:
     launch(train_all, ranks, cases(ways, RANKS), seconds=1100)
