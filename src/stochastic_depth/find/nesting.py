@@ -24,7 +24,7 @@ def find_regions(flow: Flow, drops: Container[str] = ()) -> tuple[Finder, list[R
     finder.run()
     chosen: dict[int, Region] = {}
     for outer in sorted(finder.found.values(), key=lambda r: len(r.nodes)):
-        inner = [r for r in chosen.values() if r.sum in outer.nodes]
+        inner = [chosen[i] for i in outer.nodes if i in chosen]
         dropped = set(outer.drops).difference(*(r.drops for r in inner))
         blocks = [r for r in inner if finder.is_block(r)]
         if len(blocks) >= 2 and not dropped:
