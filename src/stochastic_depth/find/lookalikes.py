@@ -84,7 +84,7 @@ class Lookalikes(Parts):
             return _CELL
         if not any(self.depth(own)):
             return ""
-        if all(self.nodes[self.base(i)].op in _ACTIVATIONS for i in (max(own), b)):
+        if all(self.nodes[min(self.viewed({i}))].op in _ACTIVATIONS for i in (max(own), b)):
             return _CELL  # both are activated, as branches are
         if all(map(self.is_linear, branch)) and self.size_of(branch) < self.size_of(own):
             return "it is linear, and smaller than the layer on its shortcut: a correction (LoRA)"

@@ -116,12 +116,6 @@ class Parts(Measures):
         nodes = self.nodes
         return {x for i in values for x in nodes[i].sources if nodes[x].varies and x not in values}
 
-    def base(self, i: int) -> int:
-        """What a value is a view of, at last."""
-        while self.nodes[i].op in VIEWS:
-            i = self.nodes[i].sources[0]
-        return i
-
     def viewed(self, values: set[int]) -> set[int]:
         """These, and what they are views of."""
         found = set(values)
