@@ -8,35 +8,14 @@ The results are no views of such a permutation: autograd copies the whole gradie
 works in place on a view, as the ReLU after a residual sum often does.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch import is_transformed
 
-__all__ = ["add_rows", "put_rows", "recorded", "split_rows", "take_rows"]
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def recorded(f: Callable[P, T]) -> Callable[P, T]:
-    """``f``, recorded by autograd also within ``no_grad``: what it makes is added outside of that.
-
-    A forward may look at a value of a branch there, for its own log.
-    """
-
-    @wraps(f)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.is_grad_enabled():
-            return f(*args, **kwargs)
-        with torch.inference_mode(False), torch.enable_grad():
-            return f(*args, **kwargs)
-
-    return run
+__all__ = ["add_rows", "put_rows", "split_rows", "take_rows"]
 
 
 def take_rows(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:

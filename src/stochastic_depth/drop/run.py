@@ -15,7 +15,7 @@ from .arguments import each_once, fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
-from .rows import put_rows, recorded, split_rows, take_rows
+from .rows import put_rows, split_rows, take_rows
 
 __all__ = ["Run"]
 
@@ -298,9 +298,11 @@ class Run(Merging):
             return tree_map_only(Tensor, lambda x: Part(self, x, True), out)
         return out
 
-    @recorded
     def spread(self, x: Tensor, place: Place) -> Tensor:
         """In full size, with some computed sample in the place of each dropped one."""
+        if not torch.is_grad_enabled():  # a forward may look at it there; it is added outside
+            with torch.inference_mode(False), torch.enable_grad():
+                return self.spread(x, place)
         assert self.computed is not None
         if self.slot is None:
             slot = torch.zeros(self.size, dtype=torch.long, device=self.computed.device)
