@@ -200,10 +200,13 @@ class Merging:
 
     def scaled(self, shortcut: Tensor, factor: float) -> Tensor:
         """``factor * shortcut``, in the precision of the sum."""
-        if factor == 1:
+        return shortcut if factor == 1 else self._as_summed(shortcut) * factor
+
+    def _as_summed(self, shortcut: Tensor) -> Tensor:
+        """In the precision that the sum of a kept branch has."""
+        if self.dtype is None:
             return shortcut
-        dtype = torch.promote_types(shortcut.dtype, self.dtype or shortcut.dtype)
-        return shortcut.to(dtype) * factor
+        return shortcut.to(torch.promote_types(shortcut.dtype, self.dtype))
 
     def merge(
         self,
@@ -289,9 +292,7 @@ class Merging:
 
     def leave_out(self, shortcut: Tensor, in_place: bool = False) -> Tensor:
         """The sum where the branch is dropped."""
-        if self.dtype is not None and not in_place:  # what a kept branch makes of it
-            shortcut = shortcut.to(torch.promote_types(shortcut.dtype, self.dtype))
-        return self._left_out(shortcut, in_place)
+        return self._left_out(shortcut if in_place else self._as_summed(shortcut), in_place)
 
     def _left_out(self, shortcut: Tensor, in_place: bool) -> Tensor:
         given, self.owed = self.owed, []
