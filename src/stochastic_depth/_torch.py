@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
@@ -29,7 +30,6 @@ __all__ = [
     "COMPILED_CALL",
     "CONTENTS",
     "REPLICATE",
-    "class_call",
     "class_replicate",
     "default_store",
     "global_hooks",
@@ -103,11 +103,6 @@ def without_parametrize_cache() -> Iterator[None]:
 REPLICATE = "_replicate_for_data_parallel"
 
 
-def class_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """The call of ``module`` as its class makes it: hooks and forward."""
-    return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-
-
 def class_replicate(module: nn.Module) -> nn.Module:
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
     return replica
@@ -135,8 +130,7 @@ graph_task = torch._C._current_graph_task_id
 
 # What packs the tensors that autograd saves, None where nothing does. Non-reentrant checkpointing
 # works through such hooks, and nothing public tells that they are there.
-def saved_tensors_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 
 # Whether the code of a frame looks for the tensors whose gradients a full backward hook is to see.

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -109,23 +110,21 @@ class Draws:
             RuntimeError: with such decisions the ranks could wait for each other for ever, or a
                 recomputed forward does not find its own again.
         """
-        decisions: list[Decision] = [branch.is_always for branch in branches]
-        members = [i for i, branch in enumerate(branches) if 0.0 < branch.p < 1.0]
-        if not members:
-            return decisions
-        sources: dict[tuple[bool, bool], list[int]] = {}
+        undecided = [branch for branch in branches if not branch.is_certain]
+        if not undecided:
+            return [branch.is_always for branch in branches]
+        sources: dict[tuple[bool, bool], list[Branch]] = {}
         if self.draw != "balanced" and not is_distributed():  # the usual one, without a detour
-            sources[self.ranks == "shared", False] = members
+            sources[self.ranks == "shared", False] = undecided
         else:
             balanced = block.training and self.is_balanced()
-            for i in members:
-                in_deck = balanced and branches[i].decides_calls and branches[i] in self.decks
-                sources.setdefault((self._is_shared(branches[i], block), in_deck), []).append(i)
+            for branch in undecided:
+                in_deck = balanced and branch.decides_calls and branch in self.decks
+                sources.setdefault((self._is_shared(branch, block), in_deck), []).append(branch)
+        drawn: dict[Branch, Decision] = {}
         for (shared, in_deck), members in sources.items():
-            drawn = self._draw([branches[i] for i in members], shared, in_deck)
-            for i, decision in zip(members, drawn, strict=True):
-                decisions[i] = decision
-        return decisions
+            drawn |= zip(members, self._draw(members, shared, in_deck), strict=True)
+        return [drawn.get(branch, branch.is_always) for branch in branches]
 
     def is_balanced(self) -> bool:
         """Whether calls drop equally many branches now."""
@@ -138,23 +137,16 @@ class Draws:
 
     def _draw(self, branches: list[Branch], shared: bool, in_deck: bool) -> list[Decision]:
         generator = None if in_deck else self.generator(_KINDS[shared])
-
-        def draw() -> list[Decision]:
-            if in_deck:
-                return [self._is_dropped(branch, shared) for branch in branches]
-            device = "cpu" if generator is None else generator.device
-            numbers = torch.randint(
-                _UNIT, (len(branches),), generator=generator, device=device
-            ).tolist()
-            return [
-                n / _UNIT < b.p if b.decides_calls else n
-                for n, b in zip(numbers, branches, strict=True)
-            ]
-
+        draw = partial(self._from_decks, shared) if in_deck else partial(_from, generator)
         if not may_be_recomputed():
-            return draw()
+            return draw(branches)
         purpose = tuple((b.name, b.p, b.mode, b.decides_calls) for b in branches)
-        return self.tape.decide(draw, purpose, default=generator is None and not in_deck)
+        return self.tape.decide(
+            partial(draw, branches), purpose, default=generator is None and not in_deck
+        )
+
+    def _from_decks(self, shared: bool, branches: list[Branch]) -> list[Decision]:
+        return [self._is_dropped(branch, shared) for branch in branches]
 
     def _is_dropped(self, branch: Branch, shared: bool) -> bool:
         deck, kind = self.decks[branch], _KINDS[shared]
@@ -244,6 +236,15 @@ class Draws:
                 self._generators[kind, name] = _restored(generator)
                 if deck is not None:
                     deck.rounds[kind].set_state(now)
+
+
+def _from(generator: torch.Generator | None, branches: list[Branch]) -> list[Decision]:
+    device = "cpu" if generator is None else generator.device
+    drawn = torch.randint(_UNIT, (len(branches),), generator=generator, device=device)
+    return [
+        n / _UNIT < b.p if b.decides_calls else n
+        for n, b in zip(drawn.tolist(), branches, strict=True)
+    ]
 
 
 def _restored(state: Any) -> torch.Generator:

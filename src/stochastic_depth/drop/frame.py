@@ -36,7 +36,6 @@ class Frame:
 
     def __init__(self, site: Any, plan: Plan, args: Any, kwargs: Any, outer: bool = False) -> None:
         self.site, self.plan, self.outer = site, plan, outer
-        self.slots = site.reach()
         self.counts: dict[str, int] = {}
         self.gradients = torch.is_grad_enabled()
         self.hooks: Any = None
@@ -44,6 +43,7 @@ class Frame:
         self.graph: Callable[[], Any] = _gone  # what lives as long as the graph behind it
         self.around: str | None = None  # the file of the custom Function that calls the block
         self.compiling = torch.compiler.is_compiling()  # by whom this frame is opened
+        self.slots = site.reach(self.compiling)
         if not self.compiling:
             self.hooks, self.task = saved_tensors_hooks(), graph_task()
             if not self.gradients and site.block.training:
@@ -52,9 +52,9 @@ class Frame:
 
     def _open(self, device: torch.device) -> list[Run]:
         """Decide for every branch, before anything of the block runs."""
-        branches, site = self.plan.branches, self.site
-        self.is_plain = here.forced is not None and not here.forced
-        training = site.is_training() and not self.is_plain
+        branches, site, forced = self.plan.branches, self.site, here.forced
+        self.is_plain = forced is not None and not forced
+        training = not self.is_plain and site.is_training()
         decisions: list[Any] = [False] * len(branches)
         if training:
             if self.compiling:
@@ -66,22 +66,22 @@ class Frame:
                     decisions = [d if isinstance(d, bool) else None for d in decisions]
         runs: list[Run] = []
         counts_any = site.block.training and not self.is_plain
-        forced, in_graph = here.forced or {}, self.compiling or self.outer
-        for i, (branch, decision) in enumerate(zip(branches, decisions, strict=True)):
+        in_graph, dtypes = self.compiling or self.outer, self.plan.dtypes
+        for i, branch in enumerate(branches):
+            decision, counts = decisions[i], counts_any
             weight: Any = 1.0
-            if decision is not None and not self.is_plain:
-                weight = kept_weight(branch, training)
-            by_hand = branch in forced
-            if by_hand:
+            if forced and branch in forced:
                 decision, weight = forced[branch]
+                counts = False
+            elif decision is not None and not self.is_plain:
+                weight = kept_weight(branch, training)
             if self.outer and weight != 1.0:  # one graph for any rate
                 weight = torch.tensor(weight, dtype=torch.float64, device="cpu")
-            dtype = self.plan.dtypes.get(i)
-            run = Run(branch, decision, weight, device, site, dtype, in_graph)
+            run = Run(branch, decision, weight, device, site, dtypes.get(i), in_graph)
             runs.append(run)
-            run.counts = counts_any and not by_hand
-            counts = run.counts and branch.decides_calls
-            if counts and not self.compiling and self.task == -1 and decision is not None:
+            run.counts = counts
+            is_counted = counts and not self.compiling and self.task == -1
+            if is_counted and decision is not None and branch.decides_calls:
                 branch.decided += 1
                 branch.dropped += decision
         return runs

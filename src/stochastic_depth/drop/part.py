@@ -319,11 +319,14 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 def _met(two: tuple[Any, ...]) -> Any:
     """The run of a last value that one other tensor is given with, as finding counts sums."""
-    last = [x for x in two if type(x) is Part and x._last]
-    if len(two) < 2 or len(last) != 1:
+    if len(two) < 2:
         return None
-    other = two[0] if two[1] is last[0] else two[1]
-    return last[0]._run if type(other) is Part or isinstance(other, Tensor) else None
+    a, b = two
+    first, second = type(a) is Part and a._last, type(b) is Part and b._last
+    if first is second:
+        return None
+    part, other = (a, b) if first else (b, a)
+    return part._run if type(other) is Part or isinstance(other, Tensor) else None
 
 
 def _sides(

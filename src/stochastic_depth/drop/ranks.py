@@ -10,12 +10,13 @@ from .._torch import default_store
 __all__ = ["from_first_rank", "is_distributed", "rank", "world_size"]
 
 _WAIT = timedelta(minutes=5)
+_IS_AVAILABLE = distributed.is_available()
 _asked = itertools.count()  # the same on all ranks, which come to their models in the same order
 
 
 def is_distributed() -> bool:
     """Whether there is a process group."""
-    return distributed.is_available() and distributed.is_initialized()
+    return _IS_AVAILABLE and distributed.is_initialized()
 
 
 def rank() -> int:

@@ -27,7 +27,7 @@ from .frame import Frame, fences_around
 from .part import Part, form
 from .pass_on import PassOn, may_be_fused
 from .reads import Reads
-from .slot import Inside, Slot, here, outer_slot, put, slot_of, take_out
+from .slot import Inside, Slot, here, met_first, outer_slot, put, slot_of, take_out
 
 __all__ = ["Site"]
 
@@ -68,7 +68,7 @@ class Site:
         self.others: dict[Any, Plan] = {}  # of calls in another precision, by form and precision
         self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
         self.slots: dict[str, Slot] = {}
-        self.seen: list[tuple[nn.Module, list[Any], list[Any]]] = []
+        self.seen: list[tuple[nn.Module, list[Any], list[tuple[nn.Module, Any]]]] = []
         self.all_slots: WeakSet[Slot] = WeakSet()  # that it has put into children
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,11 +142,9 @@ class Site:
             slot.site = None
         take_out(self.block)
 
-    def reach(self) -> dict[str, Slot]:
+    def reach(self, compiling: bool) -> dict[str, Slot]:
         """The slots of the modules that the frame can call, by name; all are in place."""
-        if torch.compiler.is_compiling() and self.slots:
-            return self.slots
-        if not self._is_as_seen():
+        if not (compiling and self.slots) and not self._is_as_seen():
             self._renew()
         return self.slots
 
@@ -176,8 +174,8 @@ class Site:
                     if known not in slot.names:
                         slot.names += (known,)
             children = list(parent._modules.values())
-            slots = [None if m is None else outer_slot(m) for m in children]
-            self.seen.append((parent, children, slots))
+            met = [(child, met_first(child)) for child in children if child is not None]
+            self.seen.append((parent, children, met))
 
     def _below(self, name: str) -> nn.Module | None:
         try:
@@ -186,21 +184,21 @@ class Site:
             return None
 
     def _is_as_seen(self) -> bool:
-        for parent, children, slots in self.seen:
+        for parent, children, met in self.seen:
             if list(parent._modules.values()) != children:
                 return False
-            for child, slot in zip(children, slots, strict=True):
-                if child is not None and outer_slot(child) is not slot:
+            for child, known in met:
+                if met_first(child) is not known:
                     return False
         return bool(self.seen)
 
     # A call.
 
-    def plan_of(self, args: Any, kwargs: Any) -> Plan | None:
+    def plan_of(self, args: Any, kwargs: Any, compiling: bool) -> Plan | None:
         """What is known of a call in this form; it is watched where nothing is."""
         key = form_of(args, kwargs)
         if key not in self.plans:
-            if torch.compiler.is_compiling():
+            if compiling:
                 return next(iter(self.plans.values()), None)
             plan = self.watch(self, args, kwargs, None)
             self.seen = []
@@ -208,7 +206,7 @@ class Site:
                 return None
             self.plans[key] = plan
         plan = self.plans[key]
-        if not plan.branches or torch.compiler.is_compiling():
+        if not plan.branches or compiling:
             return plan
         precision = precision_of(args, kwargs)
         if plan.precision == precision:
@@ -219,21 +217,22 @@ class Site:
 
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         """A call of the block with branches that may be dropped."""
-        check_repeats(self.branches, self.block.training)
-        frame = here.frame
+        if here.is_for_users:
+            check_repeats(self.branches, self.block.training)
+        frame, compiling = here.frame, torch.compiler.is_compiling()
         if frame is not None and frame.site is self and frame.outer and not self.is_outer(slot):
             return slot.through(*args, **kwargs)  # decided outside of the compiled code
-        plan = self.plan_of(args, kwargs)
+        plan = self.plan_of(args, kwargs, compiling)
         if plan is not None and here.forced:
             self._check_forced(plan)
         if plan is None:
             out = slot.through(*args, **kwargs)
-            if not torch.compiler.is_compiling():  # it works, and could not be watched
+            if not compiling:  # it works, and could not be watched
                 self.plans.setdefault(form_of(args, kwargs), Plan())
             return out
         if not plan.branches:
             return slot.through(*args, **kwargs)
-        if torch.compiler.is_compiling() and self._is_encoder_layer():
+        if compiling and self._is_encoder_layer():
             return self._run_outside(plan, slot, args, kwargs)
         return self.run_plan(plan, slot, args, kwargs)
 

@@ -23,7 +23,6 @@ from .._torch import (
     COMPILED_CALL,
     CONTENTS,
     REPLICATE,
-    class_call,
     class_replicate,
     graph_task,
     is_compiled_around,
@@ -38,6 +37,7 @@ __all__ = [
     "Slot",
     "here",
     "keep_slots",
+    "met_first",
     "outer_slot",
     "put",
     "slot_of",
@@ -136,7 +136,8 @@ class Slot:
         """The call of the class, hooks and forward, or what it was compiled to."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
-        return class_call(self.module, *args, **kwargs)
+        module = self.module
+        return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def decide_outside(self) -> None:
         """Have the module's decisions made outside of what ``module.compile()`` compiles."""
@@ -223,9 +224,14 @@ def slot_of(module: nn.Module) -> Any:
 
 def outer_slot(module: nn.Module) -> Any:
     """What calls of ``module`` meet first, if it is a slot."""
-    own = module.__dict__
-    slot = own.get(COMPILED_CALL) or own.get(CALL)
+    slot = met_first(module)
     return slot if type(slot) is Slot and slot.module is module else None
+
+
+def met_first(module: nn.Module) -> Any:
+    """What stands where calls of ``module`` come first, or None."""
+    own = module.__dict__
+    return own.get(COMPILED_CALL) or own.get(CALL)
 
 
 def put(module: nn.Module) -> Slot:

@@ -22,7 +22,7 @@ class WholeSite(Site):
     def _renew(self) -> None:
         """No frame meets the calls of its modules."""
 
-    def reach(self) -> dict[str, Slot]:
+    def reach(self, compiling: bool) -> dict[str, Slot]:
         return {}
 
     def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
