@@ -65,6 +65,8 @@ def test_step_time_measures_every_side_and_the_page_shows_it(
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_step_time_measures_in_bfloat16_and_compiled(small, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    few = models.Subject(lambda: models.llama(1, 16, 2), (4, 5, 16))
+    monkeypatch.setitem(step_time.SUBJECTS, "tokens", few)
     given = ["tokens", "--settings", "p=0.5", "--rounds", "2", "--dtype", "bfloat16", "--compiled"]
     run(monkeypatch, step_time, *given, "--modes", "batch", "subset")
     out = capsys.readouterr().out
@@ -122,7 +124,7 @@ def test_ranks_measures_time_and_memory_of_every_way_to_draw(monkeypatch, capfd)
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_regional_counts_the_graphs_of_compiled_blocks(monkeypatch, capsys) -> None:
     monkeypatch.setattr(regional, "MODES", ("batch",))
-    few = models.llama(3, 16, 2), torch.randn(2, 5, 16)
+    few = models.llama(2, 16, 2), torch.randn(2, 5, 16)
     monkeypatch.setattr(regional, "build", lambda name, args: copy.deepcopy(few))
     sizes = ["--models", "Llama", "--batch", "2", "--steps", "3", "--rounds", "2"]
     run(monkeypatch, regional, *sizes, "--backend", "eager")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import stochastic_depth as sd
+from combinations import in_pairs
 
 STEPS = 40
 # dynamo looks at .grad of what it is given, which warns for activations
@@ -174,9 +175,9 @@ def test_subset_computes_fewer_rows_in_a_compiled_graph():
         assert changed.sum() == 2
 
 
-@pytest.mark.parametrize("blocks", [None, "all"])
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("block", [Mlp, Conv])
+@pytest.mark.parametrize(
+    ("block", "order", "blocks"), in_pairs([Mlp, Conv], ["before", "after"], [None, "all"])
+)
 def test_blocks_compiled_one_by_one_really_skip_and_equal_eager_with_the_same_decisions(
     block, order, blocks
 ):
@@ -348,9 +349,9 @@ def compiled_in_parts(model: nn.Module, way: str) -> tuple[nn.Module, CompileCou
     return model, counter
 
 
-@pytest.mark.parametrize("blocks", [None, "all"])
-@pytest.mark.parametrize("way", ["whole", "by block"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "way", "blocks"), in_pairs(PLACES, ["whole", "by block"], [None, "all"])
+)
 def test_where_a_graph_breaks_in_a_block_decisions_are_those_of_eager_mode(place, way, blocks):
     model, x = nn.Sequential(*[Broken(place) for _ in range(3)]), torch.randn(8, 4)
     options = {"p": 0.5, "schedule": "uniform", "blocks": blocks, "example_inputs": x}
@@ -377,9 +378,9 @@ def test_where_a_graph_breaks_in_a_block_decisions_are_those_of_eager_mode(place
     assert counter.frame_count <= 20
 
 
-@pytest.mark.parametrize("mode", ["row", "subset"])
-@pytest.mark.parametrize("way", ["whole", "by block"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "way", "mode"), in_pairs(PLACES, ["whole", "by block"], ["row", "subset"])
+)
 def test_where_a_graph_breaks_in_a_block_samples_are_dropped_and_weighed(place, way, mode):
     model, x = nn.Sequential(Broken(place)), torch.randn(8, 4)
     branch = model(x).detach() - x
@@ -494,9 +495,10 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:samples are taken to be as many neighbouring rows")
-@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
-@pytest.mark.parametrize("by_block", [False, True])
-@pytest.mark.parametrize("way", ["statement", "another name", "view"])
+@pytest.mark.parametrize(
+    ("way", "by_block", "mode"),
+    in_pairs(["statement", "another name", "view"], [False, True], ["batch", "row", "subset"]),
+)
 def test_a_sum_in_place_is_in_place_in_a_graph(way: str, by_block: bool, mode: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), InPlace(way)), torch.randn(6, 8)
@@ -720,9 +722,14 @@ class Spelled(nn.Module):
         return torch.stack([x, y.tanh()]).sum(0)
 
 
-@pytest.mark.parametrize("by_block", [False, True])
-@pytest.mark.parametrize("mode", ["batch", "row"])
-@pytest.mark.parametrize("way", ["scores", "matmul", "bias", "minus a buffer", "alpha", "rsub"])
+@pytest.mark.parametrize(
+    ("way", "mode", "by_block"),
+    in_pairs(
+        ["scores", "matmul", "bias", "minus a buffer", "alpha", "rsub"],
+        ["batch", "row"],
+        [False, True],
+    ),
+)
 def test_what_comes_before_the_sum_is_computed_as_in_eager_mode(way, mode, by_block):
     model, x = nn.Sequential(Spelled(way)).double(), torch.randn(6, 4, 4, dtype=torch.float64)
     change = model(x) - x

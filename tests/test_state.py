@@ -373,7 +373,7 @@ def kill_and_resume(folder: Path, ranks: int, mode: str, steps: int, kills: int,
     return done
 
 
-@pytest.mark.parametrize(("ranks", "mode", "kills"), [(1, "row", 1), (2, "batch", 1)])
+@pytest.mark.parametrize(("ranks", "mode", "kills"), [(2, "batch", 1)])
 def test_a_killed_run_ends_as_the_uninterrupted_one(
     ranks: int, mode: str, kills: int, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from combinations import in_pairs
 from stochastic_depth.drop.decide import choose_samples
 from stochastic_depth.drop.force import forced
 
@@ -126,12 +127,10 @@ PLACES = [
     "in place",
     "torch.add, first",
 ]
+CASES = in_pairs(list(FUNCTIONS), PLACES, [False, True], MODES)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("function", "place", "inner", "mode"), CASES)
 def test_its_backward_runs(function: str, place: str, inner: bool, mode: str) -> None:
     block = net(Block, FUNCTIONS[function], place, inner)
     ours, plain = twins(block, data(), mode=mode)
@@ -142,10 +141,7 @@ def test_its_backward_runs(function: str, place: str, inner: bool, mode: str) ->
     assert mine["gradient of f.weight"].any()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("function", "place", "inner", "mode"), CASES)
 def test_its_backward_runs_at_other_weights(
     function: str, place: str, inner: bool, mode: str
 ) -> None:
