@@ -155,8 +155,9 @@ def test_hooks_on_what_autograd_saves_are_seen_and_are_those_of_checkpointing() 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         assert _torch.saved_tensors_hooks() is not None
         outer = _torch.saved_tensors_hooks()
+        assert _torch.saved_tensors_hooks() == outer
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            assert _torch.saved_tensors_hooks() is not outer
+            assert _torch.saved_tensors_hooks() != outer
     seen: list[Any] = []
 
     def forward(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Gradient checkpointing sees the decisions of the forward again, or says that it cannot."""
 
+import gc
 import itertools
 from collections.abc import Callable
 
@@ -308,6 +309,21 @@ def test_forwards_of_a_model_are_replayed_in_any_order(
             # Reentrant checkpointing adds up gradients in another order.
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         assert dropped[0] == dropped[1]
+
+
+@pytest.mark.parametrize("reentrant", REENTRANT)
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_that_are_checkpointed_leave_no_tensor_behind(mode: str, reentrant: bool) -> None:
+    model, alive = applied(mode, None), []
+    for _ in range(8):
+        x = batch()
+        for block in model:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+        x.sum().backward()
+        del x
+        gc.collect()
+        alive.append(sum(type(x) is Tensor for x in gc.get_objects()))
+    assert alive[2:] == alive[2:3] * 6
 
 
 @no_gradient

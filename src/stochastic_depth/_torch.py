@@ -129,7 +129,8 @@ graph_task = torch._C._current_graph_task_id
 
 
 # What packs the tensors that autograd saves, None where nothing does. Non-reentrant checkpointing
-# works through such hooks, and nothing public tells that they are there.
+# works through such hooks, and nothing public tells that they are there. Each time it is a new
+# tuple of the same two functions.
 saved_tensors_hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 

@@ -175,7 +175,7 @@ class Frame:
         if self.compiling or torch.compiler.is_compiling():
             return False
         inverse = self.around not in (None, CHECKPOINT)  # may be computed in its backward pass
-        return inverse or function is not None or saved_tensors_hooks() is not self.hooks
+        return inverse or function is not None or saved_tensors_hooks() != self.hooks
 
     def decisions(self) -> Any:
         return [(run.dropped, run.seed) for run in self.runs]
@@ -219,6 +219,7 @@ class Frame:
             run.split, run.owed, run.closed = None, [], True  # on record it keeps no tensors
             if not (run.joined or self.compiling or self.outer or self.is_plain):
                 self._check_way(run)
+        self.hooks = None  # which hold what is checkpointed
         if self.site.is_repeated:
             self._watch_backward(out)
         return out
