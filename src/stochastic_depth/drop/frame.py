@@ -210,7 +210,8 @@ class Frame:
                 if type(part) is Part:
                     raise part._run.error(
                         "returns one of its values from its block, or reaches another sum than the "
-                        "one that was found; give apply() example_inputs like those of training"
+                        "one that was found; give apply() example_inputs like those of training, "
+                        "and call it again if the code of the model has changed since"
                     )
             out = tree_unflatten(leaves, structure)
         if here.forced:
