@@ -100,6 +100,18 @@ def test_a_graph_that_must_be_whole_says_that_it_cannot_settle(batch: Any) -> No
         torch.compile(model, backend="eager", fullgraph=True)(*batch)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_a_transform_says_that_it_cannot_settle(transform: Any, batch: Any) -> None:
+    x, options = batch
+    model = sd.apply(Told(), p=1.0, schedule="uniform")
+    transformed = transform(lambda x: model(x, options).sum())
+    with pytest.raises(RuntimeError, match=r"first training call.* transform of torch.func"):
+        transformed(x)
+    model(*batch)
+    transformed(x)
+    assert [branch.dropped for branch in sd.branches(model)] == [2, 2, 2]
+
+
 def test_before_the_first_batch_a_model_that_is_one_block_has_its_weights_in_evaluation() -> None:
     model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).eval()
     x = torch.randn(2, 3, 4)

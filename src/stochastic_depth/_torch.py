@@ -40,6 +40,7 @@ __all__ = [
     "is_compiler_loaded",
     "is_flat_parameter",
     "is_given_to_hook",
+    "is_in_torch_func",
     "is_transformed",
     "is_view_of_flat_parameter",
     "outside_graphs",
@@ -144,11 +145,16 @@ def is_given_to_hook(frame: FrameType) -> bool:
     return frame.f_globals is vars(hooks)
 
 
+def is_in_torch_func() -> bool:
+    """Whether a transform of torch.func runs this."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_transformed() -> bool:
     """Whether something other than ordinary autograd looks on and has to see plain operations."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_func()
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._torch import outside_graphs
+from ._torch import is_in_torch_func, outside_graphs
 from .applied import branches, sites
 from .branch import (
     COUNTS,
@@ -239,6 +239,12 @@ class Pending:
     def _settle(self, args: Any, kwargs: Any) -> Any:
         from .apply import settle
 
+        if is_in_torch_func():  # whose tensors cannot be looked at
+            raise RuntimeError(
+                "stochastic depth: the first training call, which settles the branches, comes "
+                "inside of a transform of torch.func: pass example_inputs to apply(), or call the "
+                "model once in training before"
+            )
         settle(self, args, dict(kwargs))
         return self.part(*args, **kwargs)
 
