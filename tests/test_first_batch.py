@@ -263,6 +263,34 @@ def test_a_list_of_rates_may_be_that_of_each_network() -> None:
     assert [branch.p for branch in sd.branches(model)] == [0.1, 0.2, 0.1, 0.2]
 
 
+class Keeps(Block):
+    kept: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if x.dim() == 3:
+            self.kept = y
+        return x + y
+
+
+class Leaves(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.dim() == 3 else super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [(Keeps, "kept in an attribute"), (Leaves, "not in the first training batch's run")],
+)
+def test_what_the_first_batch_does_not_have_is_told(last: type[nn.Module], reason: str) -> None:
+    model = sd.apply(nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(), last()), 1.0)
+    assert [branch.name for branch in sd.branches(model)] == ["1:linear", "2:linear"]
+    with pytest.warns(UserWarning, match=rf"(?s)1 of them .* 2:linear: .*{reason}"):
+        model(torch.randn(2, 3, WIDTH))
+    assert [branch.name for branch in sd.branches(model)] == ["1:linear"]
+    assert reason in dict(sd.summary(model).refused)["2:linear"]
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_a_cache_that_keeps_attention_from_being_dropped_is_told(given: bool) -> None:
     config = LlamaConfig(
