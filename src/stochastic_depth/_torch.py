@@ -32,6 +32,7 @@ __all__ = [
     "class_call",
     "class_replicate",
     "default_store",
+    "forward_hooks",
     "global_hooks",
     "graph_task",
     "has_hooks",
@@ -117,6 +118,11 @@ def class_replicate(module: nn.Module) -> nn.Module:
 # Whether a module has hooks around its forward: the public ways only add them.
 def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that see what a call of the module returns."""
+    return list(module._forward_hooks.values()) if module._forward_hooks else []
 
 
 def global_hooks() -> list[Any]:

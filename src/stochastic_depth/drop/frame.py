@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import (
+    forward_hooks,
     graph_task,
     has_hooks,
     outside_graphs,
@@ -21,6 +22,7 @@ from .._torch import (
 )
 from ..branch import Branch
 from ..find.plan import Gate, Plan
+from ..find.spot import NOT_THE_USERS
 from ..find.tensors import CHECKPOINT, function_around
 from .decide import kept_weight
 from .part import Part, first_part, form, parts_in, whole
@@ -254,11 +256,23 @@ class Frame:
                 "watched; if that is a residual branch, it is not dropped"
             )
 
-    def _tell(self, what: str) -> None:
+    def tell_hooks(self) -> None:
+        """Warn, once, of a user's hooks on a block that is dropped as a whole."""
+        block, (run,) = self.site.block, self.runs
+        hooks = forward_hooks(block) if run.branch.is_active else []
+        if any(not (getattr(h, "__module__", None) or "").startswith(NOT_THE_USERS) for h in hooks):
+            self._tell(
+                f"{type(block).__name__} has forward hooks, which do not run where it is dropped "
+                "and see just the kept samples: what they collect, as for "
+                "output_hidden_states=True, is not whole",
+                "hooks",
+            )
+
+    def _tell(self, what: str, kind: str = "way") -> None:
         """Warn, once, of a call that goes another way than when it was watched."""
         site, in_graph = self.site, self.compiling or torch.compiler.is_compiling()
-        if not (in_graph or site.has_told or here.forced is not None) and site.block.training:
-            site.has_told = True
+        if not (in_graph or kind in site.told or here.forced is not None) and site.block.training:
+            site.told.add(kind)
             warnings.warn(
                 f"stochastic depth: {what}; give apply() example_inputs like those of training",
                 stacklevel=2,

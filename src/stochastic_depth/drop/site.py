@@ -62,7 +62,7 @@ class Site:
         self.draws, self.watch, self.findings = draws, watch, findings
         self.is_repeated = False  # checkpointing in the block has repeated calls of its children
         self.is_root = any(branch.name.startswith(":") for branch in branches)
-        self.has_told = False  # of a call that went another way
+        self.told: set[str] = set()  # what has been warned of
         self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
         self.others: dict[Any, Plan] = {}  # of calls in another precision, by form and precision
