@@ -153,8 +153,9 @@ class Draws:
 
         if not may_be_recomputed():
             return draw()
-        purpose = tuple((b.name, b.p, b.mode, b.decides_calls) for b in branches)
-        return self.tape.decide(draw, purpose, default=generator is None and not in_deck)
+        names = [branch.name for branch in branches]
+        purpose = tuple((b.p, b.mode, b.decides_calls) for b in branches)
+        return self.tape.decide(draw, names, purpose, default=generator is None and not in_deck)
 
     def _is_dropped(self, branch: Branch, shared: bool) -> bool:
         deck, kind = self.decks[branch], _KINDS[shared]

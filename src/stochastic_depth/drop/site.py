@@ -103,6 +103,8 @@ class Site:
         if forced is not None and (not forced or any([b in forced for b in self.branches])):
             return bool(forced)
         if self.is_training():
+            if not torch.compiler.is_compiling() and all([b.is_certain for b in self.branches]):
+                self.draws.tape.check_rates([b.name for b in self.branches])
             return self.replaces or any([b.is_active for b in self.branches])
         return any([b.scale == "eval" and b.is_active for b in self.branches])
 
