@@ -223,6 +223,58 @@ class Twice(nn.Module):
         return self.other(x), (first, second)[self.read]
 
 
+class Collecting(Decoder):
+    """Collects what its layers return, in the way of transformers."""
+
+    def forward(self, x: Tensor, collect: bool = False) -> Tensor | tuple[Tensor, ...]:
+        states: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda layer, args, out: states.append(out[0]))
+            for layer in self.layers
+            if collect
+        ]
+        out = super().forward(x)
+        for hook in hooks:
+            hook.remove()
+        return (out, *states) if collect else out
+
+
+class Counting(Decoder):
+    """Fails where a layer has not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ran: list[nn.Module] = []
+        hooks = [
+            m.first.register_forward_hook(lambda m, args, out: ran.append(m)) for m in self.layers
+        ]
+        out = super().forward(x)
+        for hook in hooks:
+            hook.remove()
+        return out + len(ran[len(self.layers) - 1].weight)
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (Collecting, {"collect": True}, "returns 3 tensors and not 4: hooks collect"),
+        (Counting, {}, "the model fails where it is left out: IndexError"),
+    ],
+)
+def test_blocks_that_the_model_needs_are_refused(kind, options, reason, mode):
+    model, batch = kind(), {"x": torch.randn(3, 4), **options}
+    with pytest.raises(ValueError, match=rf"(?s)none of the blocks .*layers.2.*{reason}"):
+        sd.apply(model, 0.5, blocks=Layer, mode=mode, example_inputs=batch)
+
+
+def test_hooks_that_come_later_and_miss_what_is_dropped_are_told_once():
+    model, x = Collecting(), torch.randn(3, 4)
+    sd.apply(model, 1.0, blocks=Layer, schedule="uniform", example_inputs=x)
+    with pytest.warns(UserWarning, match="Layer has forward hooks, which do not run where it is"):
+        assert len(model(x, collect=True)) == 1
+    model(x, collect=True)
+
+
 @pytest.mark.parametrize("read", [0, 1])
 def test_a_block_is_dropped_in_all_calls_of_a_form_or_in_none(read):
     model, x = Twice(read), torch.randn(2, 4)

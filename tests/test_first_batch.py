@@ -100,6 +100,18 @@ def test_a_graph_that_must_be_whole_says_that_it_cannot_settle(batch: Any) -> No
         torch.compile(model, backend="eager", fullgraph=True)(*batch)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_a_transform_says_that_it_cannot_settle(transform: Any, batch: Any) -> None:
+    x, options = batch
+    model = sd.apply(Told(), p=1.0, schedule="uniform")
+    transformed = transform(lambda x: model(x, options).sum())
+    with pytest.raises(RuntimeError, match=r"first training call.* transform of torch.func"):
+        transformed(x)
+    model(*batch)
+    transformed(x)
+    assert [branch.dropped for branch in sd.branches(model)] == [2, 2, 2]
+
+
 def test_before_the_first_batch_a_model_that_is_one_block_has_its_weights_in_evaluation() -> None:
     model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).eval()
     x = torch.randn(2, 3, 4)
@@ -249,6 +261,34 @@ def test_a_list_of_rates_may_be_that_of_each_network() -> None:
     for part in (model.judge, model.maker):
         part(torch.randn(4, WIDTH), {"factor": 2.0, "scale": 1.0})
     assert [branch.p for branch in sd.branches(model)] == [0.1, 0.2, 0.1, 0.2]
+
+
+class Keeps(Block):
+    kept: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if x.dim() == 3:
+            self.kept = y
+        return x + y
+
+
+class Leaves(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.dim() == 3 else super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [(Keeps, "kept in an attribute"), (Leaves, "not in the first training batch's run")],
+)
+def test_what_the_first_batch_does_not_have_is_told(last: type[nn.Module], reason: str) -> None:
+    model = sd.apply(nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(), last()), 1.0)
+    assert [branch.name for branch in sd.branches(model)] == ["1:linear", "2:linear"]
+    with pytest.warns(UserWarning, match=rf"(?s)1 of them .* 2:linear: .*{reason}"):
+        model(torch.randn(2, 3, WIDTH))
+    assert [branch.name for branch in sd.branches(model)] == ["1:linear"]
+    assert reason in dict(sd.summary(model).refused)["2:linear"]
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -337,3 +337,21 @@ def test_a_checkpointed_branch_without_the_random_state_is_an_error(
     out = model(batch())
     with pytest.raises(RuntimeError, match="keep preserve_rng_state=True"):
         out.square().sum().backward()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_a_rate_that_leaves_nothing_to_draw_since_the_forward_is_an_error(
+    p: float, mode: str, seed: int | None
+) -> None:
+    model = applied(mode, None, seed)
+    torch.manual_seed(next(_seeds))
+    checkpoint(model, batch(), use_reentrant=True).square().sum().backward()
+    out = checkpoint(model, batch(), use_reentrant=True)
+    for branch in sd.branches(model):
+        branch.p = p
+    with pytest.raises(RuntimeError, match="the rate or the mode changed since the forward"):
+        out.square().sum().backward()
+    for _ in range(3):
+        checkpoint(model, batch(), use_reentrant=True).square().sum().backward()

@@ -32,6 +32,7 @@ __all__ = [
     "REPLICATE",
     "class_replicate",
     "default_store",
+    "forward_hooks",
     "global_hooks",
     "graph_task",
     "has_hooks",
@@ -40,6 +41,7 @@ __all__ = [
     "is_compiler_loaded",
     "is_flat_parameter",
     "is_given_to_hook",
+    "is_in_torch_func",
     "is_transformed",
     "is_view_of_flat_parameter",
     "outside_graphs",
@@ -113,6 +115,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that see what a call of the module returns."""
+    return list(module._forward_hooks.values()) if module._forward_hooks else []
+
+
 def global_hooks() -> list[Any]:
     """The hooks around the forwards of all modules."""
     return [*modules._global_forward_pre_hooks.values(), *modules._global_forward_hooks.values()]
@@ -139,11 +146,16 @@ def is_given_to_hook(frame: FrameType) -> bool:
     return frame.f_globals is vars(hooks)
 
 
+def is_in_torch_func() -> bool:
+    """Whether a transform of torch.func runs this."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_transformed() -> bool:
     """Whether something other than ordinary autograd looks on and has to see plain operations."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_func()
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -14,7 +14,7 @@ from .drop.draws import Draw, Draws, Ranks
 from .drop.over import check_not_skipped
 from .drop.slot import keep_slots, put, slot_of
 from .find import find, find_blocks, guess_inputs
-from .find.parts import WRITES
+from .find.parts import is_writing
 from .find.plan import Findings
 from .garbage import few_collections
 from .install import Pending, Settings, keep_identity, prefixed
@@ -227,7 +227,7 @@ def _tell_unused(findings: Findings) -> None:
 
 def _tell_writing(findings: Findings) -> None:
     """Say what is not dropped for the way in which the model is called, which is easily changed."""
-    writing = [r for r in findings.refused if r.reason.startswith(WRITES.partition("{}")[0])]
+    writing = [r for r in findings.refused if is_writing(r.reason)]
     if writing:
         warnings.warn(
             "stochastic depth: branches that write into what they are given are not dropped: "
@@ -301,6 +301,7 @@ def settle(pending: Pending, args: Any, kwargs: dict[str, Any]) -> None:
         findings = refuse_what_fails(part, _find(part, args, kwargs, settings), args, kwargs)
         findings = prefixed(findings, name)
         findings.refused += refused
+        _install.tell_lost(before.values(), findings)
         tell = not before  # else it was said of the inputs that were made up
         complete(model, keep_identity(findings, before), settings, tell, beside)
         if slot_of(part) is not None:

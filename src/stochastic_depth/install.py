@@ -1,5 +1,6 @@
 """From what was found to slots in the model, and from the first real batch to what was found."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._torch import outside_graphs
+from ._torch import is_in_torch_func, outside_graphs
 from .applied import branches, sites
 from .branch import (
     COUNTS,
@@ -28,6 +29,7 @@ from .drop.site import Site
 from .drop.slot import Slot, outer_slot, put, slot_of, take_out
 from .drop.whole import WholeSite
 from .find import Samples, rate_of
+from .find.parts import is_writing
 from .find.plan import Findings, Refused, only
 from .new_forms import watch_block
 from .patterns import Filter, choose
@@ -45,6 +47,7 @@ __all__ = [
     "refused_beside",
     "remove",
     "sites_of",
+    "tell_lost",
 ]
 
 
@@ -239,6 +242,12 @@ class Pending:
     def _settle(self, args: Any, kwargs: Any) -> Any:
         from .apply import settle
 
+        if is_in_torch_func():  # whose tensors cannot be looked at
+            raise RuntimeError(
+                "stochastic depth: the first training call, which settles the branches, comes "
+                "inside of a transform of torch.func: pass example_inputs to apply(), or call the "
+                "model once in training before"
+            )
         settle(self, args, dict(kwargs))
         return self.part(*args, **kwargs)
 
@@ -265,6 +274,27 @@ def others_in(part: nn.Module, settings: Settings) -> dict[nn.Module, Any]:
             if draws is not settings.draws:
                 found[module] = site
     return found
+
+
+def tell_lost(before: Iterable[Branch], findings: Findings) -> None:
+    """Report the branches that were found on made-up inputs and are not there on the real ones."""
+    called = {name for branch in findings.branches for name in branch.modules}
+    lost = []
+    for name in [b.name for b in before if called.isdisjoint(b.modules)]:
+        reasons = [r.reason for r in findings.refused if is_below(r.name, name)]
+        if not reasons:
+            findings.refused.append(Refused(name, _LOST))
+        if not any(map(is_writing, reasons)):  # which is told of all
+            lost.append(f"{name}: {reasons[0] if reasons else _LOST}")
+    if lost:
+        warnings.warn(
+            "stochastic depth: apply() found branches on inputs that it made up, and on the first "
+            f"training batch {len(lost)} of them cannot be dropped:\n  " + "\n  ".join(lost[:3]),
+            stacklevel=6,
+        )
+
+
+_LOST = "it is not in the first training batch's run: give apply() example_inputs to know before"
 
 
 def put_others(others: Mapping[nn.Module, Any], gone: Iterable[nn.Module]) -> None:

@@ -42,14 +42,14 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     counted twice, or on some samples twice and on the others not at all; the latter is compared
     with the plain model whose sums count them so. Where that fails, each branch is tried alone, and
     what fails is refused with the reason. Where samples are selected and that fails, selecting is
-    compared with computing all and masking, and where these differ, samples are masked. Of blocks
-    that are dropped as a whole only the latter is tried: they enter no sum.
+    compared with computing all and masking, and where these differ, samples are masked. Blocks that
+    are dropped as a whole enter no sum: of them, what the model returns has to keep its form.
     """
     if any(t.is_meta for t in tensor_leaves((args, kwargs))):
         return findings  # no values to compare
     found = findings.branches
     whole = any(b.kind == "block" for b in found)
-    if not found or (whole and all(b.place is None for b in found)):
+    if not found:
         return findings
     of_block = by_block(found)
     kind = WholeSite if whole else Site
@@ -69,11 +69,10 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     reasons: dict[Branch, str | None] = {}
     try:
         trial = _Trial(model, findings, args, kwargs)
-        if whole:
-            trial.mask_what_fails(found)
-        elif not trial.is_right_at_once(found):
-            if trial.failure(found) is not None:
-                reasons = _reasons(found, trial.failure)
+        failure = trial.fails_without_blocks if whole else trial.failure
+        if whole or not trial.is_right_at_once(found):
+            if failure(found) is not None:
+                reasons = _reasons(found, failure)
             trial.mask_what_fails([b for b in found if not reasons.get(b)])
     finally:
         for site in sites:
@@ -129,6 +128,23 @@ class _Trial:
             except Exception:  # of any kind: it takes no single sample
                 pass
         return self.weighed_differs(branches, self.inputs)
+
+    def fails_without_blocks(self, blocks: Sequence[Branch]) -> str | None:
+        """The same for whole blocks, which leave what the model returns in its form."""
+        try:
+            kept, left = (
+                self.run(dict.fromkeys(blocks, (dropped, 1.0)), self.inputs)
+                for dropped in (False, True)
+            )
+        except Exception as error:  # of any kind, as below
+            return f"the model fails where it is left out: {_told(error)}"
+        before, after = len(tensor_leaves(kept)), len(tensor_leaves(left))
+        if before != after:
+            return (
+                f"where it is left out, the model returns {after} tensors and not {before}: hooks "
+                "collect what it returns, as for output_hidden_states=True; call the model without"
+            )
+        return None
 
     def fails_without(self, branches: Sequence[Branch]) -> str | None:
         """How the model fails where these are dropped; None where it does not."""

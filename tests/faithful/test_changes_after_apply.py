@@ -318,6 +318,7 @@ def everything(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*has forward hooks:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"mode": "row"}, {"blocks": Block}, {"blocks": "all"}])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_remove_leaves_each_modules_dict_as_it_was(options: dict[str, Any], steps: int) -> None:

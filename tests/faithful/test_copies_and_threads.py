@@ -1,11 +1,14 @@
 """Copies have a life of their own; threads, recursion and interrupts disturb nothing."""
 
 import copy
+import importlib.util
 import io
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +45,57 @@ def through_file(model: nn.Module) -> nn.Module:
 
 
 COPIES = [copy.deepcopy, through_pickle, through_file]
+
+
+SOURCE = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.g(self.f(x).relu())
+"""
+
+
+def imported(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module ``its_blocks``, which has this source and is in this folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "its_blocks.py").write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("its_blocks", folder / "its_blocks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "its_blocks", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pickled_model_may_be_loaded_where_its_code_is_in_another_folder(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(*[imported(SOURCE, tmp_path / "here", monkeypatch).Block()] * 2).double()
+    sd.apply(model, 0.5, schedule="uniform", mode=mode, seed=0, example_inputs=data())
+    saved = pickle.dumps(model)
+    imported(SOURCE, tmp_path / "there", monkeypatch)
+    loaded = pickle.loads(saved)
+    for seed in range(6):
+        assert torch.equal(loaded(data(seed=seed)), model(data(seed=seed)))
+
+
+def test_a_pickled_model_whose_code_has_changed_has_to_be_applied_to_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = imported(SOURCE, tmp_path, monkeypatch).Block().double()
+    saved = pickle.dumps(sd.apply(model, 1.0, example_inputs=data()))
+    imported("# one line more\n" + SOURCE, tmp_path, monkeypatch)
+    loaded = pickle.loads(saved)
+    with pytest.raises(RuntimeError, match="call it again if the code of the model has changed"):
+        loaded(data())
+    assert torch.equal(sd.apply(loaded, 1.0, example_inputs=data())(data()), data())
 
 
 @pytest.mark.parametrize("mode", MODES)

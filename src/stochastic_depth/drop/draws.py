@@ -140,10 +140,10 @@ class Draws:
         draw = partial(self._from_decks, shared) if in_deck else partial(_from, generator)
         if not may_be_recomputed():
             return draw(branches)
-        purpose = tuple((b.name, b.p, b.mode, b.decides_calls) for b in branches)
-        return self.tape.decide(
-            partial(draw, branches), purpose, default=generator is None and not in_deck
-        )
+        names = [branch.name for branch in branches]
+        purpose = tuple((b.p, b.mode, b.decides_calls) for b in branches)
+        default = generator is None and not in_deck
+        return self.tape.decide(partial(draw, branches), names, purpose, default)
 
     def _from_decks(self, shared: bool, branches: list[Branch]) -> list[Decision]:
         return [self._is_dropped(branch, shared) for branch in branches]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import (
+    forward_hooks,
     graph_task,
     has_hooks,
     outside_graphs,
@@ -21,6 +22,7 @@ from .._torch import (
 )
 from ..branch import Branch
 from ..find.plan import Gate, Plan
+from ..find.spot import NOT_THE_USERS
 from ..find.tensors import CHECKPOINT, function_around
 from .decide import kept_weight
 from .part import Part, first_part, form, parts_in, whole
@@ -67,9 +69,9 @@ class Frame:
         runs: list[Run] = []
         counts_any = site.block.training and not self.is_plain
         in_graph, dtypes = self.compiling or self.outer, self.plan.dtypes
+        weight: Any
         for i, branch in enumerate(branches):
-            decision, counts = decisions[i], counts_any
-            weight: Any = 1.0
+            decision, weight, counts = decisions[i], 1.0, counts_any
             if forced and branch in forced:
                 decision, weight = forced[branch]
                 counts = False
@@ -201,7 +203,8 @@ class Frame:
             RuntimeError: a value of a branch is in it, or has not come to its sum, which was not so
                 when it was watched.
         """
-        if not isinstance(out, Tensor) and first_part(_contents(out)) is not None:
+        known = (out,) if type(out) in (Tensor, Part, tuple, list, dict) else tree_leaves(out)
+        if first_part(known) is not None:
             leaves, structure = tree_flatten(out)
             for i in self.plan.dead:
                 if i < len(leaves) and type(leaves[i]) is Part:
@@ -210,7 +213,8 @@ class Frame:
                 if type(part) is Part:
                     raise part._run.error(
                         "returns one of its values from its block, or reaches another sum than the "
-                        "one that was found; give apply() example_inputs like those of training"
+                        "one that was found; give apply() example_inputs like those of training, "
+                        "and call it again if the code of the model has changed since"
                     )
             out = tree_unflatten(leaves, structure)
         if here.forced:
@@ -254,11 +258,23 @@ class Frame:
                 "watched; if that is a residual branch, it is not dropped"
             )
 
-    def _tell(self, what: str) -> None:
+    def tell_hooks(self) -> None:
+        """Warn, once, of a user's hooks on a block that is dropped as a whole."""
+        block = self.site.block
+        hooks = forward_hooks(block) if self.runs[0].branch.is_active else []
+        if any(not (getattr(h, "__module__", None) or "").startswith(NOT_THE_USERS) for h in hooks):
+            self._tell(
+                f"{type(block).__name__} has forward hooks, which do not run where it is dropped "
+                "and see just the kept samples: what they collect, as for "
+                "output_hidden_states=True, is not whole",
+                "hooks",
+            )
+
+    def _tell(self, what: str, kind: str = "way") -> None:
         """Warn, once, of a call that goes another way than when it was watched."""
         site, in_graph = self.site, self.compiling or torch.compiler.is_compiling()
-        if not (in_graph or site.has_told or here.forced is not None) and site.block.training:
-            site.has_told = True
+        if not (in_graph or kind in site.told or here.forced is not None) and site.block.training:
+            site.told.add(kind)
             warnings.warn(
                 f"stochastic depth: {what}; give apply() example_inputs like those of training",
                 stacklevel=2,
@@ -312,10 +328,6 @@ def _gone() -> None:
 
 _OTHER = Gate(None)
 _BLOCK = Slot.through.__code__  # by which the block's own call is made; modules in it may have none
-
-
-def _contents(out: Any) -> Any:
-    return (out,) if type(out) in (Part, tuple, list, dict) else tree_leaves(out)
 
 
 def _settled(part: Part) -> Any:

@@ -9,7 +9,7 @@ or raises.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from .._torch import graph_task, saved_tensors_hooks
 __all__ = ["Tape", "is_recomputing", "may_be_recomputed", "ticket_of"]
 
 T = TypeVar("T")
+_Key = tuple[tuple[str, ...], Hashable, int]  # names of branches, purpose, ticket
 _MOST = 1 << 14  # on record; forwards between a forward and its backward
 
 
@@ -57,17 +58,31 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self._decided: OrderedDict[Hashable, Any] = OrderedDict()
+        self._decided: OrderedDict[_Key, Any] = OrderedDict()
         self._repeated: set[Hashable] = set()  # those whose backward pass has been seen
+        self.tickets: set[tuple[str, int]] = set()  # of all others, by branch
 
     def __reduce__(self) -> Any:
         return Tape, ()
 
-    def decide(self, draw: Callable[[], T], purpose: Hashable, default: bool) -> T:
+    def check_rates(self, names: Iterable[str]) -> None:
+        """Raise where a backward pass repeats a forward that has drawn for one of these branches.
+
+        Their rates leave nothing to draw now.
+        """
+        if is_recomputing():
+            ticket = ticket_of(default=True)
+            if any((name, ticket) in self.tickets for name in names):
+                raise RuntimeError(_NOT_ON_RECORD)
+
+    def decide(
+        self, draw: Callable[[], T], names: Sequence[str], purpose: Hashable, default: bool
+    ) -> T:
         """What ``draw()`` decides; in a recomputation, what the forward decided.
 
         Args:
             draw: makes the decision.
+            names: of the branches.
             purpose: what it is for: a recomputation with another purpose finds nothing.
             default: whether it draws from torch's default generator. A recomputation then draws
                 again, so that the numbers after it are those of the forward.
@@ -75,24 +90,22 @@ class Tape:
         Raises:
             RuntimeError: it is not known what the forward decided.
         """
-        key = purpose, ticket_of(default)
+        ticket = ticket_of(default)
+        key = tuple(names), purpose, ticket
+        noted = {(name, ticket) for name in names}
         if not is_recomputing():
             decided = draw()
             clash = self._decided.get(key, decided) != decided and key not in self._repeated
             self._decided[key] = _AMBIGUOUS if clash else decided
             self._repeated.discard(key)
+            self.tickets |= noted
             while len(self._decided) > _MOST:
-                self._repeated.discard(self._decided.popitem(last=False)[0])
+                oldest, _ = self._decided.popitem(last=False)
+                self._repeated.discard(oldest)
+                self.tickets -= {(name, oldest[-1]) for name in oldest[0]}
             return decided
         if key not in self._decided:
-            raise RuntimeError(
-                "gradient checkpointing recomputes a branch whose drop decision is not on record. "
-                "Either the state of torch's default CPU generator was not restored "
-                "(preserve_rng_state=False), or the rate or the mode changed since the forward, or "
-                "a call in a new form showed that samples cannot be chosen, or "
-                f"{_MOST:,} decisions were made in between; keep preserve_rng_state=True, the "
-                "default"
-            )
+            raise RuntimeError(_NOT_ON_RECORD)
         decided = self._decided[key]
         if decided is _AMBIGUOUS:
             raise RuntimeError(
@@ -101,9 +114,17 @@ class Tape:
                 "forwards: seed it differently from step to step, or not at all"
             )
         self._repeated.add(key)
+        self.tickets -= noted
         if default:
             draw()
         return decided
 
 
 _AMBIGUOUS = object()
+_NOT_ON_RECORD = (
+    "gradient checkpointing recomputes a branch whose drop decision is not on record. Either the "
+    "state of torch's default CPU generator was not restored (preserve_rng_state=False), or the "
+    "rate or the mode changed since the forward, or a call in a new form showed that samples "
+    f"cannot be chosen, or {_MOST:,} decisions were made in between; keep preserve_rng_state=True, "
+    "the default"
+)

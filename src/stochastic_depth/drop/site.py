@@ -62,7 +62,7 @@ class Site:
         self.draws, self.watch, self.findings = draws, watch, findings
         self.is_repeated = False  # checkpointing in the block has repeated calls of its children
         self.is_root = any(branch.name.startswith(":") for branch in branches)
-        self.has_told = False  # of a call that went another way
+        self.told: set[str] = set()  # what has been warned of
         self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
         self.others: dict[Any, Plan] = {}  # of calls in another precision, by form and precision
@@ -103,8 +103,15 @@ class Site:
         if forced is not None and (not forced or any([b in forced for b in self.branches])):
             return bool(forced)
         if self.is_training():
+            if not torch.compiler.is_compiling() and self.draws.tape.tickets:
+                self._check_rates()
             return self.replaces or any([b.is_active for b in self.branches])
         return any([b.scale == "eval" and b.is_active for b in self.branches])
+
+    def _check_rates(self) -> None:
+        """Raise where what is repeated now was drawn by rates that leave nothing to draw by now."""
+        if all(branch.is_certain for branch in self.branches):
+            self.draws.tape.check_rates([branch.name for branch in self.branches])
 
     def is_training(self) -> bool:
         """Whether decisions are drawn: in training, and in evaluation while it is sampled."""

@@ -26,7 +26,9 @@ class WholeSite(Site):
         return {}
 
     def run_plan(self, plan: Plan, slot: Slot, args: Any, kwargs: Any) -> Any:
-        run = Frame(self, plan, args, kwargs, self.is_outer(slot)).runs[0]
+        frame = Frame(self, plan, args, kwargs, self.is_outer(slot))
+        run = frame.runs[0]
+        frame.tell_hooks()
         branch, gate = run.branch, plan.gates[""][0]
         given, structure = tree_flatten((args, kwargs))
         output, main = next(

@@ -8,13 +8,18 @@ from .flow import Flow
 from .functions import VIEWS
 from .measure import Measures
 
-__all__ = ["OUTSIDE", "WRITES", "Parts"]
+__all__ = ["OUTSIDE", "WRITES", "Parts", "is_writing"]
 
 OUTSIDE = (
     "a part of it is computed outside of torch, where it cannot be seen: put that into a module of "
     "its own"
 )
 WRITES = "it is given a {}, which it changes: call the model with use_cache=False, or without it"
+
+
+def is_writing(reason: str) -> bool:
+    """Whether this is the reason why a branch that writes into a cache is refused."""
+    return reason.startswith(WRITES.partition("{}")[0])
 
 
 class _Values:

@@ -92,4 +92,6 @@ def _spot(code: CodeType, instruction: int) -> Spot:
     begin, file = instruction if column is None else column, code.co_filename
     if file.startswith(_GENERATED):  # by torch.fx, with a number that is another each time
         file = _GENERATED
+    elif file != RESIDUAL:  # the folder is another where a pickled model is loaded, perhaps
+        file = os.path.basename(file)
     return Spot(file, code.co_qualname, line or 0, begin, (last or 0, end or 0))
