@@ -262,7 +262,7 @@ def synchronise(rank: int) -> None:
         options = {"mode": mode, "ranks": shared, "example_inputs": batch(0, 0)}
         sd.apply(net, p=0.5, schedule="uniform", **options)
         torch.manual_seed(rank)
-        if mode == "row" or (mode == "batch" and shared == "separate"):
+        if mode == "row" or shared == "separate":
             with pytest.raises(RuntimeError, match=r"runs a OnCPU, which waits for the other"):
                 net(batch(rank, 0))
             continue
@@ -277,7 +277,7 @@ def synchronise(rank: int) -> None:
     with pytest.raises(RuntimeError, match="StochasticDepth runs a OnCPU"):
         sd.StochasticDepth(Synchronised(), p=0.5, mode="row").double()(batch(rank, 0))
     x, f = batch(rank, 0), nn.Sequential(nn.Linear(4, 4), OnCPU(4)).double()
-    for mode in ("batch", "row"):
+    for mode in MODES:
         with pytest.raises(
             RuntimeError, match=r"residual\(\) runs a OnCPU.*generator= of the same"
         ):

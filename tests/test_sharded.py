@@ -172,7 +172,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def train(rank: int, how: str, mode: str, ranks: str, after: bool) -> None:
     options = {"p": P, "schedule": "uniform", "mode": mode, "ranks": ranks}
-    units_share = mode == "batch" and how != "root"
+    units_share = "inside" in how or (mode == "batch" and how != "root")
     shared = ranks == "shared" or (ranks == "auto" and units_share)
     model = build(how)
     if after:
@@ -221,7 +221,7 @@ def train(rank: int, how: str, mode: str, ranks: str, after: bool) -> None:
 def refuses(how: str, mode: str, ranks: str) -> bool:
     """Whether ranks could wait for each other: FSDP gathers something inside of a branch."""
     inside = "inside" in how
-    return inside and (mode == "row" or (mode == "batch" and ranks == "separate"))
+    return inside and (mode == "row" or ranks == "separate")
 
 
 Case = tuple[str, str, str]  # how it is sharded, the mode, how decisions are shared

@@ -62,6 +62,7 @@ def watch_block(
         if branch is not None:
             branch.sums |= found.sums
             branch.joins |= found.joins
+            branch.talks |= found.talks
             if samples is not None:
                 _place(site, branch, found)
     plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])

@@ -15,6 +15,7 @@ from ..find.ranks import is_sharded
 __all__ = [
     "existing_of",
     "is_fsdp_wrapper",
+    "is_split",
     "is_whole",
     "modules_of",
     "needs_all_ranks",
@@ -56,13 +57,13 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
     """Whether ranks have to run a branch together.
 
     Returns:
-        The type of a module in the branch that waits for other ranks, "" if none does, and whether
-        the parameters of ``block`` are sharded, seen from inside of its forward.
+        What in the branch waits for other ranks, "" if nothing does, and whether the parameters of
+        ``block`` are sharded, seen from inside of its forward.
     """
     inside = [m for module in modules_of(branch, block) for m in module.modules()]
     if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
         inside = [m for m in inside if m is not block]
-    talking = waiting_in(inside, in_unit=is_sharded(block))
+    talking = waiting_in(inside, in_unit=is_sharded(block)) or "collective" * branch.talks
     sharded = any(map(_is_unit, block.modules())) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
@@ -81,8 +82,11 @@ def waiting_in(modules: Iterable[nn.Module], in_unit: bool = False) -> str:
 
 
 def _is_collective(module: nn.Module, in_unit: bool) -> bool:
-    if isinstance(module, SyncBatchNorm) or _is_unit(module):
-        return True
+    return isinstance(module, SyncBatchNorm) or _is_unit(module) or is_split(module, in_unit)
+
+
+def is_split(module: nn.Module, in_unit: bool = False) -> bool:
+    """Whether several ranks compute ``module`` together, on the same samples."""
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     split = [p for p in module.parameters(recurse=False) if isinstance(p, kind)]
     return not all(in_unit and _may_be_of_fsdp(p) for p in split)
