@@ -14,6 +14,7 @@ from ..find.ranks import is_sharded
 
 __all__ = [
     "existing_of",
+    "has_units",
     "is_fsdp_wrapper",
     "is_split",
     "is_whole",
@@ -64,7 +65,7 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
     if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
         inside = [m for m in inside if m is not block]
     talking = waiting_in(inside, in_unit=is_sharded(block)) or "collective" * branch.talks
-    sharded = any(map(_is_unit, block.modules())) or any(
+    sharded = has_units(block) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
     return talking, sharded
@@ -98,6 +99,11 @@ def _may_be_of_fsdp(parameter: Any) -> bool:
     *others, last = parameter.placements  # in a hybrid, FSDP shards in groups that are replicas
     fits = last.is_shard() and all(other.is_replicate() for other in others)
     return fits and not any("tp" in name for name in names)
+
+
+def has_units(block: nn.Module) -> bool:
+    """Whether FSDP gathers parameters when ``block`` is called."""
+    return any(map(_is_unit, block.modules()))
 
 
 def _is_unit(module: nn.Module) -> bool:

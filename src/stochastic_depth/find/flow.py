@@ -129,7 +129,7 @@ class Flow:
             call = self.calls[call].parent
 
     def talks_within(self, calls: Iterable[int], alone: Iterable[int] = ()) -> bool:
-        """Whether ranks talk in one of these calls, or in ``alone`` and in no call that it makes."""
+        """Whether ranks talk in one of these calls, or in ``alone``, in no call that it makes."""
         around = {c for call in self.talks for c in self.around(call)}
         return not around.isdisjoint(calls) or not self.talks.isdisjoint(alone)
 
