@@ -137,6 +137,34 @@ def test_an_optimizer_whose_state_is_sharded() -> None:
     launch(shard_the_optimizer, 2)
 
 
+def average_in_hooks(rank: int) -> None:
+    """Each gradient when it comes: ranks have to come to them in the same order."""
+    model = build("batch")
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
+    torch.manual_seed(rank)  # by which they would decide apart
+    for step in range(STEPS):
+        before = [b.dropped for b in sd.branches(model)]
+        model.zero_grad()
+        model(batch(rank, step)).square().mean().backward()
+        got = [p.grad for p in model.parameters()]
+        dropped = [b.dropped - n for b, n in zip(sd.branches(model), before, strict=True)]
+        first, *blocks = model
+        y = first(batch(rank, step))
+        for block, absent in zip(blocks, dropped, strict=True):
+            if not absent:
+                y = y + 2.0 * torch.tanh(block.gamma * block.linear(y))
+        weights = list(model.parameters())
+        own = torch.autograd.grad(y.square().mean(), weights, materialize_grads=True)
+        for g, total in zip(got, own, strict=True):
+            dist.all_reduce(total)
+            torch.testing.assert_close(g, total)
+
+
+def test_gradients_that_are_averaged_in_hooks_are_those_of_the_same_parameters() -> None:
+    launch(average_in_hooks, 2)
+
+
 # --- one option says whether decisions are shared
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 
-from .._torch import is_view_of_flat_parameter
+from .._torch import has_gradient_hooks, is_view_of_flat_parameter
 from ..branch import Branch, block_of, label_of
 from ..find import WHOLE
 from ..find.ranks import is_sharded
@@ -58,17 +58,19 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
     """Whether ranks have to run a branch together.
 
     Returns:
-        What in the branch waits for other ranks, "" if nothing does, and whether the parameters of
-        ``block`` are sharded, seen from inside of its forward.
+        What in the branch waits for other ranks, "" if nothing does, and whether they had better:
+        the parameters of ``block`` are sharded, or gradients are seen one by one by hooks, which
+        may average them, and come in another order where the branch is dropped.
     """
     inside = [m for module in modules_of(branch, block) for m in module.modules()]
     if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
         inside = [m for m in inside if m is not block]
     talking = waiting_in(inside, in_unit=is_sharded(block)) or "collective" * branch.talks
-    sharded = has_units(block) or any(
+    better = has_units(block) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
-    return talking, sharded
+    hooked = (has_gradient_hooks(p) for m in inside for p in m.parameters(recurse=False))
+    return talking, better or any(hooked)
 
 
 def waiting_in(modules: Iterable[nn.Module], in_unit: bool = False) -> str:

@@ -280,7 +280,7 @@ def is_shared(ranks: Ranks, branch: Branch, block: nn.Module) -> bool:
     Raises:
         RuntimeError: the ranks could wait for each other for ever.
     """
-    talking, sharded = needs_all_ranks(branch, block)
+    talking, better = needs_all_ranks(branch, block)
     waits = f"{branch.name} runs a {talking}, which waits for the other ranks, and"
     unless = "if it is FSDP's, shard the block as a whole and nothing inside of its branches"
     if is_whole(branch):
@@ -297,4 +297,4 @@ def is_shared(ranks: Ranks, branch: Branch, block: nn.Module) -> bool:
         )
     if ranks != "auto":
         return ranks == "shared"
-    return bool(talking) or (branch.mode == "batch" and sharded)
+    return bool(talking) or (branch.mode == "batch" and better)
