@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -163,6 +164,27 @@ def average_in_hooks(rank: int) -> None:
 
 def test_gradients_that_are_averaged_in_hooks_are_those_of_the_same_parameters() -> None:
     launch(average_in_hooks, 2)
+
+
+def load_what_the_first_rank_saved(rank: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[Block() for _ in range(4)]).double()
+    options = {"seed": 7, "mode": "subset", "ranks": "separate", "example_inputs": batch(0, 0)}
+    sd.apply(net, p=0.3, schedule="uniform", **options)
+    net(batch(0, 0))
+    saved = [sd.state_dict(net)]
+    sd.load_state_dict(net, saved[0])  # its own, without a warning
+    before = [net(batch(0, 0)).detach() for _ in range(STEPS)]
+    dist.broadcast_object_list(saved)
+    with pytest.warns(match="that of rank 0, and this is rank 1") if rank else nullcontext():
+        sd.load_state_dict(net, saved[0])
+    after = torch.stack([net(batch(0, 0)).detach() for _ in range(STEPS)])
+    assert not same_everywhere(after)
+    assert torch.equal(after, torch.stack(before)) is (rank == 0)
+
+
+def test_ranks_that_load_the_state_of_one_go_on_to_decide_apart() -> None:
+    launch(load_what_the_first_rank_saved, 2)
 
 
 # --- one option says whether decisions are shared

@@ -218,7 +218,7 @@ class Draws:
         """The states of those generators that have been used: tensors, numbers, dicts and lists."""
         decks = {deck.name: deck for deck in self.decks.values()}
         state: dict[str, Any] = {"seed": self.seed, "ranks": self.ranks, "draw": self.draw}
-        state |= {"common": self._common, "decks": {}}
+        state |= {"common": self._common, "rank": rank(), "decks": {}}
         for source, generator in self._generators.items():
             if isinstance(source, str):
                 state[source] = generator.get_state()
@@ -246,6 +246,9 @@ class Draws:
         self._alone.clear()  # what is restored is not seeded again
         self._common = state["common"]
         self._generators = {kind: _restored(state[kind]) for kind in _KINDS if kind in state}
+        if "separate" in self._generators and state.get("rank", rank()) != rank():
+            number = int(torch.randint(1 << 62, (), generator=self._generators["separate"]))
+            self._generators["separate"] = _seeded(_mixed(number, rank()))
         decks = {deck.name: deck for deck in self.decks.values()}
         for name, by_kind in state["decks"].items():
             deck = decks.get(name)
