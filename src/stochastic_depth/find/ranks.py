@@ -49,6 +49,11 @@ class Listening(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.note = note
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler, and the model is run once more on ranks that had none."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in _TALK and not is_between_ranks(sys._getframe(1)):
             self.note()
