@@ -1,6 +1,7 @@
 """Start processes that talk over the loopback interface, and never wait for ever."""
 
 import datetime
+import faulthandler
 import os
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def _start(
     timeout: float,
     args: tuple[Any, ...],
 ) -> None:
+    faulthandler.enable()  # a crash says where
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

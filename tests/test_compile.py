@@ -405,6 +405,19 @@ def test_private_generator_is_refused_in_a_compiled_graph(options):
         fast(x)
 
 
+@pytest.mark.parametrize("way", ["whole", "by block"])
+@pytest.mark.parametrize("mode", ["row", "subset"])
+@pytest.mark.parametrize("options", [{"seed": 0}, {"ranks": "shared"}], ids=str)
+def test_samples_in_compiled_blocks_are_not_drawn_by_the_graph_where_they_have_a_seed(
+    mode, way, options
+):
+    model, x = build(Mlp)
+    sd.apply(model, p=0.5, mode=mode, example_inputs=x, **options)
+    fast, _ = compiled_in_parts(model, way)
+    with pytest.raises(RuntimeError, match="nor for samples in compiled blocks"):
+        fast(x)
+
+
 def test_copy_of_an_applied_model_compiles():
     model, x = build(Mlp)
     fast, counter = compiled(copy.deepcopy(sd.apply(model, p=0.5, mode="subset", example_inputs=x)))

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -137,6 +138,55 @@ def test_an_optimizer_whose_state_is_sharded() -> None:
     launch(shard_the_optimizer, 2)
 
 
+def average_in_hooks(rank: int) -> None:
+    """Each gradient when it comes: ranks have to come to them in the same order."""
+    model = build("batch")
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
+    torch.manual_seed(rank)  # by which they would decide apart
+    for step in range(STEPS):
+        before = [b.dropped for b in sd.branches(model)]
+        model.zero_grad()
+        model(batch(rank, step)).square().mean().backward()
+        got = [p.grad for p in model.parameters()]
+        dropped = [b.dropped - n for b, n in zip(sd.branches(model), before, strict=True)]
+        first, *blocks = model
+        y = first(batch(rank, step))
+        for block, absent in zip(blocks, dropped, strict=True):
+            if not absent:
+                y = y + 2.0 * torch.tanh(block.gamma * block.linear(y))
+        weights = list(model.parameters())
+        own = torch.autograd.grad(y.square().mean(), weights, materialize_grads=True)
+        for g, total in zip(got, own, strict=True):
+            dist.all_reduce(total)
+            torch.testing.assert_close(g, total)
+
+
+def test_gradients_that_are_averaged_in_hooks_are_those_of_the_same_parameters() -> None:
+    launch(average_in_hooks, 2)
+
+
+def load_what_the_first_rank_saved(rank: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[Block() for _ in range(4)]).double()
+    options = {"seed": 7, "mode": "subset", "ranks": "separate", "example_inputs": batch(0, 0)}
+    sd.apply(net, p=0.3, schedule="uniform", **options)
+    net(batch(0, 0))
+    saved = [sd.state_dict(net)]
+    sd.load_state_dict(net, saved[0])  # its own, without a warning
+    before = [net(batch(0, 0)).detach() for _ in range(STEPS)]
+    dist.broadcast_object_list(saved)
+    with pytest.warns(match="that of rank 0, and this is rank 1") if rank else nullcontext():
+        sd.load_state_dict(net, saved[0])
+    after = torch.stack([net(batch(0, 0)).detach() for _ in range(STEPS)])
+    assert not same_everywhere(after)
+    assert torch.equal(after, torch.stack(before)) is (rank == 0)
+
+
+def test_ranks_that_load_the_state_of_one_go_on_to_decide_apart() -> None:
+    launch(load_what_the_first_rank_saved, 2)
+
+
 # --- one option says whether decisions are shared
 
 
@@ -262,7 +312,7 @@ def synchronise(rank: int) -> None:
         options = {"mode": mode, "ranks": shared, "example_inputs": batch(0, 0)}
         sd.apply(net, p=0.5, schedule="uniform", **options)
         torch.manual_seed(rank)
-        if mode == "row" or (mode == "batch" and shared == "separate"):
+        if mode == "row" or shared == "separate":
             with pytest.raises(RuntimeError, match=r"runs a OnCPU, which waits for the other"):
                 net(batch(rank, 0))
             continue
@@ -277,7 +327,7 @@ def synchronise(rank: int) -> None:
     with pytest.raises(RuntimeError, match="StochasticDepth runs a OnCPU"):
         sd.StochasticDepth(Synchronised(), p=0.5, mode="row").double()(batch(rank, 0))
     x, f = batch(rank, 0), nn.Sequential(nn.Linear(4, 4), OnCPU(4)).double()
-    for mode in ("batch", "row"):
+    for mode in MODES:
         with pytest.raises(
             RuntimeError, match=r"residual\(\) runs a OnCPU.*generator= of the same"
         ):

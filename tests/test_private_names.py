@@ -287,6 +287,16 @@ def test_fsdp1_marks_its_flat_parameters_and_their_views(original: bool) -> None
     assert seen == [True]
 
 
+def test_the_hooks_on_a_gradient_are_seen() -> None:
+    for name in ("register_hook", "register_post_accumulate_grad_hook"):
+        weight = Net().linear.weight
+        assert not _torch.has_gradient_hooks(weight)
+        handle = getattr(weight, name)(lambda x: None)
+        assert _torch.has_gradient_hooks(weight)
+        handle.remove()
+        assert not _torch.has_gradient_hooks(weight)
+
+
 # --- structures
 
 

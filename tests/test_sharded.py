@@ -172,7 +172,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def train(rank: int, how: str, mode: str, ranks: str, after: bool) -> None:
     options = {"p": P, "schedule": "uniform", "mode": mode, "ranks": ranks}
-    units_share = mode == "batch" and how != "root"
+    units_share = "inside" in how or (mode == "batch" and how != "root")
     shared = ranks == "shared" or (ranks == "auto" and units_share)
     model = build(how)
     if after:
@@ -221,7 +221,7 @@ def train(rank: int, how: str, mode: str, ranks: str, after: bool) -> None:
 def refuses(how: str, mode: str, ranks: str) -> bool:
     """Whether ranks could wait for each other: FSDP gathers something inside of a branch."""
     inside = "inside" in how
-    return inside and (mode == "row" or (mode == "batch" and ranks == "separate"))
+    return inside and (mode == "row" or ranks == "separate")
 
 
 Case = tuple[str, str, str]  # how it is sharded, the mode, how decisions are shared
@@ -350,3 +350,60 @@ def split_all(rank: int) -> None:
 
 def test_tensor_parallel_blocks_are_dropped_on_all_ranks_or_on_none() -> None:
     launch(split_all, 2)
+
+
+class Scaled(Block):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        h = self.linear(x)
+        return x + torch.tanh(self.gamma * (h if scale is None else h * scale))
+
+
+class Scaling(nn.ModuleList):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        for block in self:
+            x = block(x, scale)
+        return x
+
+
+def meet_a_form_alone(rank: int) -> None:
+    """The second rank calls the model in a form that was not seen, and the first one does not."""
+    torch.manual_seed(0)
+    plain = Scaling(Scaled() for _ in range(4)).double()
+    scales = [torch.ones(1, dtype=torch.float64), None] if rank else [None]
+    for seen in (True, False):
+        model = sd.apply(copy.deepcopy(plain), P, schedule="uniform", example_inputs=batch(0, 0))
+        if seen:
+            for scale in (torch.ones(1, dtype=torch.float64), None):
+                model(batch(0, 0), scale)
+        for block in model:
+            fully_shard(block)
+        fully_shard(model)
+        for step in range(STEPS):
+            scale = scales[step % len(scales)]
+            before = [b.dropped for b in sd.branches(model)]
+            told = rank and not seen and step == 0
+            model.zero_grad()
+            with pytest.warns(match="FSDP shards it") if told else contextlib.nullcontext():
+                model(batch(rank, step), scale).square().mean().backward()
+            dropped = [b.dropped - n for b, n in zip(sd.branches(model), before, strict=True)]
+            y = batch(rank, step)
+            for block, absent in zip(plain, dropped, strict=True):
+                weight = 1.0 if scale is not None and not seen else 1 / (1 - P)
+                y = y + (0 if absent else weight) * (block(y, scale) - y)
+            plain.zero_grad()
+            y.square().mean().backward()
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                mean = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+                torch.testing.assert_close(ours.grad.full_tensor(), mean)
+    model = sd.apply(copy.deepcopy(plain), P, example_inputs=batch(0, 0))
+    for block in model:
+        fully_shard(block.linear)
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match="in a new form, and FSDP shards it"):
+        model(batch(0, 0), torch.ones(1, dtype=torch.float64))
+
+
+def test_a_rank_that_meets_a_new_form_alone_waits_for_nobody() -> None:
+    launch(meet_a_form_alone, 2)

@@ -35,6 +35,7 @@ __all__ = [
     "forward_hooks",
     "global_hooks",
     "graph_task",
+    "has_gradient_hooks",
     "has_hooks",
     "is_any_autocast_on",
     "is_compiled_around",
@@ -215,6 +216,11 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 # Whether the functions that are called now are compiled, though none is being traced.
 def is_compiled_around() -> bool:
     return not torch.compiler.is_compiling() and callable(_frames.get_eval_frame_callback())
+
+
+# Whether something is called with the gradient of a parameter: the public ways only add it.
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 # FSDP1 puts the parameters of a unit into one flat one, and views of that in their place.

@@ -79,6 +79,7 @@ class Branch:
             block.
         parameters: those of them that are read before any call, so that a dropped branch has to
             be kept from them.
+        talks: a collective runs in one of its calls, or in its block's forward.
         order: its position in the order of execution.
         mode: what one decision drops: the branch for the whole batch, or single samples.
         scale: whether a kept branch is divided by 1-p in training, multiplied by it in
@@ -105,6 +106,7 @@ class Branch:
     reason: str = ""
     weights: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    talks: bool = False
     order: int = 0
     mode: Mode = "batch"
     scale: Scale = "train"

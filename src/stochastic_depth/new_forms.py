@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from .branch import Branch, block_of, choices, label_of, put_below
+from .drop.collectives import has_units, needs_all_ranks
+from .drop.ranks import world_size
 from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import Samples, find, find_blocks
@@ -29,6 +31,9 @@ def watch_block(
             "first (create_feature_extractor, symbolic_trace) and apply to the result",
             stacklevel=2,
         )
+        return None
+    if known_plan is None and world_size() > 1 and has_units(site.block):
+        _refuse_alone(site)
         return None
     samples = None
     if known_plan is None and any(branch.mode != "batch" for branch in site.branches):
@@ -62,10 +67,31 @@ def watch_block(
         if branch is not None:
             branch.sums |= found.sums
             branch.joins |= found.joins
+            branch.talks |= found.talks
             if samples is not None:
                 _place(site, branch, found)
     plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])
     return replace(plan, branches=[b for b in known if b is not None])
+
+
+def _refuse_alone(site: Site) -> None:
+    """Say that a block is not watched, as it would gather parameters on a rank that comes alone.
+
+    Raises:
+        RuntimeError: the other ranks may drop what runs here, and it waits for them.
+    """
+    block = type(site.block).__name__
+    why = (
+        "FSDP shards it, and to watch it this rank would wait for others that are not called so; "
+        "give apply() example_inputs in this form, or call the model so once, in training, before "
+        "it is sharded"
+    )
+    if any(needs_all_ranks(branch, site.block)[0] for branch in site.branches):
+        raise RuntimeError(f"stochastic depth: {block} is called in a new form, and {why}")
+    warnings.warn(
+        f"stochastic depth: nothing is dropped where {block} is called in this way: {why}",
+        stacklevel=2,
+    )
 
 
 def _place(site: Site, branch: Branch, found: Branch) -> None:

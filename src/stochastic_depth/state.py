@@ -1,5 +1,6 @@
 """The state of stochastic depth, to be kept beside a model's and an optimizer's."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from .applied import awaited, branches, draws_of, owners
 from .branch import CHOICES, COUNTS, choices
+from .drop.ranks import rank
 
 __all__ = ["load_own_state", "load_state_dict", "own_state", "state_dict"]
 
@@ -131,6 +133,20 @@ def load_own_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             setattr(branch, name, values[name])
     for first_call in waiting:
         first_call.saved = None
+    _tell_rank(state)
+
+
+def _tell_rank(state: Mapping[str, Any]) -> None:
+    """Warn where another rank's numbers are restored: they would be those of several."""
+    saved = next((values["rank"] for values in state["draws"] if "rank" in values), rank())
+    if saved != rank() and ("torch" in state or any("separate" in x for x in state["draws"])):
+        warnings.warn(
+            f"stochastic depth: the state is that of rank {saved}, and this is rank {rank()}: if "
+            "torch's own numbers are in it, they are the same on both now, and what a rank decides "
+            "for itself is not what it would in an uninterrupted run; save and load one state for "
+            "each rank",
+            stacklevel=4,
+        )
 
 
 def _sources_of(model: nn.Module) -> list[int]:

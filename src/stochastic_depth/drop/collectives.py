@@ -7,14 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 
-from .._torch import is_view_of_flat_parameter
+from .._torch import has_gradient_hooks, is_view_of_flat_parameter
 from ..branch import Branch, block_of, label_of
 from ..find import WHOLE
 from ..find.ranks import is_sharded
 
 __all__ = [
     "existing_of",
+    "has_units",
     "is_fsdp_wrapper",
+    "is_split",
     "is_whole",
     "modules_of",
     "needs_all_ranks",
@@ -56,17 +58,19 @@ def needs_all_ranks(branch: Branch, block: nn.Module) -> tuple[str, bool]:
     """Whether ranks have to run a branch together.
 
     Returns:
-        The type of a module in the branch that waits for other ranks, "" if none does, and whether
-        the parameters of ``block`` are sharded, seen from inside of its forward.
+        What in the branch waits for other ranks, "" if nothing does, and whether they had better:
+        the parameters of ``block`` are sharded, or gradients are seen one by one by hooks, which
+        may average them, and come in another order where the branch is dropped.
     """
     inside = [m for module in modules_of(branch, block) for m in module.modules()]
     if not is_whole(branch):  # a unit gathers its own parameters before its forward decides
         inside = [m for m in inside if m is not block]
-    talking = waiting_in(inside, in_unit=is_sharded(block))
-    sharded = any(map(_is_unit, block.modules())) or any(
+    talking = waiting_in(inside, in_unit=is_sharded(block)) or "collective" * branch.talks
+    better = has_units(block) or any(
         is_view_of_flat_parameter(t) for m in block.modules() for t in _tensors(m)
     )
-    return talking, sharded
+    hooked = (has_gradient_hooks(p) for m in inside for p in m.parameters(recurse=False))
+    return talking, better or any(hooked)
 
 
 def waiting_in(modules: Iterable[nn.Module], in_unit: bool = False) -> str:
@@ -81,8 +85,11 @@ def waiting_in(modules: Iterable[nn.Module], in_unit: bool = False) -> str:
 
 
 def _is_collective(module: nn.Module, in_unit: bool) -> bool:
-    if isinstance(module, SyncBatchNorm) or _is_unit(module):
-        return True
+    return isinstance(module, SyncBatchNorm) or _is_unit(module) or is_split(module, in_unit)
+
+
+def is_split(module: nn.Module, in_unit: bool = False) -> bool:
+    """Whether several ranks compute ``module`` together, on the same samples."""
     kind: Any = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     split = [p for p in module.parameters(recurse=False) if isinstance(p, kind)]
     return not all(in_unit and _may_be_of_fsdp(p) for p in split)
@@ -94,6 +101,11 @@ def _may_be_of_fsdp(parameter: Any) -> bool:
     *others, last = parameter.placements  # in a hybrid, FSDP shards in groups that are replicas
     fits = last.is_shard() and all(other.is_replicate() for other in others)
     return fits and not any("tp" in name for name in names)
+
+
+def has_units(block: nn.Module) -> bool:
+    """Whether FSDP gathers parameters when ``block`` is called."""
+    return any(map(_is_unit, block.modules()))
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..branch import Branch
 from .balance import stream
-from .collectives import is_whole, needs_all_ranks
+from .collectives import is_split, is_whole, needs_all_ranks
 from .deck import Deck, deal
 from .ranks import from_first_rank, is_distributed, rank, world_size
 from .replay import Tape, may_be_recomputed, ticket_of
@@ -30,8 +30,14 @@ _UNIT = 1 << 53  # uniform numbers are k / 2^53, exact in a float
 
 IN_GRAPH = (
     "stochastic depth: seed=, ranks='shared', draw='balanced' and generator= cannot be used inside "
-    "torch.compile of the whole model, which draws for itself; use torch's default generator "
-    "(seed=None and torch.manual_seed), or compile block by block"
+    "torch.compile of the whole model, nor for samples in compiled blocks, as a graph draws for "
+    "itself; use torch's default generator (seed=None and torch.manual_seed), or mode='batch' and "
+    "compile block by block"
+)
+SPLIT_IN_GRAPH = (
+    "stochastic depth: ranks compute a branch together, and inside torch.compile of the whole "
+    "model, or for samples in compiled blocks, each draws for itself; use mode='batch' and compile "
+    "block by block"
 )
 
 
@@ -130,10 +136,13 @@ class Draws:
         """Whether calls drop equally many branches now."""
         return self.draw == "balanced" or (self.draw == "auto" and world_size() > 1)
 
-    def check_graph(self) -> None:
-        """Raise inside of torch.compile where these decisions cannot be a part of the graph."""
+    def check_graph(self, branch: Branch, modules: Iterable[nn.Module]) -> None:
+        """Raise inside of torch.compile where the decisions cannot be a part of the graph."""
         if self.seed is not None or self.ranks == "shared" or self.draw == "balanced":
             raise RuntimeError(IN_GRAPH)
+        together = branch.talks or any(is_split(m) for module in modules for m in module.modules())
+        if together and is_distributed():
+            raise RuntimeError(SPLIT_IN_GRAPH)
 
     def _draw(self, branches: list[Branch], shared: bool, in_deck: bool) -> list[Decision]:
         generator = None if in_deck else self.generator(_KINDS[shared])
@@ -157,7 +166,7 @@ class Draws:
     def _is_shared(self, branch: Branch, block: nn.Module) -> bool:
         if not is_distributed():
             return self.ranks == "shared"
-        key = branch.name, branch.mode
+        key = branch.name, branch.mode, branch.talks
         if key not in self._shared:
             self._shared[key] = is_shared(self.ranks, branch, block)
         return self._shared[key]
@@ -201,7 +210,7 @@ class Draws:
         """The states of those generators that have been used: tensors, numbers, dicts and lists."""
         decks = {deck.name: deck for deck in self.decks.values()}
         state: dict[str, Any] = {"seed": self.seed, "ranks": self.ranks, "draw": self.draw}
-        state |= {"common": self._common, "decks": {}}
+        state |= {"common": self._common, "rank": rank(), "decks": {}}
         for source, generator in self._generators.items():
             if isinstance(source, str):
                 state[source] = generator.get_state()
@@ -229,6 +238,9 @@ class Draws:
         self._alone.clear()  # what is restored is not seeded again
         self._common = state["common"]
         self._generators = {kind: _restored(state[kind]) for kind in _KINDS if kind in state}
+        if "separate" in self._generators and state.get("rank", rank()) != rank():
+            number = int(torch.randint(1 << 62, (), generator=self._generators["separate"]))
+            self._generators["separate"] = _seeded(_mixed(number, rank()))
         decks = {deck.name: deck for deck in self.decks.values()}
         for name, by_kind in state["decks"].items():
             deck = decks.get(name)
@@ -265,13 +277,14 @@ def is_shared(ranks: Ranks, branch: Branch, block: nn.Module) -> bool:
     """Whether all ranks must draw the same decisions for a branch, or shall.
 
     A rank that drops a branch does not run its modules. Where these talk to the other ranks
-    (a module inside that is sharded by itself, SyncBatchNorm, tensor parallelism), all ranks have
-    to run them, or none.
+    (a module inside that is sharded by itself, SyncBatchNorm, tensor parallelism, collectives
+    written by hand), all ranks have to run them, or none; and on the same samples, which several
+    ranks may compute together.
 
     Raises:
         RuntimeError: the ranks could wait for each other for ever.
     """
-    talking, sharded = needs_all_ranks(branch, block)
+    talking, better = needs_all_ranks(branch, block)
     waits = f"{branch.name} runs a {talking}, which waits for the other ranks, and"
     unless = "if it is FSDP's, shard the block as a whole and nothing inside of its branches"
     if is_whole(branch):
@@ -281,11 +294,11 @@ def is_shared(ranks: Ranks, branch: Branch, block: nn.Module) -> bool:
             f"{waits} in mode='row' a rank may keep no sample and not run it; use mode='subset' or "
             f"'batch', or, {unless}"
         )
-    if talking and branch.mode == "batch" and ranks == "separate":
+    if talking and ranks == "separate":
         raise RuntimeError(
-            f"{waits} with ranks='separate' some would run it and others not; use ranks='shared' "
-            f"or 'auto', mode='subset', or, {unless}"
+            f"{waits} with ranks='separate' some would run it and others not, or on other samples; "
+            f"use ranks='shared' or 'auto', or, {unless}"
         )
     if ranks != "auto":
         return ranks == "shared"
-    return branch.mode == "batch" and (bool(talking) or sharded)
+    return bool(talking) or (branch.mode == "batch" and better)

@@ -60,12 +60,14 @@ class Frame:
         decisions: list[Any] = [False] * len(branches)
         if training:
             if self.compiling:
-                site.draws.check_graph()
                 decisions = [b.is_always if b.is_certain else None for b in branches]
             else:
                 decisions = self._decide(branches)
                 if self.outer:  # samples are masked in the graph, whose shapes stay the same
                     decisions = [d if isinstance(d, bool) else None for d in decisions]
+            for branch, decision in zip(branches, decisions, strict=True):
+                if decision is None:
+                    site.draws.check_graph(branch, site.modules_of(branch))
         runs: list[Run] = []
         counts_any = site.block.training and not self.is_plain
         in_graph, dtypes = self.compiling or self.outer, self.plan.dtypes

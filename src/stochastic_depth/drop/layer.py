@@ -181,7 +181,7 @@ class StochasticDepth(nn.Module):
         if not training:
             return False, kept_weight(self.branch, training=False)
         if torch.compiler.is_compiling() and not self.branch.is_certain:
-            self.draws.check_graph()
+            self.draws.check_graph(self.branch, [self.module])
             return None, 1.0
         decision = self.draws.decide([self.branch], self)[0]
         return decision, kept_weight(self.branch, training=True)

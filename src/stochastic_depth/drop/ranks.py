@@ -6,17 +6,12 @@ from datetime import timedelta
 from torch import distributed
 
 from .._torch import default_store
+from ..find.ranks import is_distributed
 
 __all__ = ["from_first_rank", "is_distributed", "rank", "world_size"]
 
 _WAIT = timedelta(minutes=5)
-_IS_AVAILABLE = distributed.is_available()
 _asked = itertools.count()  # the same on all ranks, which come to their models in the same order
-
-
-def is_distributed() -> bool:
-    """Whether there is a process group."""
-    return _IS_AVAILABLE and distributed.is_initialized()
 
 
 def rank() -> int:

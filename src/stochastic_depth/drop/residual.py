@@ -105,10 +105,10 @@ def residual(
     elif rate == 1.0:
         decision = True
     elif torch.compiler.is_compiling():
-        _draws(generator).check_graph()
+        _draws(generator).check_graph(about, _Owner(branch).modules_of(about))
         decision = None
     else:
-        if generator is None and mode != "subset" and is_distributed():
+        if generator is None and is_distributed():
             _check_ranks(branch)
         decision = _draws(generator).decide([about], _NO_BLOCK)[0]
     weight = 1.0 if decision is None else kept_weight(about, training)
@@ -140,8 +140,8 @@ def _check_ranks(branch: Callable[..., Tensor]) -> None:
     if waiting:
         raise RuntimeError(
             f"residual() runs a {waiting}, which waits for the other ranks, and by torch's default "
-            "generator some would run it and others not; give all ranks a generator= of the same "
-            "seed, or use mode='subset'"
+            "generator some would run it and others not, or on other samples; give all ranks a "
+            "generator= of the same seed"
         )
 
 

@@ -42,6 +42,7 @@ def find_blocks(
         called.setdefault(call.name, []).append(c)
     for name in (name for name in called if name in names):
         branch = Branch(f"{name}:{WHOLE}", "block", (name,) if name else ())
+        branch.talks = flow.talks_within(called[name])
         made = {c: _region(flow, c, flow.calls[c]) for c in called[name]}
         reasons = {flow.calls[c].form: m for c, m in made.items() if isinstance(m, str)}
         if reasons:

@@ -1,6 +1,6 @@
 """What one run of a model did: a flat list of values, and the calls of modules as its intervals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,6 +104,7 @@ class Flow:
         kept: the nodes of tensors that outlived the run (outputs, caches).
         held: the nodes of tensors that modules keep as attributes, and the names of these modules.
         looks: values that Python looked at, and the call in which it did.
+        talks: the innermost calls in which ranks talked to each other.
         unknown: tensors that were read and not seen being made.
         constants: of these, the ones that were there before.
         result: what the model returned.
@@ -115,6 +116,7 @@ class Flow:
     kept: set[int] = field(default_factory=set)
     held: dict[int, str] = field(default_factory=dict)
     looks: list[tuple[int, int]] = field(default_factory=list)
+    talks: set[int] = field(default_factory=set)
     unknown: list[Tensor] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
     result: Any = None
@@ -125,6 +127,11 @@ class Flow:
         while call >= 0:
             yield call
             call = self.calls[call].parent
+
+    def talks_within(self, calls: Iterable[int], alone: Iterable[int] = ()) -> bool:
+        """Whether ranks talk in one of these calls, or in ``alone``, in no call that it makes."""
+        around = {c for call in self.talks for c in self.around(call)}
+        return not around.isdisjoint(calls) or not self.talks.isdisjoint(alone)
 
     def is_read_after(self, n: int, call: int) -> bool:
         """Whether anybody needs a value once a call is over."""

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._torch import is_compiler_loaded, without_parametrize_cache
 from .flow import Flow
+from .ranks import Listening, is_distributed
 from .record import Recorder
 from .spot import is_ours
 from .state import Kept, copied, in_mode, untouched, unwritten
@@ -119,7 +120,8 @@ def record(
             stack.enter_context(plainly())
             stack.enter_context(_met(watch, model))
             watch.inputs(given, named)
-            with watch:
+            ranks = Listening(lambda: watch.flow.talks.add(watch.now))
+            with ranks if is_distributed() else nullcontext(), watch:
                 result = model(*given, **named)
             flow: Flow = watch.finish(result)
             flow.watch, flow.constants = watch, constants or []

@@ -235,6 +235,7 @@ class _Planner:
             linear=is_linear(flow, member, last),
             weights=weights,
             parameters=() if is_absent(flow, member) else weights,
+            talks=flow.talks_within(member.gates, (frame.call, *frame.opened)),
         )
         self.keys[key] = branch
         self.planned.regions[branch] = [region]

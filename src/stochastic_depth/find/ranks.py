@@ -3,17 +3,26 @@
 import gc
 import os
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .tensors import CALL
 
-__all__ = ["held", "is_between_ranks", "is_sharded"]
+__all__ = ["Listening", "held", "is_between_ranks", "is_distributed", "is_sharded"]
 
+_IS_AVAILABLE = distributed.is_available()
 _FULLY_SHARD = os.path.join(os.path.dirname(torch.__file__), "distributed", "fsdp", "_fully_shard")
 _FSDP = tuple(os.path.join(_FULLY_SHARD, f"_fsdp_{name}") for name in ("collectives", "param"))
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group."""
+    return _IS_AVAILABLE and distributed.is_initialized()
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -29,6 +38,31 @@ def is_between_ranks(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+class Listening(TorchDispatchMode):
+    """Tells ``note`` of every collective, written by hand or in a hook, that a model itself calls.
+
+    Those of FSDP2 are its own affair, and DTensor's are told by the parameters.
+    """
+
+    def __init__(self, note: Callable[[], object]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.note = note
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler, and the model is run once more on ranks that had none."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in _TALK and not is_between_ranks(sys._getframe(1)):
+            self.note()
+        return func(*args, **(kwargs or {}))
+
+
+# The namespaces of operations between ranks.
+_TALK = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem"}
 
 
 def held(tensors: list[Tensor]) -> list[Tensor]:

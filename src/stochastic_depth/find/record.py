@@ -10,7 +10,6 @@ import weakref
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,7 +17,7 @@ from .._torch import tree_flatten, tree_unflatten
 from .flow import Call, Flow, Function, Key, Node
 from .form import form_of, precision_of
 from .functions import FROM_PYTHON, LOOKS, MAY_ADD, OVERWRITES, RANDOM
-from .ranks import held, is_between_ranks, is_sharded
+from .ranks import held, is_between_ranks, is_distributed, is_sharded
 from .spot import spot
 from .state import attributes
 from .tensors import (
@@ -325,7 +324,7 @@ class Recorder(TorchFunctionMode):
         flow.result = result
         returned = list(tensors_within(result, 4))
         alive = [t for ref, _ in self.known.values() if (t := ref()) is not None]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             # A collective's thread lets go of a tensor when it comes to it, which is by chance.
             alive = [*held(alive), *returned]
         kept = {node for t in alive if (node := self.node(t)) is not None}
