@@ -87,7 +87,7 @@ class Part:
                 return ends[1]._run.interpolate(*ends)
         if name in SUMS:
             two = _operands(args, kwargs)
-            run = _met(two)
+            run = _met(*two) if len(two) == 2 else None
             if run and run.is_sum() and (sides := _sides(name, two, kwargs.get("alpha", 1))):
                 return run.merge(*sides)
         parts = parts_in((*args, *kwargs.values()))
@@ -317,16 +317,12 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     return args[:2]
 
 
-def _met(two: tuple[Any, ...]) -> Any:
+def _met(a: Any, b: Any) -> Any:
     """The run of a last value that one other tensor is given with, as finding counts sums."""
-    if len(two) < 2:
-        return None
-    a, b = two
     first, second = type(a) is Part and a._last, type(b) is Part and b._last
-    if first is second:
-        return None
     part, other = (a, b) if first else (b, a)
-    return part._run if type(other) is Part or isinstance(other, Tensor) else None
+    is_met = first is not second and (type(other) is Part or isinstance(other, Tensor))
+    return part._run if is_met else None
 
 
 def _sides(
