@@ -323,7 +323,8 @@ class Recorder(TorchFunctionMode):
         flow = self.flow
         flow.result = result
         returned = list(tensors_within(result, 4))
-        alive = [t for ref, _ in self.known.values() if (t := ref()) is not None]
+        # With := the last of them would stay in a variable of this function, which then holds it.
+        alive = [t for t in [ref() for ref, _ in self.known.values()] if t is not None]
         if is_distributed():
             # A collective's thread lets go of a tensor when it comes to it, which is by chance.
             alive = [*held(alive), *returned]
