@@ -333,7 +333,7 @@ def test_a_checkpointed_branch_without_the_random_state_is_an_error(
     mode: str, reentrant: bool
 ) -> None:
     model = applied(mode, "branch", use_reentrant=reentrant, preserve_rng_state=False)
-    torch.manual_seed(next(_seeds))
+    torch.manual_seed(2)  # by which a branch is kept after which another is decided
     out = model(batch())
     with pytest.raises(RuntimeError, match="keep preserve_rng_state=True"):
         out.square().sum().backward()
