@@ -118,7 +118,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks that see what a call of the module returns."""
-    return list(module._forward_hooks.values()) if module._forward_hooks else []
+    return list(module._forward_hooks.values())
 
 
 def global_hooks() -> list[Any]:

@@ -140,8 +140,9 @@ class Draws:
         """Raise inside of torch.compile where the decisions cannot be a part of the graph."""
         if self.seed is not None or self.ranks == "shared" or self.draw == "balanced":
             raise RuntimeError(IN_GRAPH)
-        together = branch.talks or any(is_split(m) for module in modules for m in module.modules())
-        if together and is_distributed():
+        if is_distributed() and (
+            branch.talks or any(is_split(m) for module in modules for m in module.modules())
+        ):
             raise RuntimeError(SPLIT_IN_GRAPH)
 
     def _draw(self, branches: list[Branch], shared: bool, in_deck: bool) -> list[Decision]:

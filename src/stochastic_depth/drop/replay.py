@@ -33,7 +33,7 @@ def may_be_recomputed() -> bool:
 
     Checkpointing computes a forward without gradients, or with hooks on what autograd saves.
     """
-    return not torch.is_grad_enabled() or saved_tensors_hooks() is not None or graph_task() != -1
+    return not torch.is_grad_enabled() or saved_tensors_hooks() is not None or is_recomputing()
 
 
 def ticket_of(default: bool) -> int:

@@ -120,8 +120,8 @@ def record(
             stack.enter_context(plainly())
             stack.enter_context(_met(watch, model))
             watch.inputs(given, named)
-            ranks = Listening(lambda: watch.flow.talks.add(watch.now))
-            with ranks if is_distributed() else nullcontext(), watch:
+            note = lambda: watch.flow.talks.add(watch.now)  # noqa: E731
+            with Listening(note) if is_distributed() else nullcontext(), watch:
                 result = model(*given, **named)
             flow: Flow = watch.finish(result)
             flow.watch, flow.constants = watch, constants or []
