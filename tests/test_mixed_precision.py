@@ -1,5 +1,6 @@
 """In mixed precision weights move as the plain model's do, and ranks stay equal."""
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -224,6 +225,57 @@ def test_the_dtype_of_an_output_does_not_depend_on_the_decision(
     assert seen == {expected}
     assert {ours(x).dtype for _ in range(12)} == {torch.float32}
     assert ours.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+
+
+class Asks(nn.Module):
+    """Its forward asks what dtype a value of the branch has, and its shortcut is of that dtype."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.inside = nn.Linear(4, 4), nn.Linear(4, 4), inside
+        self.asked: list[torch.dtype] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if self.inside else contextlib.nullcontext():
+            hidden = self.first(x)
+            out = self.second(hidden.tanh())
+        if not torch.compiler.is_compiling():
+            self.asked += [hidden.dtype, out.dtype]
+        return x.to(out.dtype) + out
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_dtype_that_a_forward_asks_for_does_not_depend_on_the_decision(
+    inside: bool, around: bool, given: bool, mode: str
+) -> None:
+    plain, x = Asks(inside), torch.randn(6, 4)
+    model = copy.deepcopy(plain)
+    sd.apply(model, 0.5, mode=mode, seed=0, **({"example_inputs": x} if given else {}))
+    for enabled in (around, not around, around):  # each also where the other one came first
+        plain.asked.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected = plain(x).dtype
+            model(x)
+            for p in (0.0, 0.5, 1.0):
+                sd.branches(model)[0].p = p
+                model.asked.clear()
+                assert {model(x).dtype for _ in range(6)} == {expected}
+                assert set(model.asked) == set(plain.asked)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_compiled_block_keeps_the_dtype_that_its_forward_asks_for(given: bool) -> None:
+    plain, x = Asks(False), torch.randn(6, 4)
+    model = nn.Sequential(copy.deepcopy(plain))
+    sd.apply(model, 0.5, mode="batch", seed=0, **({"example_inputs": x} if given else {}))
+    model[0].compile(backend="aot_eager")
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert {model(x).dtype for _ in range(12)} == {plain(x).dtype}
+    assert 0 < sd.branches(model)[0].dropped < 36
 
 
 def on_each_rank(rank: int) -> None:

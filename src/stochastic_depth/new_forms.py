@@ -11,10 +11,12 @@ from .drop.ranks import world_size
 from .drop.site import Site
 from .drop.whole import WholeSite
 from .find import Samples, find, find_blocks
-from .find.plan import Findings, Plan, Refused, only
+from .find.plan import Findings, Gate, Plan, Refused, only
 from .find.samples import NOWHERE
 
 __all__ = ["watch_block"]
+
+_Gates = dict[str, tuple[Gate, ...]]
 
 
 def watch_block(
@@ -23,7 +25,7 @@ def watch_block(
     """What is known of a call of the site's block, from a run on just these values.
 
     The branches keep their identity: they are found again by what they call. Of a call in a known
-    form, and in another precision, only the dtypes are found out.
+    form, and in another precision, only dtypes are found out.
     """
     if any(type(x).__name__ == "Proxy" for x in (*args, *kwargs.values())):
         warnings.warn(
@@ -57,7 +59,7 @@ def watch_block(
             b: plan.dtypes[i] for i, b in enumerate(_known(plan.branches, site)) if i in plan.dtypes
         }
         dtypes = {i: own[b] for i, b in enumerate(known_plan.branches) if b in own}
-        return replace(known_plan, dtypes=dtypes)
+        return replace(known_plan, dtypes=dtypes, gates=_in_precision(known_plan.gates, plan.gates))
     if site.takes_new:
         _take_new(site, plan)
     known = _known(plan.branches, site)
@@ -72,6 +74,19 @@ def watch_block(
                 _place(site, branch, found)
     plan = only(plan, [b for b, k in zip(plan.branches, known, strict=True) if k is not None])
     return replace(plan, branches=[b for b in known if b is not None])
+
+
+def _in_precision(known: _Gates, found: _Gates) -> _Gates:
+    """The gates as they are known, with the dtypes of what they return as they were found now."""
+    gates = {path: list(calls) for path, calls in known.items()}
+    for path, calls in found.items():
+        for i, (gate, now) in enumerate(zip(gates.get(path, ()), calls, strict=False)):
+            if len(gate.returned) == len(now.returned):
+                leaves = zip(gate.returned, now.returned, strict=True)
+                gates[path][i] = replace(
+                    gate, returned=tuple(leaf._replace(dtype=new.dtype) for leaf, new in leaves)
+                )
+    return {path: tuple(calls) for path, calls in gates.items()}
 
 
 def _refuse_alone(site: Site) -> None:

@@ -1,5 +1,6 @@
 """A block's code sees its own module, its own children and ordinary tensors."""
 
+import gc
 import inspect
 import sys
 import traceback
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from stochastic_depth.drop.forms import Forms
 
 from .twins import MODES, assert_same, assert_weighed, data, net, outcome, twins
 
@@ -468,3 +470,46 @@ def test_the_shape_of_what_is_dropped_is_that_which_hooks_make_of_it() -> None:
     model = net(Halved)
     sd.apply(model, 1.0, example_inputs=data())
     torch.testing.assert_close(model(data()), 4 * data())
+
+
+class Repeating(nn.Module):
+    def forward(self, x: Tensor, times: Any) -> Tensor:
+        return x.repeat(1, 2 if times is True else 1)
+
+
+class Repeated(nn.Module):
+    """Asks for the shape of what a call with another argument than tensors returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.repeat = nn.Linear(4, 4), Repeating()
+        self.widths: list[int] = []
+
+    def forward(self, x: Tensor, times: Any) -> Tensor:
+        h = self.repeat(self.f(x), times)
+        self.widths.append(h.shape[1])
+        return x + h[:, :4]
+
+
+def test_a_shape_is_that_of_the_arguments_of_now_also_where_they_are_equal() -> None:
+    model = sd.apply(net(Repeated), 1.0, example_inputs=(data(), 1))
+    for times in (1, True, 1.0):
+        model(data(), times)
+    assert model.widths[-3:] == [4, 8, 4]
+
+
+def test_what_a_shape_is_asked_of_outlives_no_call() -> None:
+    model = sd.apply(net(Repeated), 1.0, example_inputs=(data(), Base()))
+    kept = Base()
+    model(data(), kept)
+    gone = weakref.ref(kept)
+    del kept
+    gc.collect()
+    assert gone() is None
+
+
+def test_shapes_are_remembered_up_to_a_limit() -> None:
+    forms, module = Forms(), Repeating()
+    for i in range(1000):
+        assert forms.of(module, (data(), float(i)), {}).shape == (6, 4)
+    assert 0 < len(forms.known[module]) < 500

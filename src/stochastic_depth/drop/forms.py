@@ -1,16 +1,52 @@
 """What a call that is not made would return: asked for only where user code asks for a shape."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._torch import tree_map_only
+from .._torch import tree_flatten, tree_map_only
 from ..find.meet import without_gradients
 from ..find.state import untouched
 
-__all__ = ["output_form"]
+__all__ = ["Forms", "output_form"]
+
+_MOST = 256  # of the sizes of a sequence, say; then it is asked again
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class Forms:
+    """The results of calls that are not made, as they were found for arguments of the same form.
+
+    Of others than tensors and plain values (a cache, say) nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self.known: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type["Forms"], tuple[()]]:
+        return Forms, ()  # a copy has modules of its own
+
+    def of(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        forms: list[Any] = []
+        for x in leaves:
+            if isinstance(x, Tensor):
+                forms.append((x.shape, x.dtype, x.device.type))
+            elif type(x) in _PLAIN:
+                forms.append((type(x), x))
+            else:
+                return output_form(module, args, kwargs)
+        known, key = self.known.setdefault(module, {}), (str(structure), *forms)
+        found = known.get(key, known)
+        if found is known:
+            found = output_form(module, args, kwargs)
+            if len(known) >= _MOST:
+                known.clear()
+            known[key] = found
+        return found
 
 
 def output_form(module: nn.Module, args: Any, kwargs: Any) -> Any:

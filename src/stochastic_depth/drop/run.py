@@ -61,7 +61,7 @@ class Run(Merging):
     def _absent(self, gate: Gate, args: Any, kwargs: Any, make: Callable[[], Any]) -> Any:
         self.owe((args, kwargs))
         if gate.structure is None:
-            return self._stand_in(gate, make)
+            return self._stand_in(gate, gate.returned[0] if gate.returned else _BRANCH, make)
         given, _ = tree_flatten((args, kwargs)) if _hands_on(gate) else ([], None)
         made: list[Any] = []
 
@@ -81,11 +81,13 @@ class Run(Merging):
             elif returned.kind == "object":
                 leaves.append(Unmade(partial(leaf, i)))
             else:
-                leaves.append(self._stand_in(gate, partial(leaf, i)))
+                leaves.append(self._stand_in(gate, returned, partial(leaf, i)))
         return tree_map(lambda i: leaves[i], gate.structure)
 
-    def _stand_in(self, gate: Gate, make: Callable[[], Any]) -> Any:
-        part = Part(self, None, gate.last, None, make)
+    def _stand_in(self, gate: Gate, leaf: Leaf, make: Callable[[], Any]) -> Any:
+        dtype = leaf.dtype
+        own = make if dtype is None else lambda: make().to(dtype)
+        part = Part(self, None, gate.last, None, own)
         if self.in_checkpoint:
             return part
         return self.nothing(form(part))  # to be worked on in the Function's own backward, too

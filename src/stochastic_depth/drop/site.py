@@ -13,7 +13,6 @@ from .._torch import (
     graph_task,
     is_compiled_around,
     outside_graphs,
-    tree_flatten,
     tree_map_only,
 )
 from ..branch import Branch
@@ -22,7 +21,7 @@ from ..find.plan import Findings, Form, Plan
 from .collectives import existing_of, modules_of
 from .draws import Draws
 from .force import check_repeats
-from .forms import output_form
+from .forms import Forms
 from .frame import Frame, fences_around
 from .part import Part, form
 from .pass_on import PassOn, may_be_fused
@@ -66,13 +65,13 @@ class Site:
         self.takes_new = False  # branches that only a new form of call has
         self.replaces = any(branch.existing for branch in branches)
         self.others: dict[Any, Plan] = {}  # of calls in another precision, by form and precision
-        self.forms: dict[Any, Any] = {}  # of what is returned by calls that are not made
+        self.forms = Forms()
         self.slots: dict[str, Slot] = {}
         self.seen: list[tuple[nn.Module, list[Any], list[tuple[nn.Module, Any]]]] = []
         self.all_slots: WeakSet[Slot] = WeakSet()  # that it has put into children
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "others": {}, "forms": {}, "slots": {}, "seen": []}
+        state = {**self.__dict__, "others": {}, "slots": {}, "seen": []}
         del state["all_slots"]
         return state
 
@@ -302,21 +301,9 @@ class Site:
     def form_of(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a call that is not made would return, on the meta device."""
         given = tree_map_only(Part, form, (args, kwargs))
-        leaves, structure = tree_flatten(given)
-        key = (
-            id(module),
-            structure,
-            tuple(
-                (x.shape, x.dtype, x.device.type) if isinstance(x, Tensor) else x for x in leaves
-            ),
-        )
         before, here.frame = here.frame, Inside(graph_task())
         try:
-            if key not in self.forms:
-                self.forms[key] = output_form(module, *given)
-            return self.forms[key]
-        except TypeError:  # something in the key cannot be hashed
-            return output_form(module, *given)
+            return self.forms.of(module, *given)
         finally:
             here.frame = before
 

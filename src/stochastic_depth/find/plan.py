@@ -24,11 +24,13 @@ class Leaf(NamedTuple):
     ``branch``: a tensor of the branch; ``argument``: a leaf of (args, kwargs), by its number,
     handed on; ``none``: None; ``unread``: a tensor that nobody read; ``value``: a number or string
     that depends on the shapes of now; ``object``: anything else, which nothing of value comes of.
+    ``dtype``: of a tensor that was returned under autocast, which asking for its form does not see.
     """
 
     kind: Literal["branch", "argument", "none", "unread", "value", "object"]
     argument: int = 0
     place: Place | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

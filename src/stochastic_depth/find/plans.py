@@ -137,15 +137,20 @@ class _Planner:
         flow, call = self.flow, self.flow.calls[c]
         nodes = frame.members[k].region.nodes
         leaves = []
+
+        def dtype_of(n: int) -> torch.dtype | None:
+            return flow.nodes[n].dtype if isinstance(call.precision, tuple) else None
+
         for n, kind in zip(call.made, call.kinds, strict=True):
             if n is None:
                 leaves.append(Leaf("value" if kind == "tensor" else kind))
             elif n in nodes:
-                leaves.append(Leaf("branch"))
+                leaves.append(Leaf("branch", dtype=dtype_of(n)))
             elif n in call.given:
                 leaves.append(Leaf("argument", call.given.index(n)))
             else:  # dead where it was found; what works on it comes to nothing
-                leaves.append(Leaf("branch" if flow.last_read[n] >= call.end else "unread"))
+                is_read = flow.last_read[n] >= call.end
+                leaves.append(Leaf("branch" if is_read else "unread", dtype=dtype_of(n)))
         drops = c in frame.members[k].region.drops
         return Gate(
             k,
