@@ -38,6 +38,14 @@ def alias(y: Tensor) -> None:
     z *= 0.5
 
 
+def through_data(y: Tensor) -> None:
+    y.data = y.data.clamp(-0.1, 0.1)
+
+
+def where_negative(y: Tensor) -> None:
+    y[y < 0] = 0.0
+
+
 WRITES: dict[str, Callable[[Tensor], object]] = {
     "a hook": hook,
     "a method that writes": lambda y: y.clamp_(-0.5, 0.5),
@@ -46,6 +54,8 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "through a view": view,
     "some entries": entries,
     "by another name": alias,
+    "through its data": through_data,
+    "where it is negative": where_negative,
     "no gradient": lambda y: y.detach_(),
 }
 

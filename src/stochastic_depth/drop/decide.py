@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ..branch import Branch
 
-__all__ = ["choose_samples", "draw_mask", "draw_subset", "is_left_out", "kept_weight", "subset_size"]
+__all__ = [
+    "choose_samples",
+    "draw_mask",
+    "draw_subset",
+    "is_left_out",
+    "kept_weight",
+    "subset_size",
+]
 
 
 def is_left_out(branch: Branch) -> bool:

@@ -24,7 +24,7 @@ from ..find.functions import writes
 from .instruction import is_applied, is_asked, unpacked
 from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
 
-__all__ = ["Part", "Unmade", "first_part", "form", "parts_in", "whole"]
+__all__ = ["Part", "first_part", "form", "parts_in", "whole"]
 
 _WRITTEN = (
     "a value of it is written into a tensor that is not its own: do that in a module that the "
@@ -139,6 +139,15 @@ class Part:
         known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
 
+    @property
+    def data(self) -> Any:
+        return self.__getattr__("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if self._value is not None:
+            whole(self).data = whole(value)
+
     def _has_gradient(self) -> bool:
         """Whether what passes on the gradients of tensors only would lose one."""
         return self._value is not None and self._value.requires_grad and torch.is_grad_enabled()
@@ -152,8 +161,7 @@ class Part:
         return Part.__torch_function__(Tensor.__getitem__, (), (self, key))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if self._value is not None:
-            whole(self)[key] = whole(value)
+        Part.__torch_function__(Tensor.__setitem__, (), (self, key, value))
 
     def __iter__(self) -> Iterator[Any]:
         n = None
@@ -193,16 +201,6 @@ class Part:
     def __repr__(self) -> str:
         kind = "absent" if self._value is None else "compact" if self._place else "marked"
         return f"<{kind} value of the branch {self._run.branch.name}>"
-
-
-class Unmade:
-    """Stands in for an object that a dropped call would return, made only to be looked into."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._make(), name)
 
 
 def _operator(name: str) -> Callable[..., Any]:
