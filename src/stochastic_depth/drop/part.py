@@ -89,7 +89,9 @@ class Part:
             two = _operands(args, kwargs)
             run = _met(*two) if len(two) == 2 else None
             if run and run.is_sum() and (sides := _sides(name, two, kwargs.get("alpha", 1))):
-                return run.merge(*sides)
+                total = run.merge(*sides)
+                into_part = name in IN_PLACE and two[0] is sides[1]
+                return run.written(total, sides[1]) if into_part else total
         parts = parts_in((*args, *kwargs.values()))
         run, last = parts[0]._run, any([part._last for part in parts])
         if func is Tensor.matmul and type(args[1]) is Part:
@@ -304,7 +306,7 @@ def _joining(like: Tensor | None, x: Any) -> Any:
     if type(x) is not Part:
         return x
     if like is not None and x._value is None:
-        return x._run.nothing(like)
+        return x._run.nothing(like, x._run.dtype)
     return x._run.joining(x)
 
 
