@@ -7,6 +7,7 @@ __all__ = [
     "ADD",
     "ASKS",
     "IN_PLACE",
+    "OF_DEVICE",
     "OPERATORS",
     "SCALINGS",
     "SUMS",
@@ -22,9 +23,10 @@ ACTIVATIONS = {
 SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
 VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data"}
 ASKS = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device",
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
     "is_floating_point", "is_complex", "element_size",
 }  # fmt: skip
+OF_DEVICE = {"device", "get_device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
 
 _OF_TWO = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne")

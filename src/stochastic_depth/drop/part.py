@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._torch import is_given_to_hook, tensor_leaves, tree_leaves, tree_map
 from ..find.functions import writes
 from .instruction import is_applied, is_asked, unpacked
-from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
+from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OF_DEVICE, OPERATORS, SCALINGS, SUMS, VIEWS
 
 __all__ = ["Part", "first_part", "form", "parts_in", "whole"]
 
@@ -126,6 +126,8 @@ class Part:
         return run.mark(out) if last else out
 
     def __getattr__(self, name: str) -> Any:
+        if self._value is None and name in OF_DEVICE:
+            return getattr(torch.empty(0, device=self._run.device), name)
         kind = getattr(Tensor, name)  # an AttributeError names the attribute
         if callable(kind):
             if name in ASKS:
@@ -133,11 +135,8 @@ class Part:
             if name.startswith("new_"):
                 return partial(getattr(form(self), name), device=self._run.device)
             return lambda *args, **kwargs: Part.__torch_function__(kind, (), (self, *args), kwargs)
-        if self._value is None:
-            if name == "device":
-                return self._run.device
-            if name in VIEWS:
-                return self._derived(lambda: getattr(form(self), name))
+        if self._value is None and name in VIEWS:
+            return self._derived(lambda: getattr(form(self), name))
         known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
 
