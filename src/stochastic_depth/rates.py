@@ -136,7 +136,7 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
     whole = hasattr(step, "__index__") and not isinstance(step, bool)  # numpy's and tensors, too
     if not whole or step < 0:
         raise ValueError(f"step must be a number of optimizer steps, at least 0, got {step!r}")
-    step = int(step)  # of numpy's, the factor and all rates would be, and of these the decisions
+    step = int(step)
     if callable(schedule):
         return check_p(schedule(step), f"schedule({step})")
     done = min(step / cast(int, steps), 1.0)
