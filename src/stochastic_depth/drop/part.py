@@ -128,6 +128,8 @@ class Part:
     def __getattr__(self, name: str) -> Any:
         if self._value is None and name in OF_DEVICE:
             return getattr(torch.empty(0, device=self._run.device), name)
+        if self._value is None and name in VIEWS:
+            return self._derived(lambda: getattr(form(self), name))
         kind = getattr(Tensor, name)  # an AttributeError names the attribute
         if callable(kind):
             if name in ASKS:
@@ -135,8 +137,6 @@ class Part:
             if name.startswith("new_"):
                 return partial(getattr(form(self), name), device=self._run.device)
             return lambda *args, **kwargs: Part.__torch_function__(kind, (), (self, *args), kwargs)
-        if self._value is None and name in VIEWS:
-            return self._derived(lambda: getattr(form(self), name))
         known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
 
