@@ -378,3 +378,34 @@ def test_all_blocks_are_the_outermost_ones_but_no_stack_of_them():
     assert [b.name for b in sd.branches(model)] == ["body.0:(block)", "body.1:(block)"]
     x = torch.randn(2, 4)
     assert torch.equal(model(x), x + x)
+
+
+class Shifted(nn.Module):
+    """Adds a number to what its inner module makes of the input."""
+
+    def __init__(self, number: float, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.number, self.inner = nn.Parameter(torch.tensor(number)), inner
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        return (x if self.inner is None else self.inner(x)) + self.number
+
+
+@pytest.mark.parametrize("mode", ["row", "subset"])
+def test_a_block_inside_of_another_is_given_samples_of_those_that_are_kept(mode: str) -> None:
+    model = nn.Sequential(Shifted(1.0, Shifted(10.0)))
+    sd.apply(
+        model, 0.5, schedule="uniform", scale="none", mode=mode, seed=0,
+        blocks=["0", "0.inner"], example_inputs=torch.randn(6, 3),
+    )  # fmt: skip
+    assert [branch.place for branch in sd.branches(model)] == [(0, 1), (0, 1)]
+    seen = set()
+    for _ in range(30):
+        model[0].sizes, model[0].inner.sizes = [], []
+        out = model(torch.zeros(6, 3))[:, 0].tolist()
+        seen |= set(out)
+        assert sum(model[0].sizes) == sum(value >= 1.0 for value in out)
+        assert sum(model[0].inner.sizes) == out.count(11.0)
+    assert seen == {0.0, 1.0, 11.0}

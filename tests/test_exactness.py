@@ -247,6 +247,19 @@ def test_the_mean_around_a_projection_is_the_evaluation() -> None:
     assert torch.equal(outputs[False], projection(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"blocks": "all"}])
+@pytest.mark.parametrize("training", [True, False])
+def test_in_the_scale_of_the_paper_a_rate_of_1_leaves_no_nan(
+    options: dict[str, str], training: bool
+) -> None:
+    x = batch(3)
+    net = nn.Sequential(Block(linear(0.0, 0)))
+    sd.apply(net, 1.0, scale="eval", example_inputs=x, **options)
+    with torch.no_grad():
+        net[0].layer.weight.fill_(torch.inf)
+    assert torch.equal(net.train(training)(x), x)
+
+
 def test_past_a_relu_the_mean_over_paths_is_not_the_evaluation() -> None:
     # Two branches by hand: x + f(x) with f(x) = -3 relu(x), from x = 1, p = 1/2, scale "train".
     # Kept, the branch weighs 2: 1 -> -5, where the second adds 0; dropped: 1 -> 1 -> 1 or -5.

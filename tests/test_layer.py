@@ -348,6 +348,26 @@ def test_a_module_that_would_be_inf_is_not_nan_where_dropped(mode: str, projecti
     assert outcomes == {True, False}
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_at_p_1_is_left_out_in_evaluation_by_the_scale_of_the_paper(
+    mode: str, training: bool
+) -> None:
+    x = torch.tensor([[0.0], [1.0]])
+    layer = sd.StochasticDepth(Recorder(torch.reciprocal), 1.0, mode=mode, scale="eval")
+    assert torch.equal(layer.train(training)(x), x)
+    assert layer.module.calls == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_complex_numbers_are_weighed(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = sd.StochasticDepth(Recorder(lambda x: 3 * x), 0.5, mode=mode)
+    x = torch.tensor([1 + 2j, 3 - 1j])[:, None]
+    outputs = torch.cat([layer(x) / x for _ in range(20)])
+    assert sorted(set(outputs.flatten().real.tolist())) == [1, 5]  # x, and x + 2 (3x - x)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_torchtune_autocast_to_bf16_crashes(mode: str) -> None:
     torch.manual_seed(0)

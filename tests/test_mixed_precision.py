@@ -324,3 +324,39 @@ def test_a_shortcut_is_scaled_in_the_precision_of_the_sum(p: float, dtype: torch
     expected = model(x) if p == KEPT else 0.3 * x.float()
     sd.apply(model, p, scale="none", schedule="uniform", example_inputs=x)
     torch.testing.assert_close(model(x), expected)
+
+
+def into_branch(x: Tensor, y: Tensor) -> Tensor:
+    y += x
+    return y
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "into the branch": into_branch,
+    "into the branch by a method": lambda x, y: y.add_(x),
+    "into the shortcut": lambda x, y: x.clone().add_(y),
+    "of a stack": lambda x, y: torch.stack([x, y]).sum(0),
+    "the mean of a stack": lambda x, y: torch.stack([y, x], 1).mean(1),
+}
+
+
+class Summing(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.f, self.way = nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SUMS[self.way](x, self.f(x.to(self.f.weight.dtype)))
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("way", SUMS)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_sum_has_the_dtype_of_the_plain_one(autocast: bool, way: str, mode: str) -> None:
+    plain, x = Summing(way), torch.randn(6, 4)
+    if not autocast:
+        plain, x = plain.double(), x.bfloat16()
+    ours = sd.apply(copy.deepcopy(plain), 0.5, mode=mode, seed=0, example_inputs=x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        seen = {ours(x).dtype for _ in range(12)}
+        assert seen == {plain(x).dtype}

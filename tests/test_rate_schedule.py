@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,8 +320,14 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(step: object) -> No
     assert (rates(model), schedule.steps_done) == (before, 1)
 
 
-def test_a_state_may_hold_a_number_of_numpy() -> None:
+@pytest.mark.parametrize("step", [np.int64(5), torch.tensor(5)])
+def test_a_state_may_hold_a_number_of_numpy_or_torch(step: Any) -> None:
     model = build(0.6)
     schedule = sd.RateSchedule(model, "linear", steps=10)
-    schedule.load_state_dict({"steps_done": np.int64(5)})
+    schedule.load_state_dict({"steps_done": step})
     assert rates(model)[-1] == pytest.approx(0.3)
+    assert type(schedule.state_dict()["steps_done"]) is int
+    assert {type(rate) for rate in rates(model)} == {float}
+    for _ in range(20):
+        model(torch.randn(2, 4))
+    assert 0 < sum(branch.dropped for branch in sd.branches(model)) < 60

@@ -378,6 +378,13 @@ def test_stochdepth_multiplies_in_place() -> None:
     assert torch.equal(output, torch.full((3,), 2.0))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_at_p_1_the_scale_of_the_paper_calls_nothing_in_evaluation(training: bool) -> None:
+    x = torch.tensor([[0.0], [1.0]])
+    out = sd.residual(x, torch.reciprocal, p=1.0, scale="eval", training=training)
+    assert torch.equal(out, x)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_nemo_a_dropped_call_that_would_be_inf_is_nan(bad: float) -> None:
     x = torch.ones(2, requires_grad=True)

@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -270,6 +273,30 @@ def test_rates_that_a_schedule_has_scaled_are_kept_with_their_targets() -> None:
     for ours, theirs in zip(sd.branches(other), sd.branches(model), strict=True):
         assert (ours.p, ours.target) == (theirs.p, theirs.target)
         assert theirs.p == 0.5 * theirs.target
+
+
+@pytest.mark.parametrize("kind", [np.float64, torch.tensor])
+def test_rates_in_a_state_may_be_numbers_of_numpy_or_torch(kind: Callable[[float], Any]) -> None:
+    model = sd.apply(small(), 0.5, seed=0, example_inputs=small_batch())
+    state = sd.state_dict(model)
+    expected = [model(small_batch()) for _ in range(8)]
+    for values in state["branches"]:
+        values |= {name: kind(values[name]) for name in ("p", "target")}
+    sd.load_state_dict(model, state)
+    for out in expected:
+        assert torch.equal(model(small_batch()), out)
+
+
+@pytest.mark.parametrize("bad", [{"p": 2.0}, {"target": -1.0}, {"scale": "half"}])
+def test_a_state_with_a_bad_value_changes_nothing(bad: dict[str, Any]) -> None:
+    model = sd.apply(small(), 0.5, example_inputs=small_batch())
+    state = copy.deepcopy(sd.state_dict(model))
+    state["branches"][0]["p"] = 0.3
+    state["branches"][-1] |= bad
+    before = copy.deepcopy(sd.state_dict(model)["branches"])
+    with pytest.raises(ValueError, match=f"must be .*{next(iter(bad.values()))}"):
+        sd.load_state_dict(model, state)
+    assert sd.state_dict(model)["branches"] == before
 
 
 # --- kill and resume

@@ -144,7 +144,7 @@ class Branch:
 
     def set_rate(self, p: float) -> None:
         """Drop with probability ``p`` from now on, and leave the target as it is."""
-        self._p = p
+        self._p = p = check_p(p)  # a float: of numpy's, decisions would be no bools
         # What compiled graphs read: a tensor, so that a new rate makes no new graph (in float64
         # torch.compile would take it for a number), and flags, as in a graph that is made for any
         # rate what is compared with it is no bool.

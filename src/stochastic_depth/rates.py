@@ -136,6 +136,7 @@ def rate_factor(schedule: TimeSchedule, step: int, steps: int | None = None) -> 
     whole = hasattr(step, "__index__") and not isinstance(step, bool)  # numpy's and tensors, too
     if not whole or step < 0:
         raise ValueError(f"step must be a number of optimizer steps, at least 0, got {step!r}")
+    step = int(step)
     if callable(schedule):
         return check_p(schedule(step), f"schedule({step})")
     done = min(step / cast(int, steps), 1.0)
@@ -282,5 +283,5 @@ class RateSchedule:
                 "state has no 'steps_done': give what RateSchedule.state_dict returned"
             )
         rate_factor(self.schedule, state["steps_done"], self.steps)
-        self.steps_done = state["steps_done"]
+        self.steps_done = int(state["steps_done"])
         self._set_rates()

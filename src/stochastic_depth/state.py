@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .applied import awaited, branches, draws_of, owners
-from .branch import CHOICES, COUNTS, choices
+from .branch import CHOICES, COUNTS, check_choice, check_p, choices
 from .drop.ranks import rank
 
 __all__ = ["load_own_state", "load_state_dict", "own_state", "state_dict"]
@@ -123,7 +123,11 @@ def load_own_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     for draws, values in zip(sources, states, strict=True):
         draws.check_state(values)
     for branch, values in zip(own, state["branches"], strict=True):
+        for name, allowed in CHOICES.items():
+            check_choice(values[name], allowed, name)
         branch.check_mode(values["mode"])
+        check_p(values["target"])
+        check_p(values["p"])
     for draws, values in zip(sources, states, strict=True):
         draws.set_state(values)
     for branch, values in zip(own, state["branches"], strict=True):

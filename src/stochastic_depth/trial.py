@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
 from ._torch import tensor_leaves
-from .branch import Branch
+from .branch import Branch, block_of, is_below
 from .drop.decide import choose_samples
 from .drop.draws import Draws
 from .drop.force import forced, plain
@@ -93,6 +93,15 @@ def _reasons(
             for together in groups:
                 reasons |= dict.fromkeys(together, failure(together))
     return reasons
+
+
+def _by_level(branches: Sequence[Branch]) -> list[list[Branch]]:
+    """Blocks by how many others they are in: these would leave other samples to choose from."""
+    levels: dict[int, list[Branch]] = {}
+    for b in branches:
+        around = [o for o in branches if o.kind == "block" and is_below(block_of(b), block_of(o))]
+        levels.setdefault(len(around), []).append(b)
+    return list(levels.values())
 
 
 class _Trial:
@@ -217,13 +226,13 @@ class _Trial:
 
     def mask_what_fails(self, branches: Sequence[Branch]) -> None:
         """Select no samples in branches where that gives something else than masking them."""
-        selected = [b for b in branches if b.place is not None]
-        if not selected or self.selecting_differs(selected) is None:
-            return
-        for branch, reason in _reasons(selected, self.selecting_differs).items():
-            if reason is not None:
-                branch.place, branch.mask = None, branch.place or branch.mask
-                branch.reason = reason
+        for selected in _by_level([b for b in branches if b.place is not None]):
+            if self.selecting_differs(selected) is None:
+                continue
+            for branch, reason in _reasons(selected, self.selecting_differs).items():
+                if reason is not None:
+                    branch.place, branch.mask = None, branch.place or branch.mask
+                    branch.reason = reason
 
     def selecting_differs(self, branches: Sequence[Branch]) -> str | None:
         """What is wrong where samples are selected; None where it is as if they were masked."""

@@ -6,11 +6,23 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import stochastic_depth as sd
 
-from .twins import MODES, Output, assert_same, assert_weighed, data, feed, net, seed_all, twins
+from .twins import (
+    MODES,
+    Output,
+    assert_same,
+    assert_weighed,
+    data,
+    feed,
+    net,
+    run_often,
+    seed_all,
+    twins,
+)
 
 REENTRANT = [True, False]
 # Torch's, of a reentrant checkpoint whose example inputs need no gradient.
@@ -285,3 +297,26 @@ def test_in_a_compiled_block_gradients_are_those_of_one_that_is_not(
         for a, b in zip(ours, theirs, strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b)
+
+
+BEFORE_THE_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "padded with ones": lambda h: functional.pad(h[:, 1:], (1, 0), value=1.0),
+    "beside ones": lambda h: torch.cat([h[:, 1:], h.new_ones(1, 1).expand(len(h), 1)], 1),
+    "rounded": lambda h: (10.0 * h).to(torch.int32).to(h.dtype),
+}
+
+
+class Leaving(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.f, self.way = nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + BEFORE_THE_SUM[self.way](checkpoint(self.f, x, use_reentrant=True))
+
+
+@pytest.mark.parametrize("way", BEFORE_THE_SUM)
+def test_what_is_weighed_at_once_goes_to_its_sum_through_linear_functions_alone(way: str) -> None:
+    ours, _ = twins(net(Leaving, way), data(), p=0.5)
+    with pytest.raises(RuntimeError, match="through a function that is not linear in it"):
+        run_often(ours, data().requires_grad_())

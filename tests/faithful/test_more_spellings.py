@@ -58,6 +58,7 @@ SUMS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], torc
     "alpha of the shortcut": (lambda x, y: torch.add(y, x, alpha=3), lambda x: 3 * x),
     "the same, in place": (lambda x, y: y.add_(x, alpha=3), lambda x: 3 * x),
     "mean of a stack": (lambda x, y: torch.stack([x, y]).mean(0), lambda x: x / 2),
+    "the larger": (lambda x, y: x + torch.stack([y, 3 * y]).max(0).values, lambda x: x),
     "scatter_add": (lambda x, y: x.scatter_add(1, torch.zeros_like(x).long(), y), lambda x: x),
 }
 

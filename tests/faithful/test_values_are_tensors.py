@@ -38,6 +38,14 @@ def alias(y: Tensor) -> None:
     z *= 0.5
 
 
+def through_data(y: Tensor) -> None:
+    y.data = y.data.clamp(-0.1, 0.1)
+
+
+def where_negative(y: Tensor) -> None:
+    y[y < 0] = 0.0
+
+
 WRITES: dict[str, Callable[[Tensor], object]] = {
     "a hook": hook,
     "a method that writes": lambda y: y.clamp_(-0.5, 0.5),
@@ -46,6 +54,9 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "through a view": view,
     "some entries": entries,
     "by another name": alias,
+    "by what writing returns": lambda y: functional.silu(y, inplace=True).sub_(0.5),
+    "through its data": through_data,
+    "where it is negative": where_negative,
     "no gradient": lambda y: y.detach_(),
 }
 
@@ -108,21 +119,25 @@ def test_a_mask_may_be_empty_in_the_examples() -> None:
 class Shrinking(nn.Module):
     """Writes to its shortcut after the branch has read it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *factors: float) -> None:
         super().__init__()
+        self.factors = factors
         self.f = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1.0
         y = self.f(x)
-        x.mul_(0.7)
+        for factor in self.factors:
+            x.mul_(factor)
         return x + y
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_shortcut_may_be_written_to_after_the_branch_has_read_it(mode: str) -> None:
-    ours, plain = twins(net(Shrinking), data(), mode=mode)
+    ours, plain = twins(net(Shrinking, 0.7), data(), mode=mode)
     assert_same(ours, plain, data())
+    ours, plain = twins(net(Shrinking, 0.5, 2.0), data(), mode=mode)
+    assert_weighed_at_half(ours, plain, mode)
 
 
 class Checkpointed(nn.Module):

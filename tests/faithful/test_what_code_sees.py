@@ -355,6 +355,49 @@ def test_code_in_c_is_not_told_that_a_value_of_a_branch_is_a_tensor() -> None:
     assert seen == [True] * 4
 
 
+def test_a_type_whose_code_in_c_reads_the_memory_of_tensors_is_refused() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.looks = nn.Linear(4, 4), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.f(x)
+            return x + (y if self.looks and isinstance(y, torch.FloatTensor) else 1.0 * y)
+
+    x, model = torch.randn(2, 4), Looking()
+    sd.apply(model, 1.0, example_inputs=x).train()
+    model.looks = True
+    with pytest.raises(TypeError, match=r"a type such as torch\.FloatTensor reads a value"):
+        model(x)
+
+
+WHERE: dict[str, Callable[[Tensor], bool]] = {
+    "is_cpu": lambda y: y.is_cpu,
+    "is_meta": lambda y: not y.is_meta,
+    "is_cuda": lambda y: not y.is_cuda,
+    "get_device": lambda y: y.get_device() == torch.zeros(1).get_device(),
+    "device": lambda y: y.device.type == "cpu",
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize("asks", WHERE)
+def test_what_is_dropped_is_where_it_would_be(asks: str, p: float) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.f(x)
+            return x + y if WHERE[asks](y) else -x
+
+    x = torch.randn(2, 4)
+    model = sd.apply(Asks(), p, example_inputs=x).train()
+    assert torch.equal(model(x), x + model.f(x) * (1 - p))
+
+
 class Choosing(nn.Module):
     """Takes a keyword by the name of which the library calls a module."""
 

@@ -82,7 +82,8 @@ def _moved(s: Tensor, x: Tensor, run: Run, place: Place) -> Tensor:
 def _lerp(s: Tensor, x: Tensor, weight: Any) -> Tensor:
     if s.shape != x.shape:
         raise ValueError(_APART.format(out=describe(x), shortcut=describe(s)))
-    if not x.is_floating_point() or (isinstance(weight, float) and weight == 1.0):
+    real = x.is_floating_point() or x.is_complex()
+    if not real or (isinstance(weight, float) and weight == 1.0):
         return x
     dtype = torch.promote_types(s.dtype, x.dtype)
     s, x = s.to(dtype), x.to(dtype)

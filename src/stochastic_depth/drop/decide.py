@@ -7,7 +7,19 @@ from torch import Tensor
 
 from ..branch import Branch
 
-__all__ = ["choose_samples", "draw_mask", "draw_subset", "kept_weight", "subset_size"]
+__all__ = [
+    "choose_samples",
+    "draw_mask",
+    "draw_subset",
+    "is_left_out",
+    "kept_weight",
+    "subset_size",
+]
+
+
+def is_left_out(branch: Branch) -> bool:
+    """Whether evaluation leaves a branch out, which would weigh nothing there, or NaN."""
+    return branch.is_always and branch.scale == "eval"
 
 
 def kept_weight(branch: Branch, training: bool) -> float:

@@ -24,7 +24,7 @@ from ..branch import Branch
 from ..find.plan import Gate, Plan
 from ..find.spot import NOT_THE_USERS
 from ..find.tensors import CHECKPOINT, function_around
-from .decide import kept_weight
+from .decide import is_left_out, kept_weight
 from .part import Part, first_part, form, parts_in, whole
 from .repeats import Repeat, Repeats
 from .run import Run
@@ -57,7 +57,7 @@ class Frame:
         branches, site, forced = self.plan.branches, self.site, here.forced
         self.is_plain = forced is not None and not forced
         training = not self.is_plain and site.is_training()
-        decisions: list[Any] = [False] * len(branches)
+        decisions: list[Any] = [not self.is_plain and is_left_out(b) for b in branches]
         if training:
             if self.compiling:
                 decisions = [b.is_always if b.is_certain else None for b in branches]

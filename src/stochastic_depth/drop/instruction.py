@@ -26,9 +26,25 @@ def _is_question(code: CodeType, at: int) -> bool:
         return False
     if now.argval == "__class__":  # else of a graph of torch.compile's, which makes a part again
         return now.positions is not None and now.positions.col_offset is not None
-    if now.opname == "MATCH_CLASS":
-        return True
-    return _calls(known, now, "isinstance")
+    asked = now.opname == "MATCH_CLASS" or _calls(known, now, "isinstance")
+    if asked and any(i.argval in _OF_TORCH and _is_within(i, now) for i in known):
+        raise TypeError(
+            "stochastic depth: isinstance() with a type such as torch.FloatTensor reads a value of "
+            "a branch as memory, which it may not be: ask for its dtype and device"
+        )
+    return asked
+
+
+# Types with a code in C that looks into what is said to be a tensor.
+_KINDS = "Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool"
+_OF_TORCH = {f"{kind}Tensor" for kind in _KINDS}
+
+
+def _is_within(inner: Any, outer: Any) -> bool:
+    """Whether an instruction is of a part of the expression that another one is of."""
+    a, b = inner.positions, outer.positions
+    begin, end = (a.lineno, a.col_offset), (a.end_lineno, a.end_col_offset)
+    return (b.lineno, b.col_offset) <= begin and end <= (b.end_lineno, b.end_col_offset)
 
 
 @by_instruction

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._torch import tensor_leaves, tree_map_only
 from ..branch import Branch, Mode, Place, Scale, check_p
 from .around import Take, around, describe
-from .decide import kept_weight
+from .decide import is_left_out, kept_weight
 from .draws import Draws
 from .force import check_repeats
 from .projections import Recipe, check_recipe, check_shapes, guess_input_shape, make_projection
@@ -179,7 +179,7 @@ class StochasticDepth(nn.Module):
 
     def _decide(self, training: bool) -> tuple[Any, float]:
         if not training:
-            return False, kept_weight(self.branch, training=False)
+            return is_left_out(self.branch), kept_weight(self.branch, training=False)
         if torch.compiler.is_compiling() and not self.branch.is_certain:
             self.draws.check_graph(self.branch, [self.module])
             return None, 1.0

@@ -175,9 +175,9 @@ class Merging:
         shape[at.dim] = self.size * at.fold
         return self.merge(x.new_zeros(shape), part)
 
-    def nothing(self, like: Tensor) -> Tensor:
+    def nothing(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Zeros of the form of ``like``, for what a dropped branch would have made."""
-        zeros = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+        zeros = torch.zeros(like.shape, dtype=dtype or like.dtype, device=self.device)
         return self._left_out(zeros, in_place=True)
 
     def _place_of_sum(self) -> Place:
@@ -261,6 +261,10 @@ class Merging:
                 shortcut = whole_shortcut
         dtype = torch.promote_types(shortcut.dtype, v.dtype)
         return add_rows(shortcut.to(dtype), chosen, v.to(dtype), alpha, at.dim)
+
+    def written(self, total: Tensor, part: Part) -> Tensor:
+        """A sum that is written into ``part`` has the precision of that."""
+        return total.to(self.dtype or total.dtype if part._value is None else part._value.dtype)
 
     def interpolate(self, shortcut: Tensor, part: Part, weight: Any) -> Tensor:
         """``shortcut.lerp(part, weight)``, as decided."""

@@ -7,6 +7,7 @@ __all__ = [
     "ADD",
     "ASKS",
     "IN_PLACE",
+    "OF_DEVICE",
     "OPERATORS",
     "SCALINGS",
     "SUMS",
@@ -20,11 +21,22 @@ ACTIVATIONS = {
     "relu6", "relu_", "selu", "sigmoid", "silu", "softplus", "tanh",
 }  # fmt: skip
 SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
-VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data"}
+VIEWS = {
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "real",
+    "imag",
+    "data",
+    "values",
+    "indices",
+}  # the last two are of max()
 ASKS = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device",
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
     "is_floating_point", "is_complex", "element_size",
 }  # fmt: skip
+OF_DEVICE = {"device", "get_device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
 
 _OF_TWO = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from .._torch import is_given_to_hook, tensor_leaves, tree_leaves, tree_map
 from ..find.functions import writes
 from .instruction import is_applied, is_asked, unpacked
-from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OPERATORS, SCALINGS, SUMS, VIEWS
+from .names import ACTIVATIONS, ADD, ASKS, IN_PLACE, OF_DEVICE, OPERATORS, SCALINGS, SUMS, VIEWS
 
-__all__ = ["Part", "Unmade", "first_part", "form", "parts_in", "whole"]
+__all__ = ["Part", "first_part", "form", "parts_in", "whole"]
 
 _WRITTEN = (
     "a value of it is written into a tensor that is not its own: do that in a module that the "
@@ -89,7 +89,9 @@ class Part:
             two = _operands(args, kwargs)
             run = _met(*two) if len(two) == 2 else None
             if run and run.is_sum() and (sides := _sides(name, two, kwargs.get("alpha", 1))):
-                return run.merge(*sides)
+                total = run.merge(*sides)
+                into_part = name in IN_PLACE and two[0] is sides[1]
+                return run.written(total, sides[1]) if into_part else total
         parts = parts_in((*args, *kwargs.values()))
         run, last = parts[0]._run, any([part._last for part in parts])
         if func is Tensor.matmul and type(args[1]) is Part:
@@ -124,6 +126,10 @@ class Part:
         return run.mark(out) if last else out
 
     def __getattr__(self, name: str) -> Any:
+        if self._value is None and name in OF_DEVICE:
+            return getattr(torch.empty(0, device=self._run.device), name)
+        if self._value is None and name in VIEWS:
+            return self._derived(lambda: getattr(form(self), name))
         kind = getattr(Tensor, name)  # an AttributeError names the attribute
         if callable(kind):
             if name in ASKS:
@@ -131,13 +137,17 @@ class Part:
             if name.startswith("new_"):
                 return partial(getattr(form(self), name), device=self._run.device)
             return lambda *args, **kwargs: Part.__torch_function__(kind, (), (self, *args), kwargs)
-        if self._value is None:
-            if name == "device":
-                return self._run.device
-            if name in VIEWS:
-                return self._derived(lambda: getattr(form(self), name))
         known = getattr(whole(self) if name in VIEWS else form(self), name)
         return self._run.mark(known) if self._last and isinstance(known, Tensor) else known
+
+    @property
+    def data(self) -> Any:
+        return self.__getattr__("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if self._value is not None:
+            whole(self).data = whole(value)
 
     def _has_gradient(self) -> bool:
         """Whether what passes on the gradients of tensors only would lose one."""
@@ -152,8 +162,7 @@ class Part:
         return Part.__torch_function__(Tensor.__getitem__, (), (self, key))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if self._value is not None:
-            whole(self)[key] = whole(value)
+        Part.__torch_function__(Tensor.__setitem__, (), (self, key, value))
 
     def __iter__(self) -> Iterator[Any]:
         n = None
@@ -193,16 +202,6 @@ class Part:
     def __repr__(self) -> str:
         kind = "absent" if self._value is None else "compact" if self._place else "marked"
         return f"<{kind} value of the branch {self._run.branch.name}>"
-
-
-class Unmade:
-    """Stands in for an object that a dropped call would return, made only to be looked into."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._make(), name)
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -306,7 +305,7 @@ def _joining(like: Tensor | None, x: Any) -> Any:
     if type(x) is not Part:
         return x
     if like is not None and x._value is None:
-        return x._run.nothing(like)
+        return x._run.nothing(like, x._run.dtype)
     return x._run.joining(x)
 
 

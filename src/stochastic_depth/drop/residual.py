@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..branch import Branch, Mode, Place, Scale, check_p
 from ..find.plan import Gate, Leaf
 from .collectives import waiting_in
-from .decide import kept_weight
+from .decide import is_left_out, kept_weight
 from .draws import Draws
 from .part import Part
 from .ranks import is_distributed
@@ -101,7 +101,7 @@ def residual(
     if mode != "batch":
         _check_samples(shortcut, inputs, mode, batch_dim)
     if not training or rate == 0.0:
-        decision: Any = False
+        decision: Any = is_left_out(about)
     elif rate == 1.0:
         decision = True
     elif torch.compiler.is_compiling():

@@ -13,9 +13,10 @@ from ..find.plan import Gate, Leaf
 from ..find.tensors import version_of
 from .arguments import each_once, fits, hand_on, has_samples
 from .merging import Merging, norms_in, slots
-from .part import Part, Unmade, form, whole
+from .part import Part, form, whole
 from .replay import may_be_recomputed
 from .rows import put_rows, split_rows, take_rows
+from .unmade import Unmade
 
 __all__ = ["Run"]
 

@@ -17,8 +17,8 @@ __all__ = [
     "works_in_function",
 ]
 
-# Of degree one in what they are given.
-_LIKE = VIEWS | {
+# Of degree one in all numbers that they are given; what is padded may get others.
+_LIKE = VIEWS - {"pad"} | {
     "dropout", "dropout2d", "feature_dropout", "neg", "__neg__", "relu", "mean", "sum", "t",
     "adjoint", "moveaxis", "swapdims", "index_select", "flip",
 }  # fmt: skip
@@ -222,8 +222,9 @@ def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
         elif not any(degrees):
             degree[i] = 0
         elif name in _LIKE:
-            of = {d for x, d in zip(node.sources, degrees, strict=True) if nodes[x].varies}
-            degree[i] = 1 if of == {1} else None
+            given = zip(node.sources, degrees, strict=True)
+            of = {d for x, d in given if nodes[x].is_continuous}  # and no indices
+            degree[i] = 1 if of == {1} and node.is_continuous else None
         elif node.op in _PRODUCTS:
             degree[i] = 1 if len(degrees) <= 2 and degrees.count(1) == 1 else None
         elif node.op in DIVIDE:
