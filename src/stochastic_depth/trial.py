@@ -268,7 +268,7 @@ class _Trial:
             plainly(),
             without(self.zeros),
             nullcontext() if decisions is None else forced(decisions),
-            unwritten(self.model) if training else nullcontext(),
+            unwritten(self.model),
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
             here.joined = set()

@@ -352,3 +352,30 @@ def test_parameters_that_are_views_of_one_memory_are_left_as_they_were() -> None
     before = flat.clone()
     sd.apply(model, 0.5, include="fast", example_inputs=data())
     assert torch.equal(flat, before)
+
+
+class Renormed(nn.Module):
+    """Writes to its weights in evaluation, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4, max_norm=0.5)
+        self.bag = nn.EmbeddingBag(6, 4, max_norm=0.5)
+        self.first, self.second = Residual(), Residual()
+
+    def forward(self, i: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.f.weight.clamp_(-0.1, 0.1)
+        weight = self.second.f.weight
+        weight.data = weight.data / weight.data.norm()
+        return self.second(self.first(self.embedding(i) + self.bag(i)[:, None]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_evaluation_writes_to_are_left_as_they_were(mode: str) -> None:
+    model = net(Renormed)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sd.apply(model, 0.5, mode=mode, example_inputs=torch.arange(6).view(2, 3))
+    sd.summary(model, torch.arange(6).view(2, 3))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name

@@ -115,8 +115,7 @@ def record(
         with _one_at_a_time, ExitStack() as stack:
             stack.enter_context(untouched(model, kept))
             stack.enter_context(in_mode(model, training, frozen))
-            if training:
-                stack.enter_context(unwritten(model))
+            stack.enter_context(unwritten(model))
             stack.enter_context(plainly())
             stack.enter_context(_met(watch, model))
             watch.inputs(given, named)

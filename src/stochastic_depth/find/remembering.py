@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from .flow import Flow
 from .meet import plainly
 from .regions import Region
-from .state import attributes, copied, in_mode, untouched
+from .state import attributes, copied, in_mode, untouched, unwritten
 from .tensors import memory_of, tensors_in, tensors_within
 
 __all__ = ["held_in", "remembering"]
@@ -41,7 +41,7 @@ def remembering(
     names = {flow.held[n] for region in regions for n in held_in(flow, region)}
     if not names:
         return set()
-    with untouched(model), in_mode(model, False), plainly():
+    with untouched(model), in_mode(model, False), unwritten(model), plainly():
         given, named = copied((args, kwargs))
         model(*given, **named)
         kept = {

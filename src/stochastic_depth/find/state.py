@@ -54,7 +54,7 @@ def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
 
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back that a forward writes to in training, as to a momentum encoder's.
+    """Put the parameters back that a forward writes to: a momentum encoder's, embeddings' norms.
 
     Those of FSDP come and go, and are let alone.
     """
@@ -86,11 +86,14 @@ class _Writes(TorchFunctionMode):
         self.before: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # and the data, and its value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__set__" or writes(name):  # the former of its data
-            for t in tensors_in(args[:1], []):
-                for p in self.own.pop(memory_of(t), ()):
-                    self.before.append((p, p.data, p.detach().clone()))
+        name, into = getattr(func, "__name__", ""), ()
+        if kwargs and kwargs.get("max_norm") is not None:  # of an embedding
+            into = args[1:2]
+        elif name == "__set__" or writes(name):  # the former of its data
+            into = args[:1]
+        for t in tensors_in(into, []):
+            for p in self.own.pop(memory_of(t), ()):
+                self.before.append((p, p.data, p.detach().clone()))
         return func(*args, **(kwargs or {}))
 
 
