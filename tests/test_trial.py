@@ -11,6 +11,7 @@ from stochastic_depth.find.zeros import without, zeros_in
 from stochastic_depth.trial import _are_close
 
 SIZES: list[int] = []
+note = SIZES.append  # a list that a forward itself names is put back
 
 
 class Block(nn.Module):
@@ -22,7 +23,7 @@ class Block(nn.Module):
         self.f = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        SIZES.append(len(x))
+        note(len(x))
         if len(x) < self.least:
             raise ValueError("too few samples")
         return x + self.f(x)

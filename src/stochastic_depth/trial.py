@@ -24,7 +24,8 @@ from .find.checks import kept_in
 from .find.meet import plainly
 from .find.noise import NoNoise
 from .find.plan import Findings
-from .find.state import Kept, attributes, copied, in_mode, untouched, unwritten
+from .find.state import Kept, attributes, copied, in_mode, untouched
+from .find.unwritten import unwritten
 from .find.weighed import Weight
 from .find.zeros import without, zeros_in
 from .install import by_block

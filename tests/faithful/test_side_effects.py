@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -379,3 +380,56 @@ def test_parameters_that_evaluation_writes_to_are_left_as_they_were(mode: str) -
     sd.summary(model, torch.arange(6).view(2, 3))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+CALLS = 0
+SEEN: list[Any] = []
+GENERATOR, NUMPY = torch.Generator().manual_seed(1), np.random.default_rng(1)
+VARIABLE = ContextVar("VARIABLE", default=0)
+
+
+class Global(nn.Module):
+    """Counts, collects and draws in what its class or its module has for all."""
+
+    calls = 0
+    seen: ClassVar[list[Any]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual = Residual()
+        self.old = np.random.RandomState(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        global CALLS
+        CALLS += 1
+        Global.calls += 1
+        SEEN.append(x)
+        self.seen.append(x)
+        VARIABLE.set(VARIABLE.get() + 1)
+        return self.noisy(x)
+
+    def noisy(self, x: Tensor) -> Tensor:
+        scale = NUMPY.random() + self.old.rand()
+        return self.residual(x) + scale * torch.rand(len(x), 1, generator=GENERATOR, dtype=x.dtype)
+
+
+class Derived(Global):
+    pass
+
+
+def test_apply_leaves_what_classes_and_modules_have_for_all_as_it_was() -> None:
+    def state() -> list[Any]:
+        drawn = (
+            GENERATOR.get_state().tolist(),
+            NUMPY.bit_generator.state,
+            str(model.old.get_state()),
+        )
+        return [CALLS, len(SEEN), Global.calls, len(Global.seen), VARIABLE.get(), drawn]
+
+    model = net(Derived)
+    model(data())
+    before = state()
+    sd.apply(model, 0.5, example_inputs=data())
+    assert state() == before
+    model(data())
+    assert CALLS == len(SEEN) == Global.calls == len(Global.seen) == VARIABLE.get() == 2

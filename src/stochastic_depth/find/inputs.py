@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .state import in_mode, untouched, unwritten
+from .state import in_mode, untouched
 from .tensors import tensors_within
+from .unwritten import unwritten
 
 __all__ = ["guess_inputs"]
 

@@ -14,7 +14,8 @@ from .flow import Flow
 from .ranks import Listening, is_distributed
 from .record import Recorder
 from .spot import is_ours
-from .state import Kept, copied, in_mode, untouched, unwritten
+from .state import Kept, copied, in_mode, untouched
+from .unwritten import unwritten
 
 __all__ = ["plainly", "record", "record_examples", "without_gradients"]
 

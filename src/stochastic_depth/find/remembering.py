@@ -8,8 +8,9 @@ from torch.overrides import TorchFunctionMode
 from .flow import Flow
 from .meet import plainly
 from .regions import Region
-from .state import attributes, copied, in_mode, untouched, unwritten
+from .state import attributes, copied, in_mode, untouched
 from .tensors import memory_of, tensors_in, tensors_within
+from .unwritten import unwritten
 
 __all__ = ["held_in", "remembering"]
 

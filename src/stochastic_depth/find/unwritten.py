@@ -1,0 +1,60 @@
+"""Parameters that a forward writes to, put back afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._torch import is_flat_parameter, is_view_of_flat_parameter
+from .functions import writes
+from .ranks import is_sharded
+from .tensors import memory_of, tensors_in
+
+__all__ = ["unwritten"]
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Put the parameters back that a forward writes to: a momentum encoder's, embeddings' norms.
+
+    Those of FSDP come and go, and are let alone.
+    """
+    parameters = list(model.parameters())
+    if any(map(is_sharded, model.modules())) or any(map(_is_of_fsdp, parameters)):
+        yield
+        return
+    writes = _Writes(parameters)
+    try:
+        with writes:
+            yield
+    finally:
+        for parameter, data, value in writes.before:
+            parameter.data = data.copy_(value)
+
+
+def _is_of_fsdp(parameter: Tensor) -> bool:
+    return is_flat_parameter(parameter) or is_view_of_flat_parameter(parameter)
+
+
+class _Writes(TorchFunctionMode):
+    """Copies parameters when they are about to be written to."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.own: dict[int, list[nn.Parameter]] = {}  # by memory, which several may have
+        for parameter in parameters:
+            self.own.setdefault(memory_of(parameter), []).append(parameter)
+        self.before: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # and the data, and its value
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, into = getattr(func, "__name__", ""), ()
+        if kwargs and kwargs.get("max_norm") is not None:  # of an embedding
+            into = args[1:2]
+        elif name == "__set__" or writes(name):  # the former of its data
+            into = args[:1]
+        for t in tensors_in(into, []):
+            for p in self.own.pop(memory_of(t), ()):
+                self.before.append((p, p.data, p.detach().clone()))
+        return func(*args, **(kwargs or {}))
