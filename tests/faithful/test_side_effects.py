@@ -433,3 +433,50 @@ def test_apply_leaves_what_classes_and_modules_have_for_all_as_it_was() -> None:
     assert state() == before
     model(data())
     assert CALLS == len(SEEN) == Global.calls == len(Global.seen) == VARIABLE.get() == 2
+
+
+class Told(nn.Module):
+    """Writes numbers into what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(4), Telling(4, 4)
+
+    def forward(self, x: Tensor, told: dict[str, Any]) -> Tensor:
+        told["blocks"] += 1
+        return x + self.f(self.norm(x), told)
+
+
+class Telling(nn.Linear):
+    def forward(self, x: Tensor, told: dict[str, Any]) -> Tensor:
+        told["calls"].append(len(told["calls"]))
+        return super().forward(x)
+
+
+class Tellers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, Any] = {}
+        self.blocks = nn.ModuleList(Told() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.told = {"blocks": 0, "calls": []}
+        for block in self.blocks:
+            x = block(x, self.told)
+        return x
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("blocks", [None, "blocks.?"])
+def test_numbers_are_written_into_what_a_call_is_given(mode: str, blocks: str | None) -> None:
+    model = net(Tellers)
+    sd.apply(model, 0.5, mode=mode, blocks=blocks, example_inputs=data(), seed=0)
+    assert len(sd.branches(model)) == 3
+    for _ in range(8):
+        counts = [(b.decided, b.dropped) for b in sd.branches(model)]
+        model(data())
+        ran = 0
+        for branch, (decided, dropped) in zip(sd.branches(model), counts, strict=True):
+            ran += branch.dropped - dropped < branch.decided - decided
+        assert model.told["calls"] == list(range(ran))
+        assert model.told["blocks"] == (ran if blocks else 3)

@@ -11,7 +11,7 @@ from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_un
 from ..branch import Place
 from ..find.plan import Gate, Leaf
 from ..find.tensors import version_of
-from .arguments import each_once, fits, hand_on, has_samples
+from .arguments import each_once, fits, hand_on, has_samples, same_objects
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
@@ -49,7 +49,8 @@ class Run(Merging):
                 left = self._each(gate, out, self._leave)
                 return self._handed_on(gate, left, (args, kwargs), entered)
         if parts:
-            args, kwargs = tree_map_only(Part, whole, (args, kwargs))
+            made = tree_map_only(Part, whole, (args, kwargs))
+            args, kwargs = same_objects((args, kwargs), made)
         if self.mask is None:
             out = run(*args, **kwargs)
         else:
@@ -123,7 +124,8 @@ class Run(Merging):
         for x, place in zip(leaves, gate.given, strict=True):
             if type(x) is Part and x._place != place:
                 return None
-        return tree_unflatten(each_once(self._taken, leaves, gate.given), structure)
+        made = tree_unflatten(each_once(self._taken, leaves, gate.given), structure)
+        return same_objects((args, kwargs), made)
 
     def _taken(self, x: Any, place: Place | None) -> Any:
         if type(x) is Part:
