@@ -480,3 +480,28 @@ def test_numbers_are_written_into_what_a_call_is_given(mode: str, blocks: str | 
             ran += branch.dropped - dropped < branch.decided - decided
         assert model.told["calls"] == list(range(ran))
         assert model.told["blocks"] == (ran if blocks else 3)
+
+
+class Differentiating(nn.Module):
+    """Has a backward pass in its forward, and freezes layers in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Residual(), Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second.requires_grad_(self.training)
+        with torch.enable_grad():
+            self.first(x.detach()).sum().backward()
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("before", [None, 1.0])
+def test_gradients_and_whether_they_are_needed_are_left_as_they_were(before: float | None) -> None:
+    model = net(Differentiating)
+    for p in model.parameters():
+        p.grad = None if before is None else torch.full_like(p, before)
+    sd.apply(model, 0.5, example_inputs=data())
+    for p in model.parameters():
+        assert p.requires_grad
+        assert p.grad is None if before is None else (p.grad == before).all()

@@ -19,19 +19,24 @@ __all__ = ["unwritten"]
 def unwritten(model: nn.Module) -> Iterator[None]:
     """Put the parameters back that a forward writes to: a momentum encoder's, embeddings' norms.
 
-    Those of FSDP come and go, and are let alone.
+    So are their gradients, and whether they need one. Those of FSDP come and go, and are let alone.
     """
     parameters = list(model.parameters())
     if any(map(is_sharded, model.modules())) or any(map(_is_of_fsdp, parameters)):
         yield
         return
     writes = _Writes(parameters)
+    flags = [(p, p.requires_grad, p.grad) for p in parameters]
+    for p in parameters:
+        p.grad = None  # else a backward pass in the forward would add to it
     try:
         with writes:
             yield
     finally:
         for parameter, data, value in writes.before:
             parameter.data = data.copy_(value)
+        for p, needs_gradient, grad in flags:
+            p.requires_grad, p.grad = needs_gradient, grad
 
 
 def _is_of_fsdp(parameter: Tensor) -> bool:
