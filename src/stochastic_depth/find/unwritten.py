@@ -26,17 +26,23 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         yield
         return
     writes = _Writes(parameters)
-    flags = [(p, p.requires_grad, p.grad) for p in parameters]
-    for p in parameters:
-        p.grad = None  # else a backward pass in the forward would add to it
+    needs = [(p, p.requires_grad) for p in parameters]
+    grads = [(p, p.grad) for p in parameters]
+    _set("grad", [(p, None) for p in parameters])  # else a backward pass in it would add to that
     try:
         with writes:
             yield
     finally:
         for parameter, data, value in writes.before:
             parameter.data = data.copy_(value)
-        for p, needs_gradient, grad in flags:
-            p.requires_grad, p.grad = needs_gradient, grad
+        _set("requires_grad", needs)
+        _set("grad", grads)
+
+
+def _set(name: str, values: list[tuple[nn.Parameter, Any]]) -> None:
+    for p, value in values:
+        if getattr(p, name) is not value:  # not all are leaves, where it may be set
+            setattr(p, name, value)
 
 
 def _is_of_fsdp(parameter: Tensor) -> bool:
