@@ -225,3 +225,24 @@ def test_a_branch_with_noise_in_evaluation_is_dropped() -> None:
     block.f = Noisy(4, 4)
     model = sd.apply(nn.Sequential(block, Noisy(4, 4)), 0.5, example_inputs=torch.randn(2, 4))
     assert len(sd.branches(model)) == 1
+
+
+class Memory(nn.Module):
+    """Adds a branch to a buffer, and writes another sum there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("memory", torch.ones(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory.add_(x.mean().detach())
+        out = self.memory.add(self.f(x * self.memory))
+        return out.add(self.g(out))
+
+
+def test_a_buffer_may_be_a_shortcut() -> None:
+    x = torch.randn(2, 4)
+    model = sd.apply(Memory(), 1.0, schedule="uniform", example_inputs=x)
+    assert [b.name for b in sd.branches(model)] == [":f", ":g"]
+    assert torch.equal(model(x), torch.ones(2, 4) + x.mean())
