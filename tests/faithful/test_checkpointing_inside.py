@@ -285,3 +285,25 @@ def test_in_a_compiled_block_gradients_are_those_of_one_that_is_not(
         for a, b in zip(ours, theirs, strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b)
+
+
+class Widened(nn.Module):
+    """After a reentrant checkpoint, its branch gets entries that are none of the checkpoint's."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.f, self.joined = nn.Linear(4, 3), joined
+        self.extra = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.f, x, use_reentrant=True)
+        if self.joined:
+            return x + torch.cat([y, self.extra.expand(len(x), 1)], 1)
+        return x + nn.functional.pad(y, (0, 1), value=1.0)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_what_is_joined_to_a_checkpointed_value_is_not_left_unweighed(joined: bool) -> None:
+    ours, _ = twins(net(Widened, joined), data(), p=1e-6)
+    with pytest.raises(RuntimeError, match="a function that is not linear in it"):
+        ours(data().requires_grad_())

@@ -17,11 +17,12 @@ __all__ = [
     "works_in_function",
 ]
 
-# Of degree one in what they are given.
-_LIKE = VIEWS | {
+# Of degree one in what they are given; of padding, the value is not known.
+_LIKE = VIEWS - {"pad"} | {
     "dropout", "dropout2d", "feature_dropout", "neg", "__neg__", "relu", "mean", "sum", "t",
     "adjoint", "moveaxis", "swapdims", "index_select", "flip",
 }  # fmt: skip
+_JOINS = {"cat", "concat", "stack"}
 _PRODUCTS = MULTIPLY | {"matmul", "__matmul__", "bmm"}
 
 
@@ -222,7 +223,8 @@ def is_linear(flow: Flow, member: Member, last: set[int]) -> bool:
         elif not any(degrees):
             degree[i] = 0
         elif name in _LIKE:
-            of = {d for x, d in zip(node.sources, degrees, strict=True) if nodes[x].varies}
+            known = zip(node.sources, degrees, strict=True)
+            of = {d for x, d in known if nodes[x].varies or name in _JOINS}
             degree[i] = 1 if of == {1} else None
         elif node.op in _PRODUCTS:
             degree[i] = 1 if len(degrees) <= 2 and degrees.count(1) == 1 else None
