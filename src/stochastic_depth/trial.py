@@ -269,7 +269,7 @@ class _Trial:
             plainly(),
             without(self.zeros),
             nullcontext() if decisions is None else forced(decisions),
-            unwritten(self.model),
+            unwritten(self.model) if training or self.findings.writes else nullcontext(),
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
             here.joined = set()

@@ -483,22 +483,26 @@ def test_numbers_are_written_into_what_a_call_is_given(mode: str, blocks: str | 
 
 
 class Differentiating(nn.Module):
-    """Has a backward pass in its forward, and freezes layers in evaluation."""
+    """Has a backward pass in its forward, and may freeze layers in evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, freezes: bool) -> None:
         super().__init__()
-        self.first, self.second = Residual(), Residual()
+        self.first, self.second, self.freezes = Residual(), Residual(), freezes
 
     def forward(self, x: Tensor) -> Tensor:
-        self.second.requires_grad_(self.training)
+        if self.freezes:
+            self.second.requires_grad_(self.training)
         with torch.enable_grad():
             self.first(x.detach()).sum().backward()
         return self.second(self.first(x))
 
 
+@pytest.mark.parametrize("freezes", [False, True])
 @pytest.mark.parametrize("before", [None, 1.0])
-def test_gradients_and_whether_they_are_needed_are_left_as_they_were(before: float | None) -> None:
-    model = net(Differentiating)
+def test_gradients_and_whether_they_are_needed_are_left_as_they_were(
+    before: float | None, freezes: bool
+) -> None:
+    model = net(Differentiating, freezes)
     for p in model.parameters():
         p.grad = None if before is None else torch.full_like(p, before)
     sd.apply(model, 0.5, example_inputs=data())

@@ -116,7 +116,7 @@ def record(
         with _one_at_a_time, ExitStack() as stack:
             stack.enter_context(untouched(model, kept))
             stack.enter_context(in_mode(model, training, frozen))
-            stack.enter_context(unwritten(model))
+            watch.writes = stack.enter_context(unwritten(model, noted=True))
             stack.enter_context(plainly())
             stack.enter_context(_met(watch, model))
             watch.inputs(given, named)
@@ -125,6 +125,7 @@ def record(
                 result = model(*given, **named)
             flow: Flow = watch.finish(result)
             flow.watch, flow.constants = watch, constants or []
+            flow.writes = watch.writes.any()
             del watch.flow, watch.written  # no cycle, in which all would wait for a collection
         return flow
 
