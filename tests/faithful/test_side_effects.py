@@ -509,3 +509,36 @@ def test_gradients_and_whether_they_are_needed_are_left_as_they_were(
     for p in model.parameters():
         assert p.requires_grad
         assert p.grad is None if before is None else (p.grad == before).all()
+
+
+class Marking(nn.Linear):
+    def forward(self, data: dict[str, Any]) -> Tensor:
+        data["calls"] += 1
+        return super().forward(data["x"])
+
+
+class Marked(nn.Module):
+    """Its layers are given samples and numbers in one dict, and write the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = Residual(), nn.ModuleList(Marking(4, 4) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        data = {"x": self.first(x), "calls": 0}
+        for layer in self.layers:
+            data["x"] = data["x"] + layer(data)
+        self.calls = data["calls"]
+        return data["x"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_that_are_written_beside_samples_are_not_lost(mode: str) -> None:
+    model = net(Marked)
+    sd.apply(model, 0.3, mode=mode, example_inputs=data(), schedule="uniform", seed=0)
+    assert len(sd.branches(model)) == 4
+    for branch in sd.branches(model):
+        branch.p = 0.0 if mode == "batch" else 0.3
+    model(data())
+    assert model.calls == 3

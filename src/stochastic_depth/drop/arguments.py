@@ -12,7 +12,7 @@ from .._torch import tree_leaves
 from ..branch import Place
 from ..find.plan import Gate
 
-__all__ = ["each_once", "fits", "hand_on", "has_samples", "same_objects"]
+__all__ = ["copies", "each_once", "fits", "hand_on", "has_samples", "same_objects"]
 
 
 def fits(gate: Gate, leaves: Sequence[Any], size: int) -> bool:
@@ -67,6 +67,15 @@ def same_objects(given: tuple[Any, Any], made: tuple[Any, Any]) -> tuple[Any, An
         return made
     (args, kwargs), (new, named) = given, made
     return tuple(map(_same, args, new)), {n: _same(kwargs[n], x) for n, x in named.items()}
+
+
+def copies(given: tuple[Any, Any], made: tuple[Any, Any]) -> list[Any]:
+    """What is in ``made`` of the containers of (args, kwargs) that are others than ``given``."""
+    if torch.compiler.is_compiling():
+        return []
+    (args, kwargs), (new, named) = given, made
+    pairs = [*zip(args, new, strict=True), *((kwargs[n], x) for n, x in named.items())]
+    return tree_leaves([x for old, x in pairs if old is not x and not isinstance(x, Tensor)])
 
 
 def _same(old: Any, new: Any) -> Any:

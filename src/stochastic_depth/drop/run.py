@@ -11,7 +11,7 @@ from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_un
 from ..branch import Place
 from ..find.plan import Gate, Leaf
 from ..find.tensors import version_of
-from .arguments import each_once, fits, hand_on, has_samples, same_objects
+from .arguments import copies, each_once, fits, hand_on, has_samples, same_objects
 from .merging import Merging, norms_in, slots
 from .part import Part, Unmade, form, whole
 from .replay import may_be_recomputed
@@ -44,7 +44,9 @@ class Run(Merging):
         if self.computed is not None:
             entered = self._entered(gate, args, kwargs)
             if entered is not None:
+                copied = copies((args, kwargs), entered)
                 out = run(*entered[0], **entered[1])
+                self.check_copies(copied, copies((args, kwargs), entered))
                 self.check_returned(gate, out)
                 left = self._each(gate, out, self._leave)
                 return self._handed_on(gate, left, (args, kwargs), entered)
