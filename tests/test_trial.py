@@ -1,5 +1,7 @@
 """What ``apply`` tries on the examples before it believes what was found."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from stochastic_depth.find.zeros import without, zeros_in
 from stochastic_depth.trial import _are_close
 
 SIZES: list[int] = []
+note = SIZES.append  # a list that a forward itself names is put back
 
 
 class Block(nn.Module):
@@ -20,7 +23,7 @@ class Block(nn.Module):
         self.f = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        SIZES.append(len(x))
+        note(len(x))
         if len(x) < self.least:
             raise ValueError("too few samples")
         return x + self.f(x)
@@ -166,3 +169,80 @@ def test_what_each_sample_is_given_in_a_list_is_not_mixed_up(size: int) -> None:
     with pytest.warns(UserWarning, match="its samples are not independent"):
         sd.apply(model, 0.5, mode="row", example_inputs=(torch.randn(size, 4), weights))
     assert [branch.place for branch in sd.branches(model)] == [None, None]
+
+
+class CountingLinear(nn.Linear):
+    """Does something besides computing that others depend on, of which tensors say nothing."""
+
+    def __init__(self, do: Callable[[dict[str, float], Tensor], None]) -> None:
+        super().__init__(4, 4)
+        self.do = do
+
+    def forward(self, x: Tensor, told: dict[str, float]) -> Tensor:
+        y = super().forward(x)
+        self.do(told, y)
+        return y
+
+
+class Numbered(nn.Module):
+    """Its layers tell each other their number, or a size, in a dict."""
+
+    def __init__(self, do: Callable[[dict[str, float], Tensor], None]) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(4, 4), nn.ModuleList(CountingLinear(do) for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = {"n": 0.0}
+        x = x + self.first(x)
+        for layer in self.layers:
+            x = torch.tanh(x + layer(x, told)) + told["n"]
+        return x
+
+
+def count(told: dict[str, float], y: Tensor) -> None:
+    told["n"] += 1
+
+
+def measure(told: dict[str, float], y: Tensor) -> None:
+    told["n"] = float(y.abs().max())
+
+
+@pytest.mark.parametrize("do", [count, measure])
+def test_a_branch_that_tells_others_a_number_is_not_dropped(do: Callable) -> None:
+    model = sd.apply(Numbered(do), 0.5, example_inputs=torch.randn(2, 4))
+    assert [b.name for b in sd.branches(model)] == [":first"]
+    text = str(sd.summary(model))
+    assert text.count("left out it does not change the model's output as its sum says") == 2
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn_like(x)
+
+
+def test_a_branch_with_noise_in_evaluation_is_dropped() -> None:
+    block = Block(least=1)
+    block.f = Noisy(4, 4)
+    model = sd.apply(nn.Sequential(block, Noisy(4, 4)), 0.5, example_inputs=torch.randn(2, 4))
+    assert len(sd.branches(model)) == 1
+
+
+class Memory(nn.Module):
+    """Adds a branch to a buffer, and writes another sum there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("memory", torch.ones(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory.add_(x.mean().detach())
+        out = self.memory.add(self.f(x * self.memory))
+        return out.add(self.g(out))
+
+
+def test_a_buffer_may_be_a_shortcut() -> None:
+    x = torch.randn(2, 4)
+    model = sd.apply(Memory(), 1.0, schedule="uniform", example_inputs=x)
+    assert [b.name for b in sd.branches(model)] == [":f", ":g"]
+    assert torch.equal(model(x), torch.ones(2, 4) + x.mean())

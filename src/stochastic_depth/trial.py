@@ -22,8 +22,10 @@ from .drop.whole import WholeSite
 from .find import first_samples, run_weighed
 from .find.checks import kept_in
 from .find.meet import plainly
+from .find.noise import NoNoise
 from .find.plan import Findings
-from .find.state import Kept, attributes, copied, in_mode, untouched, unwritten
+from .find.state import Kept, attributes, copied, in_mode, untouched
+from .find.unwritten import unwritten
 from .find.weighed import Weight
 from .find.zeros import without, zeros_in
 from .install import by_block
@@ -39,11 +41,12 @@ def refuse_what_fails(model: nn.Module, findings: Findings, args: Any, kwargs: A
     """``findings`` without the branches that cannot be left out or weighed as they should.
 
     The model runs with all branches dropped, in training and in evaluation, and with all of them
-    counted twice, or on some samples twice and on the others not at all; the latter is compared
-    with the plain model whose sums count them so. Where that fails, each branch is tried alone, and
-    what fails is refused with the reason. Where samples are selected and that fails, selecting is
-    compared with computing all and masking, and where these differ, samples are masked. Blocks that
-    are dropped as a whole enter no sum: of them, what the model returns has to keep its form.
+    counted twice, or on some samples twice and on the others not at all; what it gives in
+    evaluation is compared with the plain model whose sums count them so. Where that fails, each
+    branch is tried alone, and what fails is refused with the reason. Where samples are selected and
+    that fails, selecting is compared with computing all and masking, and where these differ,
+    samples are masked. Blocks that are dropped as a whole enter no sum: of them, what the model
+    returns has to keep its form.
     """
     if any(t.is_meta for t in tensor_leaves((args, kwargs))):
         return findings  # no values to compare
@@ -160,7 +163,7 @@ class _Trial:
         dropped = dict.fromkeys(branches, (True, 1.0))
         for training in (True, False):
             try:
-                self.run(dropped, self.inputs, training)
+                output = self.run(dropped, self.inputs, training)
             except _Kept as error:
                 return str(error)
             except Exception as error:  # of any kind: the model cannot do without the branch
@@ -173,6 +176,14 @@ class _Trial:
                     "in training the model computes it and does not come to its sum as in "
                     "evaluation: its block's forward() is called directly, or goes another way"
                 )
+        if not self.agrees(output, dict.fromkeys(branches, 0.0), self.inputs):
+            with NoNoise():  # type: ignore[no-untyped-call]
+                output = self.run(dropped, self.inputs)
+                if not self.agrees(output, dict.fromkeys(branches, 0.0), self.inputs):
+                    return (
+                        "left out it does not change the model's output as its sum says: it does "
+                        "something else, too, as counting calls or telling others a number"
+                    )
         return None
 
     def goes_another_way(self, branches: Sequence[Branch]) -> bool:
@@ -267,7 +278,7 @@ class _Trial:
             plainly(),
             without(self.zeros),
             nullcontext() if decisions is None else forced(decisions),
-            unwritten(self.model) if training else nullcontext(),
+            unwritten(self.model) if training or self.findings.writes else nullcontext(),
             BaseTorchFunctionMode(),  # torch's fused kernels, which call no child, stay out
         ):
             here.joined = set()

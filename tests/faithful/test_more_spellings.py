@@ -1,5 +1,6 @@
 """Kinds of forwards that were met in packages: found, dropped, and nothing else changed."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 import stochastic_depth as sd
 from find import small
 from stochastic_depth.find import find
+
+from .twins import data, net
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "asks isinstance": small.Asking,
@@ -80,3 +83,34 @@ def test_a_dropped_branch_is_absent_from_its_sum(name: str, mode: str) -> None:
         torch.testing.assert_close(out, torch.where(kept, doubled, left(x)))
         seen |= set(kept.flatten().tolist())
     assert seen == {True, False}
+
+
+class Listed(nn.Module):
+    """Layers that are parameters, in a list or in one, and no modules."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        layers = torch.randn(3, 4, 4)
+        self.layers = nn.Parameter(layers) if stacked else nn.ParameterList(list(layers))
+
+    def forward(self, x: torch.Tensor, weights: tuple[float, ...] = (1, 1, 1)) -> torch.Tensor:
+        for i, weight in enumerate(weights):
+            x = x + weight * torch.tanh(x @ self.layers[i])
+        return x
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_layers_in_a_list_of_parameters_are_branches(stacked: bool) -> None:
+    plain = net(Listed, stacked)
+    model = sd.apply(copy.deepcopy(plain), 0.5, example_inputs=data(), schedule="uniform", seed=0)
+    branches = sd.branches(model)
+    assert len(branches) == (1 if stacked else 3)  # one decision for one parameter
+    outcomes = set()
+    for _ in range(30):
+        before = [branch.dropped for branch in branches]
+        out = model(data())
+        dropped = [b.dropped > n for b, n in zip(branches, before, strict=True)]
+        weights = tuple(0.0 if d else 2.0 for d in (dropped * 3)[:3])
+        torch.testing.assert_close(out, plain(data(), weights))
+        outcomes.add(weights)
+    assert len(outcomes) == (2 if stacked else 8)

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -352,3 +353,192 @@ def test_parameters_that_are_views_of_one_memory_are_left_as_they_were() -> None
     before = flat.clone()
     sd.apply(model, 0.5, include="fast", example_inputs=data())
     assert torch.equal(flat, before)
+
+
+class Renormed(nn.Module):
+    """Writes to its weights in evaluation, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 4, max_norm=0.5)
+        self.bag = nn.EmbeddingBag(6, 4, max_norm=0.5)
+        self.first, self.second = Residual(), Residual()
+
+    def forward(self, i: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.f.weight.clamp_(-0.1, 0.1)
+        weight = self.second.f.weight
+        weight.data = weight.data / weight.data.norm()
+        return self.second(self.first(self.embedding(i) + self.bag(i)[:, None]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_evaluation_writes_to_are_left_as_they_were(mode: str) -> None:
+    model = net(Renormed)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sd.apply(model, 0.5, mode=mode, example_inputs=torch.arange(6).view(2, 3))
+    sd.summary(model, torch.arange(6).view(2, 3))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+CALLS = 0
+SEEN: list[Any] = []
+GENERATOR, NUMPY = torch.Generator().manual_seed(1), np.random.default_rng(1)
+VARIABLE = ContextVar("VARIABLE", default=0)
+
+
+class Global(nn.Module):
+    """Counts, collects and draws in what its class or its module has for all."""
+
+    calls = 0
+    seen: ClassVar[list[Any]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual = Residual()
+        self.old = np.random.RandomState(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        global CALLS
+        CALLS += 1
+        Global.calls += 1
+        SEEN.append(x)
+        self.seen.append(x)
+        VARIABLE.set(VARIABLE.get() + 1)
+        return self.noisy(x)
+
+    def noisy(self, x: Tensor) -> Tensor:
+        scale = NUMPY.random() + self.old.rand()
+        return self.residual(x) + scale * torch.rand(len(x), 1, generator=GENERATOR, dtype=x.dtype)
+
+
+class Derived(Global):
+    pass
+
+
+def test_apply_leaves_what_classes_and_modules_have_for_all_as_it_was() -> None:
+    def state() -> list[Any]:
+        drawn = (
+            GENERATOR.get_state().tolist(),
+            NUMPY.bit_generator.state,
+            str(model.old.get_state()),
+        )
+        return [CALLS, len(SEEN), Global.calls, len(Global.seen), VARIABLE.get(), drawn]
+
+    model = net(Derived)
+    model(data())
+    before = state()
+    sd.apply(model, 0.5, example_inputs=data())
+    assert state() == before
+    model(data())
+    assert CALLS == len(SEEN) == Global.calls == len(Global.seen) == VARIABLE.get() == 2
+
+
+class Told(nn.Module):
+    """Writes numbers into what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(4), Telling(4, 4)
+
+    def forward(self, x: Tensor, told: dict[str, Any]) -> Tensor:
+        told["blocks"] += 1
+        return x + self.f(self.norm(x), told)
+
+
+class Telling(nn.Linear):
+    def forward(self, x: Tensor, told: dict[str, Any]) -> Tensor:
+        told["calls"].append(len(told["calls"]))
+        return super().forward(x)
+
+
+class Tellers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, Any] = {}
+        self.blocks = nn.ModuleList(Told() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.told = {"blocks": 0, "calls": []}
+        for block in self.blocks:
+            x = block(x, self.told)
+        return x
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("blocks", [None, "blocks.?"])
+def test_numbers_are_written_into_what_a_call_is_given(mode: str, blocks: str | None) -> None:
+    model = net(Tellers)
+    sd.apply(model, 0.5, mode=mode, blocks=blocks, example_inputs=data(), seed=0)
+    assert len(sd.branches(model)) == 3
+    for _ in range(8):
+        counts = [(b.decided, b.dropped) for b in sd.branches(model)]
+        model(data())
+        ran = 0
+        for branch, (decided, dropped) in zip(sd.branches(model), counts, strict=True):
+            ran += branch.dropped - dropped < branch.decided - decided
+        assert model.told["calls"] == list(range(ran))
+        assert model.told["blocks"] == (ran if blocks else 3)
+
+
+class Differentiating(nn.Module):
+    """Has a backward pass in its forward, and may freeze layers in evaluation."""
+
+    def __init__(self, freezes: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.freezes = Residual(), Residual(), freezes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.freezes:
+            self.second.requires_grad_(self.training)
+        with torch.enable_grad():
+            self.first(x.detach()).sum().backward()
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+@pytest.mark.parametrize("before", [None, 1.0])
+def test_gradients_and_whether_they_are_needed_are_left_as_they_were(
+    before: float | None, freezes: bool
+) -> None:
+    model = net(Differentiating, freezes)
+    for p in model.parameters():
+        p.grad = None if before is None else torch.full_like(p, before)
+    sd.apply(model, 0.5, example_inputs=data())
+    for p in model.parameters():
+        assert p.requires_grad
+        assert p.grad is None if before is None else (p.grad == before).all()
+
+
+class Marking(nn.Linear):
+    def forward(self, data: dict[str, Any]) -> Tensor:
+        data["calls"] += 1
+        return super().forward(data["x"])
+
+
+class Marked(nn.Module):
+    """Its layers are given samples and numbers in one dict, and write the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = Residual(), nn.ModuleList(Marking(4, 4) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        data = {"x": self.first(x), "calls": 0}
+        for layer in self.layers:
+            data["x"] = data["x"] + layer(data)
+        self.calls = data["calls"]
+        return data["x"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_numbers_that_are_written_beside_samples_are_not_lost(mode: str) -> None:
+    model = net(Marked)
+    sd.apply(model, 0.3, mode=mode, example_inputs=data(), schedule="uniform", seed=0)
+    assert len(sd.branches(model)) == 4
+    for branch in sd.branches(model):
+        branch.p = 0.0 if mode == "batch" else 0.3
+    model(data())
+    assert model.calls == 3

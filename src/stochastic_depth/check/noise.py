@@ -1,4 +1,4 @@
-"""What runs that are compared may differ by: random numbers, put out of the way, and rounding."""
+"""What runs that are compared may differ by: dropout, put out of the way, and rounding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from .._torch import tree_leaves
 from ..branch import Branch
 from ..drop.draws import Draws
 
-__all__ = ["ByName", "NoDropout", "NoNoise", "Rounding"]
+__all__ = ["ByName", "NoDropout", "Rounding"]
 
 
 class NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,22 +26,6 @@ class NoDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         return func(*args, **(kwargs or {}))
-
-
-class NoNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Makes random numbers one half, where runs that draw different ones are compared."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        return out.fill_(0.5) if func.overloadpacket in _NOISE else out
-
-
-_NOISE = {
-    getattr(torch.ops.aten, name)
-    for name in ["rand", "randn", "rand_like", "randn_like", "uniform_", "normal_", "exponential_"]
-}
 
 
 class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -20,10 +20,11 @@ from ..drop.force import forced, plain
 from ..drop.layer import StochasticDepth
 from ..drop.site import Site
 from ..find import find, run_weighed
+from ..find.noise import NoNoise
 from ..find.plan import Findings
 from ..find.state import NORMS, copied, in_mode, untouched
 from ..options import call_of
-from .noise import ByName, NoDropout, NoNoise, Rounding
+from .noise import ByName, NoDropout, Rounding
 from .outcome import Outcome, compare, differ
 from .verification import Check, Verification
 

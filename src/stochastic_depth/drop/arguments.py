@@ -1,5 +1,6 @@
 """The arguments of a call: whether their samples are where they were, and what is handed on."""
 
+import operator
 from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import tree_leaves
 from ..branch import Place
 from ..find.plan import Gate
 
-__all__ = ["each_once", "fits", "hand_on", "has_samples"]
+__all__ = ["copies", "each_once", "fits", "hand_on", "has_samples", "same_objects"]
 
 
 def fits(gate: Gate, leaves: Sequence[Any], size: int) -> bool:
@@ -54,6 +56,33 @@ def each_once(
         if (id(x), place) not in made:
             made[id(x), place] = change(x, place)
     return [made[id(x), place] for x, place in zip(leaves, places, strict=True)]
+
+
+def same_objects(given: tuple[Any, Any], made: tuple[Any, Any]) -> tuple[Any, Any]:
+    """``made`` of (args, kwargs), with those of which nothing is another as they were ``given``.
+
+    These may be written to: a list of losses, a dict with a count.
+    """
+    if torch.compiler.is_compiling():
+        return made
+    (args, kwargs), (new, named) = given, made
+    return tuple(map(_same, args, new)), {n: _same(kwargs[n], x) for n, x in named.items()}
+
+
+def copies(given: tuple[Any, Any], made: tuple[Any, Any]) -> list[Any]:
+    """What is in ``made`` of the containers of (args, kwargs) that are others than ``given``."""
+    if torch.compiler.is_compiling():
+        return []
+    (args, kwargs), (new, named) = given, made
+    pairs = [*zip(args, new, strict=True), *((kwargs[n], x) for n, x in named.items())]
+    return tree_leaves([x for old, x in pairs if old is not x and not isinstance(x, Tensor)])
+
+
+def _same(old: Any, new: Any) -> Any:
+    if old is new or isinstance(new, Tensor):
+        return new
+    a, b = tree_leaves(old), tree_leaves(new)
+    return old if len(a) == len(b) and all(map(operator.is_, a, b)) else new
 
 
 def hand_on(

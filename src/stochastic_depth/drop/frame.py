@@ -16,6 +16,7 @@ from .._torch import (
     has_hooks,
     outside_graphs,
     saved_tensors_hooks,
+    tensor_leaves,
     tree_flatten,
     tree_leaves,
     tree_unflatten,
@@ -285,7 +286,8 @@ class Frame:
     def _check_way(self, run: Run) -> None:
         """Say so where a branch has gone another way than when it was watched."""
         weighed, alone = run.is_weighed and not run.dropped, not run.branch.modules
-        if not weighed and (run.called or (alone and not run.dropped)):
+        one = alone and any([r.joined and r.branch is run.branch for r in self.runs])  # for all
+        if one or (not weighed and (run.called or (alone and not run.dropped))):
             return
         chosen = run.decided and (run.kept is not None or run.weight != 1.0)
         if run.called and chosen and not run.ended:  # else it is not weighed
@@ -344,7 +346,5 @@ def _device(args: Any, kwargs: Any) -> torch.device:
     for x in args:
         if isinstance(x, Tensor):
             return x.device
-    for x in tree_leaves((args, kwargs)):
-        if isinstance(x, Tensor):
-            return x.device
-    return torch.device("cpu")
+    tensors = tensor_leaves((args, kwargs))
+    return tensors[0].device if tensors else torch.device("cpu")

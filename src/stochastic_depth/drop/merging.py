@@ -309,6 +309,14 @@ class Merging:
             tensors = [x for x in tensor_leaves(given) if x.requires_grad]
             self.owed += [x for x in tensors if id(x) not in known]
 
+    def check_copies(self, before: list[Any], after: list[Any]) -> None:
+        """Raise where a call wrote into a copy of what it is given, which nobody else sees."""
+        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise self.error(
+                "writes into a list or dict that also holds samples, of which it is given the kept "
+                "ones in a copy; return what it writes, or use mode='batch'"
+            )
+
     def check_shape(self, shortcut: Tensor, v: Tensor) -> None:
         if v.dim() > shortcut.dim() or any(
             a != b and b != 1 for a, b in zip(shortcut.shape[::-1], v.shape[::-1], strict=False)

@@ -11,7 +11,7 @@ from .._torch import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_un
 from ..branch import Place
 from ..find.plan import Gate, Leaf
 from ..find.tensors import version_of
-from .arguments import each_once, fits, hand_on, has_samples
+from .arguments import copies, each_once, fits, hand_on, has_samples, same_objects
 from .merging import Merging, norms_in, slots
 from .part import Part, form, whole
 from .replay import may_be_recomputed
@@ -45,12 +45,15 @@ class Run(Merging):
         if self.computed is not None:
             entered = self._entered(gate, args, kwargs)
             if entered is not None:
+                copied = copies((args, kwargs), entered)
                 out = run(*entered[0], **entered[1])
+                self.check_copies(copied, copies((args, kwargs), entered))
                 self.check_returned(gate, out)
                 left = self._each(gate, out, self._leave)
                 return self._handed_on(gate, left, (args, kwargs), entered)
         if parts:
-            args, kwargs = tree_map_only(Part, whole, (args, kwargs))
+            made = tree_map_only(Part, whole, (args, kwargs))
+            args, kwargs = same_objects((args, kwargs), made)
         if self.mask is None:
             out = run(*args, **kwargs)
         else:
@@ -126,7 +129,8 @@ class Run(Merging):
         for x, place in zip(leaves, gate.given, strict=True):
             if type(x) is Part and x._place != place:
                 return None
-        return tree_unflatten(each_once(self._taken, leaves, gate.given), structure)
+        made = tree_unflatten(each_once(self._taken, leaves, gate.given), structure)
+        return same_objects((args, kwargs), made)
 
     def _taken(self, x: Any, place: Place | None) -> Any:
         if type(x) is Part:

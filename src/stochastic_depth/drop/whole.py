@@ -7,7 +7,7 @@ from torch import Tensor
 from .._torch import tree_flatten, tree_map, tree_unflatten
 from ..branch import Place
 from ..find.plan import Plan
-from .arguments import each_once, fits, hand_on, has_samples
+from .arguments import copies, each_once, fits, hand_on, has_samples, same_objects
 from .around import Take, around
 from .frame import Frame
 from .site import Site
@@ -48,8 +48,11 @@ class WholeSite(Site):
                     return take(x, at) if at is not None and has_samples(x, at, size) else x
 
                 taken = each_once(computed, given, gate.given)
-            inner_args, inner_kwargs = tree_unflatten(taken, structure)
+            made = tree_unflatten(taken, structure)
+            inner_args, inner_kwargs = same_objects((args, kwargs), made)
+            copied = copies((args, kwargs), (inner_args, inner_kwargs))
             out = slot.through(*inner_args, **inner_kwargs)
+            run.check_copies(copied, copies((args, kwargs), (inner_args, inner_kwargs)))
             run.check_returned(gate, out)
             returned.append(tree_flatten(out)[0])
             result: Tensor = returned[0][output]

@@ -60,7 +60,7 @@ def find(
     for branch, found in planned.regions.items():
         findings.merges[branch] = tuple(merge for region in found for merge in region.merges)
         findings.nodes[branch] = frozenset().union(*(region.nodes for region in found))
-    findings.constants = flow.constants
+    findings.constants, findings.writes = flow.constants, flow.writes
     settle_drops(model, findings, drops, flow)
     if samples is not None:
         place_samples(model, args, kwargs, flow, planned, samples)

@@ -37,6 +37,7 @@ def find_blocks(
     flow = record_examples(model, args, kwargs)
     planned = Planned()
     findings = planned.findings
+    findings.writes = flow.writes
     called: dict[str, list[int]] = {}
     for c, call in enumerate(flow.calls):
         called.setdefault(call.name, []).append(c)

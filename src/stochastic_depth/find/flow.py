@@ -107,6 +107,7 @@ class Flow:
         talks: the innermost calls in which ranks talked to each other.
         unknown: tensors that were read and not seen being made.
         constants: of these, the ones that were there before.
+        writes: whether it wrote to parameters.
         result: what the model returned.
         watch: what recorded it.
     """
@@ -119,6 +120,7 @@ class Flow:
     talks: set[int] = field(default_factory=set)
     unknown: list[Tensor] = field(default_factory=list)
     constants: list[Tensor] = field(default_factory=list)
+    writes: bool = False
     result: Any = None
     watch: Any = None
 

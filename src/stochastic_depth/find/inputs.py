@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .state import in_mode, untouched
 from .tensors import tensors_within
+from .unwritten import unwritten
 
 __all__ = ["guess_inputs"]
 
@@ -37,7 +38,7 @@ def guess_inputs(model: nn.Module) -> Inputs | None:
         args = tuple(_placed(x, device, dtype) for x in args)
         kwargs = {name: _placed(x, device, dtype) for name, x in kwargs.items()}
         try:
-            with untouched(model), in_mode(model, False), torch.no_grad():
+            with untouched(model), in_mode(model, False), unwritten(model), torch.no_grad():
                 made = tensors_within(model(*args, **kwargs), 4)
         except Exception:  # of any kind: the guess was wrong
             continue

@@ -14,7 +14,8 @@ from .flow import Flow
 from .ranks import Listening, is_distributed
 from .record import Recorder
 from .spot import is_ours
-from .state import Kept, copied, in_mode, untouched, unwritten
+from .state import Kept, copied, in_mode, untouched
+from .unwritten import unwritten
 
 __all__ = ["plainly", "record", "record_examples", "without_gradients"]
 
@@ -115,8 +116,7 @@ def record(
         with _one_at_a_time, ExitStack() as stack:
             stack.enter_context(untouched(model, kept))
             stack.enter_context(in_mode(model, training, frozen))
-            if training:
-                stack.enter_context(unwritten(model))
+            watch.writes = stack.enter_context(unwritten(model, noted=True))
             stack.enter_context(plainly())
             stack.enter_context(_met(watch, model))
             watch.inputs(given, named)
@@ -125,6 +125,7 @@ def record(
                 result = model(*given, **named)
             flow: Flow = watch.finish(result)
             flow.watch, flow.constants = watch, constants or []
+            flow.writes = watch.writes.any()
             del watch.flow, watch.written  # no cycle, in which all would wait for a collection
         return flow
 

@@ -144,6 +144,7 @@ class Findings:
         nodes: by branch, what the run computed for it, for :func:`flop_shares`.
         merges: by branch, where it enters what goes on, for :func:`run_weighed`.
         constants: tensors that the run read and that were there before it, for the same.
+        writes: whether the run wrote to parameters.
         samples: what was known of where the inputs have their samples, if that was asked for.
         batched: the dimensions of the inputs that were taken for the samples'.
     """
@@ -155,6 +156,7 @@ class Findings:
     nodes: dict[Branch, frozenset[int]] = field(default_factory=dict)
     merges: dict[Branch, tuple[Merge, ...]] = field(default_factory=dict)
     constants: list[torch.Tensor] = field(default_factory=list)
+    writes: bool = False
     samples: Samples | None = None
     batched: frozenset[int] = frozenset()
 

@@ -14,7 +14,7 @@ from .regions import Finder, Region, Rejected
 
 __all__ = ["Planned", "dtypes_of", "plan"]
 
-Key = tuple[str, tuple[str, ...], frozenset[Spot]]
+Key = tuple[str, tuple[str, ...], frozenset[Spot], tuple[str, ...]]
 
 
 @dataclass
@@ -214,20 +214,20 @@ class _Planner:
             for branch, member in zip(known.branches, frame.members, strict=True):
                 self.planned.regions[branch].append(member.region)
             return
-        draft.branches = [self.branch(frame, member, draft) for member in frame.members]
+        draft.branches = [self.branch(frame, member) for member in frame.members]
         found.plans.setdefault(block.name, {})[block.form] = draft
 
-    def branch(self, frame: Frame, member: Member, draft: Plan) -> Branch:
+    def branch(self, frame: Frame, member: Member) -> Branch:
         flow, region = self.flow, member.region
         block = flow.calls[frame.call].name
         modules = tuple(dict.fromkeys(flow.calls[c].name for c in member.gates))
         sums, joins = self.spots(region)
-        key = block, modules, joins.union(sums)
-        taken = {id(b) for b in draft.branches}
-        if (known := self.keys.get(key)) is not None and id(known) not in taken:
+        weights = read_parameters(flow, member, block)
+        key = block, modules, joins.union(sums), weights
+        if (known := self.keys.get(key)) is not None:
             self.planned.regions[known].append(region)
             return known
-        last, weights = self.last(member), read_parameters(flow, member, block)
+        last = self.last(member)
         branch = Branch(
             self.name(block, self.label(frame, member)),
             region.kind,

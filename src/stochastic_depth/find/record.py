@@ -31,6 +31,7 @@ from .tensors import (
     tensors_within,
     version_of,
 )
+from .unwritten import Writes
 from .written import Written
 
 __all__ = ["Recorder"]
@@ -55,8 +56,8 @@ class Recorder(TorchFunctionMode):
         self.known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.memory: dict[int, list[weakref.ref[Tensor]]] = {}
         self.counts: dict[tuple[int, str], int] = {}
-        self.paused = False
-        self.keeps_unknown = False
+        self.paused = self.keeps_unknown = False
+        self.writes = Writes([])  # to parameters
         self.written = Written(self.flow)
         self.looked: dict[int, list[int]] = {}  # by call, what Python looked at in it
 
@@ -237,6 +238,7 @@ class Recorder(TorchFunctionMode):
                 return result
             self._record(name, args, kwargs, list(args[:1]), [], [result])
             return result
+        self.writes.note(name, args, kwargs)
         given = tensors_in(args, [])
         if kwargs:
             tensors_in(kwargs, given)

@@ -10,6 +10,7 @@ from .meet import plainly
 from .regions import Region
 from .state import attributes, copied, in_mode, untouched
 from .tensors import memory_of, tensors_in, tensors_within
+from .unwritten import unwritten
 
 __all__ = ["held_in", "remembering"]
 
@@ -41,7 +42,7 @@ def remembering(
     names = {flow.held[n] for region in regions for n in held_in(flow, region)}
     if not names:
         return set()
-    with untouched(model), in_mode(model, False), plainly():
+    with untouched(model), in_mode(model, False), unwritten(model), plainly():
         given, named = copied((args, kwargs))
         model(*given, **named)
         kept = {

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm as layers
-from torch.overrides import TorchFunctionMode
 
-from .._torch import global_hooks, is_flat_parameter, is_view_of_flat_parameter
-from .functions import writes
+from .._torch import global_hooks
 from .ranks import is_sharded
 from .spot import NOT_THE_USERS
-from .tensors import memory_of, tensors_in, tensors_within
+from .tensors import tensors_within
 
-__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched", "unwritten"]
+__all__ = ["NORMS", "Kept", "attributes", "copied", "in_mode", "untouched"]
 
 NORMS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 _DEPTH = 4  # of containers and plain objects within what a module keeps
@@ -52,48 +50,6 @@ def untouched(model: nn.Module, kept: "Kept | None" = None) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def unwritten(model: nn.Module) -> Iterator[None]:
-    """Put the parameters back that a forward writes to in training, as to a momentum encoder's.
-
-    Those of FSDP come and go, and are let alone.
-    """
-    parameters = list(model.parameters())
-    if any(map(is_sharded, model.modules())) or any(map(_is_of_fsdp, parameters)):
-        yield
-        return
-    writes = _Writes(parameters)
-    try:
-        with writes:
-            yield
-    finally:
-        for parameter, data, value in writes.before:
-            parameter.data = data.copy_(value)
-
-
-def _is_of_fsdp(parameter: Tensor) -> bool:
-    return is_flat_parameter(parameter) or is_view_of_flat_parameter(parameter)
-
-
-class _Writes(TorchFunctionMode):
-    """Copies parameters when they are about to be written to."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__()
-        self.own: dict[int, list[nn.Parameter]] = {}  # by memory, which several may have
-        for parameter in parameters:
-            self.own.setdefault(memory_of(parameter), []).append(parameter)
-        self.before: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # and the data, and its value
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__set__" or writes(name):  # the former of its data
-            for t in tensors_in(args[:1], []):
-                for p in self.own.pop(memory_of(t), ()):
-                    self.before.append((p, p.data, p.detach().clone()))
-        return func(*args, **(kwargs or {}))
-
-
 class Kept:
     """What modules keep: containers, plain objects and generators in place, tensors by value."""
 
@@ -105,12 +61,16 @@ class Kept:
         self.alive: list[Any] = []  # so that no id is used again
         for hook in global_hooks():
             self._keep_hook(hook)
+        kinds = {type(module): module for module in model.modules()}
+        for hook in [module.forward for module in kinds.values()]:  # which may do the same
+            self._keep_hook(hook)
         for module in model.modules():
             self._keep_module(vars(module))
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 self._keep_hook(hook)
-        known = contextvars.copy_context().values()
-        self._keep_containers(tuple(x for x in known if type(x) in _CONTAINERS), _DEPTH)
+        known = contextvars.copy_context()
+        self.undo += [partial(var.set, value) for var, value in known.items()]
+        self._keep_containers(tuple(x for x in known.values() if type(x) in _CONTAINERS), _DEPTH)
 
     def _keep_module(self, state: dict[str, Any]) -> None:
         before = dict(state)
@@ -142,17 +102,23 @@ class Kept:
             self._keep_tensor(x)
         elif isinstance(x, dict | list | deque | set | tuple):
             self._keep_all(self._contents(x), depth)
-        elif isinstance(x, random.Random):
-            state = x.getstate()
-            self.undo.append(lambda: x.setstate(state))
-        elif isinstance(x, torch.Generator):
-            drawn = x.get_state()
-            self.undo.append(lambda: x.set_state(drawn))
-        elif hasattr(x, "bit_generator"):  # numpy's
-            bits = x.bit_generator.state
-            self.undo.append(lambda: setattr(x.bit_generator, "state", bits))
+        elif self._keep_generator(x):
+            pass
         elif depth and not callable(x) and isinstance(getattr(x, "__dict__", None), dict):
             self._keep_all(self._contents(vars(x)), depth)
+
+    def _keep_generator(self, x: Any) -> bool:
+        """Keep the state of what draws random numbers, if ``x`` is that."""
+        kind = type(x)
+        if issubclass(kind, random.Random):
+            self.undo.append(partial(x.setstate, x.getstate()))
+        elif kind is torch.Generator or kind.__name__ == "RandomState":
+            self.undo.append(partial(x.set_state, x.get_state()))
+        elif hasattr(kind, "bit_generator"):  # numpy's
+            self.undo.append(partial(setattr, x.bit_generator, "state", x.bit_generator.state))
+        else:
+            return False
+        return True
 
     def _contents(self, x: Any) -> list[Any]:
         """What is in a container, which is to be in it again."""
@@ -192,16 +158,21 @@ class Kept:
         self.undo += [partial(setattr, *x) for x in enclosed if type(x[2]) in _COUNTS]
         known = getattr(function, "__globals__", {})
         named = {n: x for n, x in known.items() if n in names}
-        self.undo.append(partial(_set_again, known, named))
+        self.undo.append(partial(_set_again, known, named, known.__setitem__))
         found = [x for _, _, x in enclosed] + list(named.values())
         self._keep_counts(found)
         for x in [own, *found]:
             with suppress(Exception):  # of any kind: some objects do not like to be looked at
-                if isinstance(x, nn.Module | type | types.ModuleType):
+                if isinstance(x, types.ModuleType):
                     continue
-                of_it = {n: value for n, value in vars(x).items() if n in names}
-                self.undo.append(partial(_set_again, vars(x), of_it))
-                self._keep_counts(list(of_it.values()))
+                if isinstance(x, nn.Module):
+                    x = type(x)
+                for part in x.__mro__ if isinstance(x, type) else [x]:
+                    state: Any = vars(part)
+                    of_it = {n: value for n, value in state.items() if n in names}
+                    put = partial(setattr, part) if isinstance(x, type) else state.__setitem__
+                    self.undo.append(partial(_set_again, state, of_it, put))
+                    self._keep_counts(list(of_it.values()))
 
     def _keep_counts(self, values: list[Any]) -> None:
         """Keep what can be counted or collected in."""
@@ -209,8 +180,10 @@ class Kept:
         for x in values:
             if type(x) is Tensor:
                 self._keep_tensor(x)
-            if type(x).__name__ == "ndarray" and x.flags.writeable:
+            elif type(x).__name__ == "ndarray" and x.flags.writeable:
                 self.undo.append(partial(x.__setitem__, ..., x.copy()))
+            else:
+                self._keep_generator(x)
 
     def _keep_all(self, items: Any, depth: int) -> None:
         if depth:
@@ -276,10 +249,10 @@ def _cell(cell: Any) -> Any:
         return None
 
 
-def _set_again(state: dict[str, Any], before: dict[str, Any]) -> None:
+def _set_again(state: Any, before: dict[str, Any], put: Callable[[str, Any], object]) -> None:
     for name, value in before.items():
         if state.get(name) is not value:
-            state[name] = value
+            put(name, value)
 
 
 def _refill(x: Any, before: list[Any]) -> None:

@@ -37,7 +37,8 @@ class _Weighing(Recorder):
 
     def before(self, name: str, args: Any, kwargs: Any, given: Any) -> tuple[Any, Any]:
         key = self.key(name, self.now)
-        if key not in self.weights or id(given[0]) in self.own:  # a buffer that is written to
+        to_own = writes(name) and id(given[0]) in self.own  # to a buffer, which makes no value
+        if key not in self.weights or to_own:
             return args, kwargs
         self.done.add(key)
         for position, weight in self.weights[key]:
