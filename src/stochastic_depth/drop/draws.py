@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +40,7 @@ SPLIT_IN_GRAPH = (
     "model, or for samples in compiled blocks, each draws for itself; use mode='batch' and compile "
     "block by block"
 )
+_TRACED = "stochastic depth: torch.jit.trace keeps what this call drops, for ever: call model.eval() before"
 
 
 class Draws:
@@ -119,6 +121,8 @@ class Draws:
         undecided = [branch for branch in branches if not branch.is_certain]
         if not undecided:
             return [branch.is_always for branch in branches]
+        if torch.jit.is_tracing():
+            warnings.warn(_TRACED, stacklevel=2)
         sources: dict[tuple[bool, bool], list[Branch]] = {}
         if self.draw != "balanced" and not is_distributed():  # the usual one, without a detour
             sources[self.ranks == "shared", False] = undecided
