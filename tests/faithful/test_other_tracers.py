@@ -55,12 +55,12 @@ def test_an_applied_model_can_be_scripted_and_traced_in_evaluation(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_is_scripted_or_traced_and_would_not_do_the_same_is_told() -> None:
     ours, _ = twins(net(model_of), data(), p=0.5)
     with pytest.warns(UserWarning, match="neither drops branches nor weighs them"):
         torch.jit.script(ours.train())
-    with pytest.warns(UserWarning, match="for ever"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+    with pytest.warns(UserWarning, match="for ever"):
         torch.jit.trace(ours, data(), check_trace=False)
     weighed, _ = twins(net(model_of), data(), p=0.5, scale="eval")
     with pytest.warns(UserWarning, match="neither drops branches nor weighs them"):

@@ -40,7 +40,10 @@ SPLIT_IN_GRAPH = (
     "model, or for samples in compiled blocks, each draws for itself; use mode='batch' and compile "
     "block by block"
 )
-_TRACED = "stochastic depth: torch.jit.trace keeps what this call drops, for ever: call model.eval() before"
+_TRACED = (
+    "stochastic depth: torch.jit.trace keeps what this call drops, for ever: call model.eval() "
+    "before"
+)
 
 
 class Draws:
@@ -121,7 +124,7 @@ class Draws:
         undecided = [branch for branch in branches if not branch.is_certain]
         if not undecided:
             return [branch.is_always for branch in branches]
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             warnings.warn(_TRACED, stacklevel=2)
         sources: dict[tuple[bool, bool], list[Branch]] = {}
         if self.draw != "balanced" and not is_distributed():  # the usual one, without a detour
