@@ -208,6 +208,33 @@ def test_blocks_compiled_one_by_one_really_skip_and_equal_eager_with_the_same_de
     assert all(p.grad is None for p in model.parameters())  # nothing was computed of them
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo's own
+@pytest.mark.parametrize("by_block", [True, False])
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_zero_gradients_of_dropped_branches_are_in_the_graphs(by_block, p):
+    """As they are in a process group, whatever is asked for."""
+    model, x = build(Mlp, depth=4)
+    options = {"p": p, "dropped_grad": "zero", "schedule": "uniform", "example_inputs": x}
+    eager = sd.apply(copy.deepcopy(model), **options)
+    sd.apply(model, **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    call = model if by_block else torch.compile(model, backend=counter, fullgraph=True)
+    for block in model if by_block else ():
+        block.compile(backend=counter, fullgraph=True)
+    for step in range(6):
+        batch = torch.randn(8, 4, requires_grad=True)
+        outcomes = []
+        for ours in (call, eager) if by_block or p == 1.0 else (call,):
+            torch.manual_seed(step)
+            outcomes.append(ours(batch))
+            outcomes[-1].sum().backward()
+        torch.testing.assert_close(outcomes[0], outcomes[-1])
+    assert counter.frame_count <= (3 if by_block else 1)  # and none for a block alone
+    if by_block or p == 1.0:
+        grads = [[p.grad for p in m.parameters()] for m in (model, eager)]
+        torch.testing.assert_close(*grads)
+
+
 def test_a_wrapper_that_is_compiled_really_skips():
     torch.manual_seed(1)
     # torch compiles no call of its own modules

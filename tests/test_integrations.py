@@ -13,7 +13,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import stochastic_depth as sd
 from stochastic_depth.integrations import common
@@ -286,6 +292,19 @@ def test_the_trainer_refuses_what_would_go_on_with_other_rates(tmp_path):
     train(tmp_path / "plain", Nothing())
     with pytest.raises(ValueError, match="saved without this callback"):
         train(tmp_path / "plain", hf_callback(), resume=tmp_path / "plain" / "checkpoint-5")
+
+
+def test_the_trainer_may_wrap_the_model_before_training(tmp_path):
+    """As it does with FSDP1, which needs an accelerator."""
+    model, callback = Classifier(), hf_callback()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    Trainer(model, arguments, callbacks=[callback])
+    state = TrainerState(max_steps=STEPS)
+    callback.on_train_begin(arguments, state, TrainerControl(), model=nn.Sequential(model))
+    assert [branch.p for branch in sd.branches(model)] == [0.0] * len(TARGETS)
+    for _ in range(STEPS):
+        callback.on_step_end(arguments, state, TrainerControl())
+    assert [branch.p for branch in sd.branches(model)] == TARGETS
 
 
 @pytest.mark.filterwarnings("ignore:.*too little of its inputs:UserWarning")

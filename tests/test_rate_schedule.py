@@ -25,7 +25,7 @@ class Block(nn.Module):
 def build(p: float = 0.3, **options) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(*[Block() for _ in range(3)])
-    return sd.apply(net, p=p, example_inputs=torch.ones(2, 4), **options)
+    return sd.apply(net, p=p, **{"example_inputs": torch.ones(2, 4), **options})
 
 
 def rates(model: nn.Module) -> list[float]:
@@ -253,11 +253,16 @@ class Counter:
         return graph
 
 
-@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
-def test_a_compiled_model_follows_the_rates_without_recompiling(mode):
+@pytest.mark.parametrize(
+    ("mode", "example_inputs"),
+    [("batch", torch.ones(2, 4)), ("row", torch.ones(2, 4)), ("subset", torch.ones(2, 4)),
+     ("batch", None)],
+    ids=["batch", "row", "subset", "inputs made up"],
+)  # fmt: skip
+def test_a_compiled_model_follows_the_rates_without_recompiling(mode, example_inputs):
     torch._dynamo.reset()
     counter = Counter()
-    model = build(1.0, schedule="uniform", mode=mode)
+    model = build(1.0, schedule="uniform", mode=mode, example_inputs=example_inputs)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     # Not 0 nor 1, which need no decision and have graphs of their own.
     schedule = sd.RateSchedule(model, lambda step: 0.2 + 0.05 * step)

@@ -220,6 +220,8 @@ class Pending:
         self.factor = 1.0  # what a RateSchedule multiplies targets with
         self.saved: Any = None  # the model and the state that was loaded, to be restored then
         self.given = {branch: choices(branch) for branch in branches(part)}
+        # A graph that asks the dict holds on to its keys' rates, and is made anew with each.
+        self.found_any = bool(self.given)
         self.blocks = [site.block for site in sites(part)]
 
     def is_active(self) -> bool:
@@ -230,7 +232,7 @@ class Pending:
 
         In a graph what was found on inputs that were made up has to do, where anything was.
         """
-        return self.part.training and not (self.given and torch.compiler.is_compiling())
+        return self.part.training and not (self.found_any and torch.compiler.is_compiling())
 
     def run(self, slot: Slot, args: Any, kwargs: Any) -> Any:
         """Find on a real batch, then make the call."""

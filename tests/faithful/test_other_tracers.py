@@ -54,6 +54,24 @@ def test_an_applied_model_can_be_scripted_and_traced_in_evaluation(
     assert [branch.decided for branch in sd.branches(ours)] != before
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_is_scripted_or_traced_and_would_not_do_the_same_is_told() -> None:
+    ours, _ = twins(net(model_of), data(), p=0.5)
+    with pytest.warns(UserWarning, match="neither drops branches nor weighs them"):
+        torch.jit.script(ours.train())
+    with pytest.warns(UserWarning, match="for ever"):
+        torch.jit.trace(ours, data(), check_trace=False)
+    weighed, _ = twins(net(model_of), data(), p=0.5, scale="eval")
+    with pytest.warns(UserWarning, match="neither drops branches nor weighs them"):
+        torch.jit.script(weighed.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.testing.assert_close(torch.jit.trace(weighed, data())(data()), weighed(data()))
+        torch.jit.script(sd.remove(weighed).train())
+
+
 @pytest.mark.parametrize("options", KINDS)
 def test_fx_finds_the_plain_graph_in_evaluation(options: dict[str, Any]) -> None:
     ours, plain = twins(net(model_of), data(), p=0.5, **options)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -38,6 +39,10 @@ SPLIT_IN_GRAPH = (
     "stochastic depth: ranks compute a branch together, and inside torch.compile of the whole "
     "model, or for samples in compiled blocks, each draws for itself; use mode='batch' and compile "
     "block by block"
+)
+_TRACED = (
+    "stochastic depth: torch.jit.trace keeps what this call drops, for ever: call model.eval() "
+    "before"
 )
 
 
@@ -119,6 +124,8 @@ class Draws:
         undecided = [branch for branch in branches if not branch.is_certain]
         if not undecided:
             return [branch.is_always for branch in branches]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            warnings.warn(_TRACED, stacklevel=2)
         sources: dict[tuple[bool, bool], list[Branch]] = {}
         if self.draw != "balanced" and not is_distributed():  # the usual one, without a detour
             sources[self.ranks == "shared", False] = undecided

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..branch import Branch
-from .collectives import own_parameters
 from .ranks import is_distributed
 
 __all__ = ["left_out"]
@@ -26,7 +25,7 @@ __all__ = ["left_out"]
 def left_out(
     shortcut: Tensor,
     branch: Branch,
-    owner: Any,
+    parameters: Iterable[Tensor],
     in_place: bool = False,
     given: Iterable[Tensor] = (),
 ) -> Tensor:
@@ -37,15 +36,16 @@ def left_out(
     """
     counted_on = branch.dropped_grad == "zero" or is_distributed()
     if counted_on and torch.is_grad_enabled():
-        wanted = [p for p in own_parameters(branch, owner) if p.requires_grad]
+        wanted = [p for p in parameters if p.requires_grad]
         # Of each nothing, so that it is not kept for the backward pass.
         others = [x for x in given if not (x is shortcut or x.is_nested)]
         wanted += [x.unsqueeze(0).narrow(0, 0, 0).clone() for x in others]
+        kind = _Unused if torch.compiler.is_compiling() else _UnusedWithTangents
         if wanted and in_place:  # other views of the shortcut see what happens to it
-            nothing: Tensor = _Unused.apply(shortcut.new_zeros(()), *wanted)  # type: ignore[no-untyped-call]
+            nothing: Tensor = kind.apply(shortcut.new_zeros(()), *wanted)  # type: ignore[no-untyped-call]
             return shortcut.sub_(nothing)  # a sum would turn a negative zero into a positive one
         if wanted:
-            return _Unused.apply(shortcut, *wanted)  # type: ignore[no-untyped-call,no-any-return]
+            return kind.apply(shortcut, *wanted)  # type: ignore[no-untyped-call,no-any-return]
     return shortcut if in_place else shortcut.clone()
 
 
@@ -65,6 +65,10 @@ class _Unused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(p) for p in ctx.parameters)
+
+
+class _UnusedWithTangents(_Unused):
+    """The same for forward-mode AD, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *unused: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ..branch import Branch, Place
 from ..find.spot import spot
 from ..find.state import NORMS
 from ..find.tensors import CHECKPOINT, version_of
+from .collectives import own_parameters
 from .decide import choose_samples, draw_mask, draw_subset
 from .gradients import left_out
 from .part import Part, form, whole
@@ -87,6 +88,8 @@ class Merging:
         # Found out here, as a graph that asks for names would be one of this block alone.
         self.norms = norms_in(owner.modules_of(branch)) if self.in_graph else []
         self.compiling = torch.compiler.is_compiling() if compiling is None else compiling
+        found_out = self.dropped and self.compiling
+        self.parameters = own_parameters(branch, owner) if found_out else None
         if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
             self.choose(1)
         # Whether its values have to be told apart up to their sum.
@@ -300,14 +303,17 @@ class Merging:
 
     def _left_out(self, shortcut: Tensor, in_place: bool) -> Tensor:
         given, self.owed = self.owed, []
-        return left_out(shortcut, self.branch, self.owner, in_place, given)
+        parameters = self.parameters
+        if parameters is None:
+            parameters = own_parameters(self.branch, self.owner)
+        return left_out(shortcut, self.branch, parameters, in_place, given)
 
     def owe(self, given: Any) -> None:
         """Note what a dropped call is given, where somebody waits for the gradient of that."""
         if self.branch.dropped_grad == "zero" or is_distributed():
-            known = {id(x) for x in self.owed}
-            tensors = [x for x in tensor_leaves(given) if x.requires_grad]
-            self.owed += [x for x in tensors if id(x) not in known]
+            for x in tensor_leaves(given):  # a graph that asks for the id of one is for that alone
+                if x.requires_grad and not any([x is known for known in self.owed]):
+                    self.owed.append(x)
 
     def check_copies(self, before: list[Any], after: list[Any]) -> None:
         """Raise where a call wrote into a copy of what it is given, which nobody else sees."""

@@ -11,6 +11,7 @@ None outside of blocks, INSIDE while a child runs, whose calls are its own affai
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
@@ -73,7 +74,8 @@ here, INSIDE = _Here(), Inside()
 _GETSTATE = "__getstate__"
 _COPY = "__deepcopy__"
 _COMPILE = "compile"
-_OURS = {REPLICATE, _GETSTATE, _COPY, _COMPILE}  # what stands in a module beside the slot
+_SCRIPT = "__prepare_scriptable__"  # which torch.jit.script calls
+_OURS = {REPLICATE, _GETSTATE, _COPY, _COMPILE, _SCRIPT}  # what stands in a module beside the slot
 
 
 class Slot:
@@ -101,6 +103,7 @@ class Slot:
         self.repeats: Repeats | None = None
         self.module.__dict__[REPLICATE] = self.replicate
         self.module.__dict__[_GETSTATE] = self.state_of_module
+        self.module.__dict__[_SCRIPT] = self.prepare_scriptable
         if hasattr(type(self.module), _COPY):
             self.module.__dict__[_COPY] = self.copy_of_module
         if getattr(type(self.site), "decides_outside", False):  # a copy of a block
@@ -179,6 +182,13 @@ class Slot:
             put(copied).site = copy.deepcopy(self.site, memo)
         return copied
 
+    def prepare_scriptable(self) -> nn.Module:
+        """What torch.jit.script compiles: the module without us."""
+        if self.site is not None and self.site.is_active():
+            warnings.warn(_SCRIPTED, stacklevel=2)
+        own = getattr(type(self.module), _SCRIPT, lambda module: module)
+        return own(self.module)  # type: ignore[no-any-return]
+
     def replicate(self) -> nn.Module:
         """DataParallel's replicas share the ``__dict__``; their slots have to be their own.
 
@@ -197,6 +207,11 @@ class Slot:
         return replica
 
 
+_SCRIPTED = (
+    "stochastic depth: torch.jit.script compiles the model's own code, and what it makes neither "
+    "drops branches nor weighs them: call model.eval() before, and with scale='eval' take "
+    "torch.export or torch.jit.trace"
+)
 _REPLICAS = (
     "stochastic depth: nn.DataParallel runs replicas of the model on other threads: give apply() "
     "example_inputs, as branches cannot be found there, and use skip() and sampling() on the model "

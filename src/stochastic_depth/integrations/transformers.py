@@ -57,7 +57,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):  # type: ignore
             self._apply(kwargs["model"])
 
     def _apply(self, model: Any) -> None:
-        if model is not self._model:
+        if not any(module is self._model for module in model.modules()):  # FSDP1 wraps it
             ensure_applied(model, self.options)
             self._model = model
 
