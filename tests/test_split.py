@@ -144,6 +144,8 @@ def test_ranks_that_compute_a_branch_together_decide_alike() -> None:
 def compile_all(rank: int) -> None:
     # dynamo looks at .grad of what it is given, which warns for activations
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+    # as it makes an object of a custom Function that it traces, which is torch's own, too
+    warnings.filterwarnings("ignore", ".* should not be instantiated", DeprecationWarning)
     model = sd.apply(build("dtensor"), P, example_inputs=batch(0))
     fast = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="ranks compute a branch together"):
