@@ -19,23 +19,24 @@ from torch import Tensor
 from ..branch import Branch
 from .ranks import is_distributed
 
-__all__ = ["left_out"]
+__all__ = ["are_waited_for", "left_out"]
+
+
+def are_waited_for(branch: Branch) -> bool:
+    """Whether gradients of a branch have to come where it is dropped, too."""
+    return branch.dropped_grad == "zero" or is_distributed()
 
 
 def left_out(
-    shortcut: Tensor,
-    branch: Branch,
-    parameters: Iterable[Tensor],
-    in_place: bool = False,
-    given: Iterable[Tensor] = (),
+    shortcut: Tensor, parameters: Iterable[Tensor], given: Iterable[Tensor], in_place: bool
 ) -> Tensor:
-    """The sum of a branch that is dropped, whose calls would have been ``given`` these.
+    """The sum of a branch that is dropped.
 
-    It is ``shortcut`` itself where the branch would have been added into that. Otherwise it is a
-    copy, since what comes next may work in place, which must not reach the shortcut.
+    Its ``parameters``, and what its calls would have been ``given``, get gradients of zero. It is
+    ``shortcut`` itself where the branch would have been added into that. Otherwise it is a copy,
+    since what comes next may work in place, which must not reach the shortcut.
     """
-    counted_on = branch.dropped_grad == "zero" or is_distributed()
-    if counted_on and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         wanted = [p for p in parameters if p.requires_grad]
         # Of each nothing, so that it is not kept for the backward pass.
         others = [x for x in given if not (x is shortcut or x.is_nested)]

@@ -12,9 +12,8 @@ from ..find.state import NORMS
 from ..find.tensors import CHECKPOINT, version_of
 from .collectives import own_parameters
 from .decide import choose_samples, draw_mask, draw_subset
-from .gradients import left_out
+from .gradients import are_waited_for, left_out
 from .part import Part, form, whole
-from .ranks import is_distributed
 from .replay import is_recomputing
 from .rows import add_rows, take_rows
 from .slot import here
@@ -88,7 +87,7 @@ class Merging:
         # Found out here, as a graph that asks for names would be one of this block alone.
         self.norms = norms_in(owner.modules_of(branch)) if self.in_graph else []
         self.compiling = torch.compiler.is_compiling() if compiling is None else compiling
-        found_out = self.dropped and self.compiling
+        found_out = self.dropped and self.compiling and are_waited_for(branch)
         self.parameters = own_parameters(branch, owner) if found_out else None
         if self.in_graph and branch.decides_calls and torch.compiler.is_compiling():
             self.choose(1)
@@ -305,12 +304,13 @@ class Merging:
         given, self.owed = self.owed, []
         parameters = self.parameters
         if parameters is None:
-            parameters = own_parameters(self.branch, self.owner)
-        return left_out(shortcut, self.branch, parameters, in_place, given)
+            waits = are_waited_for(self.branch) and torch.is_grad_enabled()
+            parameters = own_parameters(self.branch, self.owner) if waits else []
+        return left_out(shortcut, parameters, given, in_place)
 
     def owe(self, given: Any) -> None:
         """Note what a dropped call is given, where somebody waits for the gradient of that."""
-        if self.branch.dropped_grad == "zero" or is_distributed():
+        if are_waited_for(self.branch):
             for x in tensor_leaves(given):  # a graph that asks for the id of one is for that alone
                 if x.requires_grad and not any([x is known for known in self.owed]):
                     self.owed.append(x)
