@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 
-from .twins import MODES, assert_same, assert_weighed, data, net, outcome, seed_all, twins
+from .twins import (
+    MODES,
+    assert_same,
+    assert_weighed,
+    data,
+    net,
+    outcome,
+    run_often,
+    seed_all,
+    twins,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # a branch may be left in place
 
@@ -531,6 +541,38 @@ class Marked(nn.Module):
             data["x"] = data["x"] + layer(data)
         self.calls = data["calls"]
         return data["x"]
+
+
+class Collecting(nn.Module):
+    """Its branch puts values into a list that it is given, as VoVNet's does, and joins them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Appending()
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        return x + self.f(x, values)
+
+
+class Appending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, values: list[Tensor]) -> Tensor:
+        values.append(self.f(x))
+        return self.g(torch.cat(values, 1))
+
+
+def test_samples_are_selected_where_a_branch_collects_values_that_nobody_else_reads() -> None:
+    model = sd.apply(net(Collecting), 0.5, mode="row", example_inputs=data(), seed=0)
+    (branch,) = sd.branches(model)
+    assert branch.reason == ""
+    sizes: list[int] = []
+    model.f.f.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    run_often(model, data())
+    assert set(sizes) != {6}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -70,12 +70,16 @@ def same_objects(given: tuple[Any, Any], made: tuple[Any, Any]) -> tuple[Any, An
 
 
 def copies(given: tuple[Any, Any], made: tuple[Any, Any]) -> list[Any]:
-    """What is in ``made`` of the containers of (args, kwargs) that are others than ``given``."""
+    """What is in ``made`` of the containers of (args, kwargs) that are others than ``given``.
+
+    But for tensors, which finding has followed.
+    """
     if torch.compiler.is_compiling():
         return []
     (args, kwargs), (new, named) = given, made
     pairs = [*zip(args, new, strict=True), *((kwargs[n], x) for n, x in named.items())]
-    return tree_leaves([x for old, x in pairs if old is not x and not isinstance(x, Tensor)])
+    leaves = tree_leaves([x for old, x in pairs if old is not x and not isinstance(x, Tensor)])
+    return [x for x in leaves if not isinstance(x, Tensor)]
 
 
 def _same(old: Any, new: Any) -> Any:
