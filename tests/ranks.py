@@ -2,6 +2,7 @@
 
 import datetime
 import faulthandler
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Ranks are forked from a process that has imported these, and done nothing else.
+multiprocessing.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "stochastic_depth"]
+)
 
 
 def launch(
@@ -38,7 +44,9 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         given = (function, ranks, Path(folder, "store"), timeout, args)
-        processes = mp.spawn(_start, given, nprocs=ranks, join=False, daemon=True)
+        processes = mp.start_processes(
+            _start, given, nprocs=ranks, join=False, daemon=True, start_method="forkserver"
+        )
         deadline = time.monotonic() + seconds
         try:
             while not processes.join(timeout=1.0):
