@@ -258,7 +258,15 @@ class Permutes(nn.Linear):
         return super().forward(x)[:, torch.randperm(4)]
 
 
-@pytest.mark.parametrize("kind", [AlwaysDrops, Permutes])
+GENERATOR = torch.Generator()
+
+
+class PermutesByItsOwn(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, torch.randperm(4, generator=GENERATOR)]
+
+
+@pytest.mark.parametrize("kind", [AlwaysDrops, Permutes, PermutesByItsOwn])
 def test_a_branch_with_dropout_in_evaluation_is_dropped(kind: type[nn.Linear]) -> None:
     torch.manual_seed(0)
     block = Block(least=1)

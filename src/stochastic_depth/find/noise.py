@@ -19,7 +19,9 @@ class NoNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
+        own = (kwargs or {}).get("generator")
         generators = [torch.default_generator, *torch.cuda.default_generators]
+        generators += [] if own is None else [own]
         states = [generator.get_state() for generator in generators]
         for generator in generators:
             generator.manual_seed(0)
