@@ -246,3 +246,56 @@ def test_a_buffer_may_be_a_shortcut() -> None:
     model = sd.apply(Memory(), 1.0, schedule="uniform", example_inputs=x)
     assert [b.name for b in sd.branches(model)] == [":f", ":g"]
     assert torch.equal(model(x), torch.ones(2, 4) + x.mean())
+
+
+class AlwaysDrops(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+
+class Permutes(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, torch.randperm(4)]
+
+
+GENERATOR = torch.Generator()
+
+
+class PermutesByItsOwn(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, torch.randperm(4, generator=GENERATOR)]
+
+
+@pytest.mark.parametrize("kind", [AlwaysDrops, Permutes, PermutesByItsOwn])
+def test_a_branch_with_dropout_in_evaluation_is_dropped(kind: type[nn.Linear]) -> None:
+    torch.manual_seed(0)
+    block = Block(least=1)
+    block.f = kind(4, 4)
+    model = sd.apply(nn.Sequential(block, kind(4, 4)), 0.5, example_inputs=torch.randn(2, 4))
+    assert len(sd.branches(model)) == 1
+
+
+class Routed(nn.Module):
+    """Comes to its second block where its first is kept, alone."""
+
+    def __init__(self, do: Callable[[dict[str, float], Tensor], None]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), CountingLinear(do)
+        nn.init.constant_(self.first.bias, 5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = {"n": 0.0}
+        x = x + self.third(x, told)
+        x = x + self.first(x) + told["n"]
+        if x.mean() > 2:
+            x = x + self.second(x)
+        return x
+
+
+@pytest.mark.parametrize("does", [None, count])
+def test_a_model_that_goes_another_way_without_a_branch(does: Callable | None) -> None:
+    torch.manual_seed(0)
+    do = does or (lambda told, y: None)
+    model = sd.apply(Routed(do), 0.5, example_inputs=torch.randn(2, 4))
+    names = {b.name for b in sd.branches(model)}
+    assert names == {":first", ":second"} | (set() if does else {":third"})

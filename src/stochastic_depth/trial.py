@@ -26,7 +26,7 @@ from .find.noise import NoNoise
 from .find.plan import Findings
 from .find.state import Kept, attributes, copied, in_mode, untouched
 from .find.unwritten import unwritten
-from .find.weighed import Weight
+from .find.weighed import AnotherWay, Weight
 from .find.zeros import without, zeros_in
 from .install import by_block
 from .new_forms import watch_block
@@ -176,14 +176,18 @@ class _Trial:
                     "in training the model computes it and does not come to its sum as in "
                     "evaluation: its block's forward() is called directly, or goes another way"
                 )
-        if not self.agrees(output, dict.fromkeys(branches, 0.0), self.inputs):
-            with NoNoise():  # type: ignore[no-untyped-call]
-                output = self.run(dropped, self.inputs)
-                if not self.agrees(output, dict.fromkeys(branches, 0.0), self.inputs):
-                    return (
-                        "left out it does not change the model's output as its sum says: it does "
-                        "something else, too, as counting calls or telling others a number"
-                    )
+        weights: dict[Branch, Weight] = dict.fromkeys(branches, 0.0)
+        try:
+            if not self.agrees(output, weights, self.inputs):
+                with NoNoise():  # type: ignore[no-untyped-call]
+                    if not self.agrees(self.run(dropped, self.inputs), weights, self.inputs):
+                        return (
+                            "left out it does not change the model's output as its sum says: it "
+                            "does something else, too, as counting calls or telling others a number"
+                        )
+        except AnotherWay:  # without some the model does not come to the sums of others
+            alone = [self.fails_without([b]) for b in branches] if len(branches) > 1 else []
+            return next(filter(None, alone), None)
         return None
 
     def goes_another_way(self, branches: Sequence[Branch]) -> bool:

@@ -584,3 +584,49 @@ def test_numbers_that_are_written_beside_samples_are_not_lost(mode: str) -> None
         branch.p = 0.0 if mode == "batch" else 0.3
     model(data())
     assert model.calls == 3
+
+
+def test_a_gradient_that_torch_would_not_take_again_is_left() -> None:
+    model = net(Residual).double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+        p.data = p.data.float()
+    before = [p.grad for p in model.parameters()]
+    sd.apply(model, 0.5, example_inputs=data().float())
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), before, strict=True))
+
+
+def test_apply_leaves_what_forwards_of_single_modules_count() -> None:
+    calls = [0, 0, 0]
+
+    def counting(module: nn.Module, i: int) -> None:
+        own, n = module.forward, 0
+
+        def forward(x: Tensor) -> Any:
+            nonlocal n
+            n += 1
+            calls[i] = n
+            return own(x)
+
+        module.forward = forward
+
+    model = nn.Sequential(*[Residual() for _ in calls]).double()
+    for i, block in enumerate(model):
+        counting(block.f, i)
+    sd.apply(model, 0.0, example_inputs=data())
+    model(data())
+    assert calls == [1, 1, 1]
+
+
+class Scripted(nn.Module):
+    @torch.jit.export
+    def double(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_script_may_have_no_forward() -> None:
+    block = Residual()
+    block.script = torch.jit.script(Scripted())
+    model = sd.apply(nn.Sequential(block).double(), 0.5, example_inputs=data())
+    assert len(sd.branches(model)) == 1

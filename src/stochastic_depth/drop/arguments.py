@@ -78,8 +78,8 @@ def copies(given: tuple[Any, Any], made: tuple[Any, Any]) -> list[Any]:
         return []
     (args, kwargs), (new, named) = given, made
     pairs = [*zip(args, new, strict=True), *((kwargs[n], x) for n, x in named.items())]
-    leaves = tree_leaves([x for old, x in pairs if old is not x and not isinstance(x, Tensor)])
-    return [x for x in leaves if not isinstance(x, Tensor)]
+    others = [x for old, x in pairs if old is not x and not isinstance(x, Tensor)]
+    return [x for x in tree_leaves(others) if not isinstance(x, Tensor)] if others else []
 
 
 def _same(old: Any, new: Any) -> Any:

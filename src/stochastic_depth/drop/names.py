@@ -21,17 +21,7 @@ ACTIVATIONS = {
     "relu6", "relu_", "selu", "sigmoid", "silu", "softplus", "tanh",
 }  # fmt: skip
 SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
-VIEWS = {
-    "T",
-    "mT",
-    "H",
-    "mH",
-    "real",
-    "imag",
-    "data",
-    "values",
-    "indices",
-}  # the last two are of max()
+VIEWS = {"T", "mT", "H", "mH", "real", "imag", "data", "values", "indices"}  # two are of max()
 ASKS = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
     "is_floating_point", "is_complex", "element_size",

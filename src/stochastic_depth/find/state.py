@@ -61,8 +61,9 @@ class Kept:
         self.alive: list[Any] = []  # so that no id is used again
         for hook in global_hooks():
             self._keep_hook(hook)
-        kinds = {type(module): module for module in model.modules()}
-        for hook in [module.forward for module in kinds.values()]:  # which may do the same
+        # Forwards may do the same; that of a module may be its own, and a script's may have none.
+        forwards = [(type(m), getattr(m, "forward", nn.Module.forward)) for m in model.modules()]
+        for hook in {(kind, id(getattr(f, "__func__", f))): f for kind, f in forwards}.values():
             self._keep_hook(hook)
         for module in model.modules():
             self._keep_module(vars(module))

@@ -28,8 +28,10 @@ def unwritten(model: nn.Module, noted: bool = False) -> Iterator["Writes"]:
         return
     writes = Writes(parameters)
     needs = [(p, p.requires_grad) for p in parameters]
-    grads = [(p, p.grad) for p in parameters]
-    _set("grad", [(p, None) for p in parameters])  # else a backward pass in it would add to that
+    # One of another dtype could not be set again.
+    like = [p for p in parameters if p.grad is None or p.grad.dtype == p.dtype]
+    grads = [(p, p.grad) for p in like]
+    _set("grad", [(p, None) for p in like])  # else a backward pass in it would add to that
     try:
         with nullcontext() if noted else writes:
             yield writes

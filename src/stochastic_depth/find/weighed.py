@@ -16,10 +16,14 @@ from .plan import Findings
 from .record import Recorder
 from .state import Kept
 
-__all__ = ["Weight", "run_weighed"]
+__all__ = ["AnotherWay", "Weight", "run_weighed"]
 
 
 Weight = float | Callable[[Tensor], Tensor]  # a number, or what weighs each sample of a value
+
+
+class AnotherWay(RuntimeError):
+    """A run does not come to the sum of a branch that is to be weighed."""
 
 
 class _Weighing(Recorder):
@@ -58,7 +62,7 @@ class _Weighing(Recorder):
     def finish(self, result: Any) -> Flow:
         if missing := self.weights.keys() - self.done:
             _, op, _ = next(iter(missing))
-            raise RuntimeError(f"the model does something else in a second run: there is no {op}")
+            raise AnotherWay(f"the model does something else in a second run: there is no {op}")
         return super().finish(result)
 
 
