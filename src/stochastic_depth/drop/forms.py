@@ -13,7 +13,7 @@ from ..find.state import untouched
 
 __all__ = ["Forms", "output_form"]
 
-_MOST = 256  # of the sizes of a sequence, say; then it is asked again
+_MOST = 1024  # of the sizes of a sequence, say; then it is asked again
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
