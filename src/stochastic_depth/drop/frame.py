@@ -58,17 +58,17 @@ class Frame:
         branches, site, forced = self.plan.branches, self.site, here.forced
         self.is_plain = forced is not None and not forced
         training = not self.is_plain and site.is_training()
-        decisions: list[Any] = [not self.is_plain and is_left_out(b) for b in branches]
-        if training:
-            if self.compiling:
-                decisions = [b.is_always if b.is_certain else None for b in branches]
-            else:
-                decisions = self._decide(branches)
-                if self.outer:  # samples are masked in the graph, whose shapes stay the same
-                    decisions = [d if isinstance(d, bool) else None for d in decisions]
-            for branch, decision in zip(branches, decisions, strict=True):
-                if decision is None:
-                    site.draws.check_graph(branch, site.modules_of(branch))
+        if not training:
+            decisions: list[Any] = [not self.is_plain and is_left_out(b) for b in branches]
+        elif self.compiling:
+            decisions = [b.is_always if b.is_certain else None for b in branches]
+        else:
+            decisions = self._decide(branches)
+            if self.outer:  # samples are masked in the graph, whose shapes stay the same
+                decisions = [d if isinstance(d, bool) else None for d in decisions]
+        for branch, decision in zip(branches, decisions, strict=True):
+            if decision is None:
+                site.draws.check_graph(branch, site.modules_of(branch))
         runs: list[Run] = []
         counts_any = site.block.training and not self.is_plain
         in_graph, dtypes = self.compiling or self.outer, self.plan.dtypes
