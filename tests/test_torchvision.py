@@ -288,8 +288,10 @@ def test_at_p_1_exactly_what_is_outside_of_branches_runs(case: Case) -> None:
 def test_parameters_and_their_names_stay(case: Case) -> None:
     assert state(case.model) == case.state
     # What a block and the modules that it calls get, and the dicts that stand in for theirs.
-    ours = {"_call_impl", "_replicate_for_data_parallel", "__getstate__", "compile"}
-    ours |= {"__prepare_scriptable__"}
+    ours = {
+        "_call_impl", "_replicate_for_data_parallel", "__getstate__", "compile",
+        "__prepare_scriptable__",
+    }  # fmt: skip
     other = {"_modules", "_parameters"}
     before, now = (
         [

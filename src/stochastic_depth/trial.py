@@ -186,7 +186,7 @@ class _Trial:
                             "does something else, too, as counting calls or telling others a number"
                         )
         except AnotherWay:  # without some the model does not come to the sums of others
-            alone = [self.fails_without([b]) for b in branches] if len(branches) > 1 else []
+            alone = (self.fails_without([b]) for b in branches if len(branches) > 1)
             return next(filter(None, alone), None)
         return None
 
